@@ -208,25 +208,19 @@ typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef float v4 __attribute__((vector_size(16)));
-#define SPLAT(x) ((vf){0} + (x))
+#define SPLAT(x) ((x) - (vf){0})
 
 /* The first min(n, LANES) floats at p, the other lanes `fill`. */
 static inline vf vload_fill(const float *p, size_t n, float fill) {
     vf v = SPLAT(fill);
-    if (n >= LANES)
-        memcpy(&v, p, sizeof v);
-    else
-        memcpy(&v, p, n * sizeof *p);
+    n >= LANES ? memcpy(&v, p, sizeof v) : memcpy(&v, p, n * sizeof *p);
     return v;
 }
 
 static inline vf vload(const float *p, size_t n) { return vload_fill(p, n, 0); }
 
 static inline void vstore(float *p, vf v, size_t n) {
-    if (n >= LANES)
-        memcpy(p, &v, sizeof v);
-    else
-        memcpy(p, &v, n * sizeof *p);
+    n >= LANES ? memcpy(p, &v, sizeof v) : memcpy(p, &v, n * sizeof *p);
 }
 
 static inline vf vselect(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
@@ -269,26 +263,26 @@ static inline vf vexp(vf x) {
    MR × NR results stays in registers while k runs; a step of k takes MR values of A and NR of B, so both are
    first packed into panels in which these lie side by side: A in panels of MR rows, B in panels of NR columns.
 
-     registers   MR × NV sums, NV vectors of B, a broadcast of A: 4 × 3 fill 16 registers, 8 × 3 fill 32
+     registers   MR × NV sums, NV vectors of B, a broadcast of A: 6 × 2 fill 16 registers, 12 × 2 fill 32
      L1          a panel of B: KC × NR floats are three quarters of 32 KiB
      L2          a block of A: MC × KC floats, packed by the thread that uses it
      L3          a block of B: KB × NC floats, packed by all threads together
 
    Rows and columns have strides, so that one function serves the three products of a linear layer. GPT-2's sizes
-   are multiples of every NR (48, 24, 12); a tile at an edge is computed whole, in a buffer. Threads share out
-   blocks of C, and a sum over k runs in the same order whoever takes it: the bits do not depend on them. */
+   are multiples of NR (8, 16, 32); a tile at an edge is computed whole, in a buffer. Threads share out blocks of
+   C, and a sum over k runs in the same order whoever takes it: the bits do not depend on them. */
 enum {
-    NV = 3,
+    NV = 2,
     NR = NV * LANES,
 #if defined(__aarch64__) || LANES == 16
-    MR = 8,
+    MR = 12,
 #else
-    MR = 4,
+    MR = 6,
 #endif
     KC = 6144 / NR,
     KB = 4 * KC,
-    MC = 128,
-    NC = 1536 / NR * NR,
+    MC = 132,
+    NC = 1536,
 };
 
 typedef struct {
@@ -300,8 +294,8 @@ typedef struct {
     int threads;
     float *pack_a;                        /* (threads, MC, KC) */
     float *pack_b;                        /* (NC, KB) */
-    float *attention;                     /* (threads, attention_floats) */
-    size_t attention_floats;
+    float *own;                           /* (threads, own_floats) for attention */
+    size_t own_floats;
 } Workspace;
 
 /* Four lines of four floats, transposed: dst[k * step + line] = src[line * stride + k]. */
@@ -331,7 +325,7 @@ static inline void transpose4(float *dst, size_t step, const float *src, size_t 
    where there is no line. One of line and step is 1. Inlined, so that R is a constant. */
 static inline __attribute__((always_inline))
 void pack(float *dst, const float *src, size_t line, size_t step, size_t lines, size_t kc, size_t R) {
-    const size_t group = R < 16 ? 16 : R;     /* where lines lie side by side, read whole cache lines */
+    const size_t group = round_up(16, R);     /* where lines lie side by side, read whole cache lines */
     size_t first = 0;
     if (line == 1)
         for (; first + group <= lines; first += group)
@@ -363,12 +357,12 @@ static inline void kernel(float *c, size_t ldc, const float *a, const float *b, 
         vf row[NV];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) row[j] = vload(b + j * LANES, LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
             for (int j = 0; j < NV; j++) sum[i][j] += a[i] * row[j];
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) {
@@ -571,174 +565,112 @@ static void gelu_backward(float *dx, float *out, const float *inp, size_t n) {
     }
 }
 
-/* --- Attention ---------------------------------------------------------------------------------------------
-   For each head softmax(q·kᵀ / √hs) · v under a causal mask: a panel of NR queries against blocks of KEYS keys,
-   with the online softmax of Milakov & Gimelshein (2018) as in FlashAttention (Dao et al. 2022), so that there is
-   no T × T matrix. All is kept transposed, keys down and queries across: lanes are queries, the softmax needs no
-   sum across lanes, and a panel of scores that `kernel` wrote is already packed for the next product. A head is
-   one thread's. Its size is hs = C / NH, padded in packed form to hsp, a multiple of MR. */
-enum { KEYS = 96 };
-
-/* Floats that a thread needs, forward or backward. */
-static size_t attention_floats(size_t T, size_t hs) {
-    return 5 * round_up(T, KEYS) * round_up(hs, MR) + NR * (5 * round_up(hs, MR) + 4 * KEYS);
-}
-
-/* scores[i][j] · scale, or -∞ where the key k + i comes after the query q + lane */
-static inline vf masked(const float *scores, size_t i, size_t j, size_t k, size_t q, float scale) {
-    vf s = vload(scores + i * NR + j * LANES, LANES) * scale;
-    if (k + i <= q + j * LANES) return s;
-    vi query;
-    for (int lane = 0; lane < LANES; lane++) query[lane] = (int32_t)(q + j * LANES) + lane;
-    return vselect(query < (int32_t)(k + i), SPLAT(-INFINITY), s);
-}
-
-/* out (B,T,C) and lse (B,NH,T), the logarithm of each query's sum of exponentials, from qkv (B,T,3C) */
-static void attention_forward(const Workspace *ws, float *att, float *lses, const float *qkvs, size_t B, size_t T,
-                              size_t C, size_t NH) {
-    const size_t hs = C / NH, hsp = round_up(hs, MR);
-    const float scale = 1.0f / sqrtf((float)hs);
-#pragma omp parallel for schedule(dynamic) num_threads(ws->threads)
-    for (size_t head = 0; head < B * NH; head++) {
-        const size_t at = head / NH * T * C + head % NH * hs, at3 = head / NH * T * 3 * C + head % NH * hs;
-        const float *qkv = qkvs + at3;
-        float *out = att + at, *lse = lses + head * T;
-        float *keys = ws->attention + (size_t)omp_get_thread_num() * ws->attention_floats;     /* (T,hs) rows */
-        float *values = keys + round_up(T, KEYS) * hs;         /* (hs,KEYS) rows, a block after another */
-        float *queries = values + round_up(T, KEYS) * hsp;     /* (hs,NR) columns */
-        float *scores = queries + NR * hs;                     /* (KEYS,NR) */
-        float *sum = scores + NR * KEYS;                       /* (hs,NR) Σ exp(score) · v, transposed */
-        pack(keys, qkv + C, 3 * C, 1, T, hs, MR);
-        for (size_t k = 0; k < T; k += KEYS)
-            pack(values + k * hsp, qkv + 2 * C + k * 3 * C, 1, 3 * C, hs, min_size(KEYS, T - k), MR);
-        for (size_t q = 0; q < T; q += NR) {
-            const size_t nq = min_size(NR, T - q);
-            vf top[NV], total[NV];
-            for (int j = 0; j < NV; j++) {
-                top[j] = SPLAT(-INFINITY);
-                total[j] = SPLAT(0);
-            }
-            memset(sum, 0, hsp * NR * sizeof *sum);
-            pack(queries, qkv + q * 3 * C, 3 * C, 1, nq, hs, NR);
-            for (size_t k = 0; k < q + nq; k += KEYS) {
-                const size_t packed = min_size(KEYS, T - k), nk = min_size(packed, q + nq - k);
-                block(scores, NR, keys + k * hs, MR * hs, queries, 0, round_up(nk, MR), NR, hs, NULL, 0);
-                for (size_t j = 0; j < NV; j++) {
-                    const vf old_top = top[j];
-                    for (size_t i = 0; i < nk; i++)
-                        top[j] = vmax(top[j], masked(scores, i, j, k, q, scale));
-                    const vf shrink = vexp(old_top - top[j]);
-                    total[j] *= shrink;
-                    for (size_t i = 0; i < nk; i++) {
-                        const vf p = vexp(masked(scores, i, j, k, q, scale) - top[j]);
-                        total[j] += p;
-                        vstore(scores + i * NR + j * LANES, p, LANES);
-                    }
-                    for (float *s = sum + j * LANES; s < sum + hs * NR; s += NR)
-                        vstore(s, vload(s, LANES) * shrink, LANES);
-                }
-                block(sum, NR, values + k * hsp, MR * packed, scores, 0, hsp, NR, nk, NULL, 1);
-            }
-            for (size_t i = 0; i < nq; i++) {
-                const float all = total[i / LANES][i % LANES];
-                lse[q + i] = top[i / LANES][i % LANES] + logf(all);
-                for (size_t c = 0; c < hs; c++) out[(q + i) * C + c] = sum[c * NR + i] / all;
-            }
-        }
+/* Makes a row of n logits share · softmax(factor · row), and returns log Σ exp(factor · row). */
+static float softmax(float *row, size_t n, float factor, float share) {
+    vf tops = SPLAT(-INFINITY), sums = {0};
+    for (size_t i = 0; i < n; i += LANES) tops = vmax(vload_fill(row + i, n - i, -INFINITY), tops);
+    const float top = vtop(tops) * factor;
+    for (size_t i = 0; i < n; i += LANES) {
+        const vf e = vexp(vload_fill(row + i, n - i, -INFINITY) * factor - top);
+        vstore(row + i, e, n - i);
+        sums += e;
     }
+    const float sum = vsum(sums);
+    for (size_t i = 0; i < n; i += LANES) vstore(row + i, vload(row + i, n - i) * (share / sum), n - i);
+    return top + logf(sum);
 }
 
-/* dqkv (B,T,3C) from dout (B,T,C) and what forward had and made. With P = exp(scores - lse), dP = dout·vᵀ and each
-   query's D = dout·out (FlashAttention's row sum): dscores = P · (dP - D), and from it dv = Pᵀ·dout,
-   dk = dscoresᵀ·q / √hs, dq = dscores·k / √hs. */
-static void attention_backward(const Workspace *ws, float *dqkvs, const float *douts, const float *att,
-                               const float *lses, const float *qkvs, size_t B, size_t T, size_t C, size_t NH) {
-    const size_t hs = C / NH, hsp = round_up(hs, MR), whole = round_up(T, KEYS) * hsp;
-    const float scale = 1.0f / sqrtf((float)hs);
-#pragma omp parallel for schedule(dynamic) num_threads(ws->threads)
-    for (size_t head = 0; head < B * NH; head++) {
-        const size_t at = head / NH * T * C + head % NH * hs, at3 = head / NH * T * 3 * C + head % NH * hs;
-        const float *dout = douts + at, *out = att + at, *qkv = qkvs + at3, *lse = lses + head * T;
-        float *dqkv = dqkvs + at3;
-        float *keys = ws->attention + (size_t)omp_get_thread_num() * ws->attention_floats;
-        float *values = keys + whole, *keys_t = values + whole;     /* (T,hs) rows; (hs,KEYS) rows, block after block */
-        float *dk = keys_t + whole, *dv = dk + whole;               /* (hs,NR) a panel of keys, panel after panel */
-        float *query = dv + whole, *query_t = query + NR * hsp;     /* (hs,NR) columns; (hs,NR) rows */
-        float *dquery = query_t + NR * hsp, *dquery_t = dquery + NR * hsp;     /* the same of dout */
-        float *dq = dquery_t + NR * hsp;                            /* (hs,NR) */
-        float *p = dq + NR * hsp, *ds = p + KEYS * NR;              /* (KEYS,NR) */
-        float *p_t = ds + KEYS * NR, *ds_t = p_t + KEYS * NR;       /* (NR,KEYS) columns */
-        memset(dk, 0, 2 * whole * sizeof *dk);
-        pack(keys, qkv + C, 3 * C, 1, T, hs, MR);
-        pack(values, qkv + 2 * C, 3 * C, 1, T, hs, MR);
-        for (size_t k = 0; k < T; k += KEYS)
-            pack(keys_t + k * hsp, qkv + C + k * 3 * C, 1, 3 * C, hs, min_size(KEYS, T - k), MR);
-        for (size_t q = 0; q < T; q += NR) {
-            const size_t nq = min_size(NR, T - q);
-            float D[NR] = {0}, logs[NR] = {0};
-            for (size_t i = 0; i < nq; i++) {
-                logs[i] = lse[q + i];
-                for (size_t c = 0; c < hs; c++)
-                    D[i] += dout[(q + i) * C + c] * out[(q + i) * C + c];
-            }
-            pack(query, qkv + q * 3 * C, 3 * C, 1, nq, hs, NR);
-            pack(query_t, qkv + q * 3 * C, 1, 3 * C, hs, nq, MR);
-            pack(dquery, dout + q * C, C, 1, nq, hs, NR);
-            pack(dquery_t, dout + q * C, 1, C, hs, nq, MR);
-            memset(dq, 0, NR * hsp * sizeof *dq);
-            for (size_t k = 0; k < q + nq; k += KEYS) {
-                const size_t packed = min_size(KEYS, T - k), nk = min_size(packed, q + nq - k);
-                block(p, NR, keys + k * hs, MR * hs, query, 0, round_up(nk, MR), NR, hs, NULL, 0);
-                block(ds, NR, values + k * hs, MR * hs, dquery, 0, round_up(nk, MR), NR, hs, NULL, 0);
-                for (size_t i = 0; i < nk; i++)
-                    for (size_t j = 0; j < NV; j++) {
-                        float *p_at = p + i * NR + j * LANES, *ds_at = ds + i * NR + j * LANES;
-                        const vf prob = vexp(masked(p, i, j, k, q, scale) - vload(logs + j * LANES, LANES));
-                        vstore(p_at, prob, LANES);
-                        vstore(ds_at, prob * (vload(ds_at, LANES) - vload(D + j * LANES, LANES)) * scale, LANES);
-                    }
-                block(dq, NR, keys_t + k * hsp, MR * packed, ds, 0, hsp, NR, nk, NULL, 1);
-                pack(p_t, p, NR, 1, nk, nq, NR);
-                pack(ds_t, ds, NR, 1, nk, nq, NR);
-                for (size_t i = 0; i < nk; i += NR) {
-                    block(dv + (k + i) * hsp, NR, dquery_t, MR * nq, p_t + i * nq, 0, hsp, NR, nq, NULL, 1);
-                    block(dk + (k + i) * hsp, NR, query_t, MR * nq, ds_t + i * nq, 0, hsp, NR, nq, NULL, 1);
-                }
-            }
-            for (size_t i = 0; i < nq; i++)
-                for (size_t c = 0; c < hs; c++) dqkv[(q + i) * 3 * C + c] = dq[c * NR + i];
-        }
-        for (size_t t = 0; t < T; t++)
-            for (size_t c = 0; c < hs; c++) {
-                dqkv[t * 3 * C + C + c] = dk[(t / NR * hsp + c) * NR + t % NR];
-                dqkv[t * 3 * C + 2 * C + c] = dv[(t / NR * hsp + c) * NR + t % NR];
-            }
-    }
-}
-
-/* --- Classifier --------------------------------------------------------------------------------------------
-   losses (N) = log Σ exp(logits) - logits[target] for rows of V logits, ldl apart. If scale is not 0, the logits
-   become their own gradient on the way: scale · (softmax - one-hot). */
-static void crossentropy(float *losses, float *logits, const int32_t *targets, size_t N, size_t V, size_t ldl,
+/* losses (N) = -log softmax(logits)[target], for rows of V logits, Vp apart, which become scale times their gradient,
+   softmax - one-hot. */
+static void crossentropy(float *losses, float *logits, const int32_t *targets, size_t N, size_t V, size_t Vp,
                          float scale) {
 #pragma omp parallel for
     for (size_t n = 0; n < N; n++) {
-        float *row = logits + n * ldl, target = row[targets[n]];
-        vf tops = SPLAT(-INFINITY), sums = {0};
-        for (size_t i = 0; i < V; i += LANES)
-            tops = vmax(vload_fill(row + i, V - i, -INFINITY), tops);
-        float top = vtop(tops);
-        for (size_t i = 0; i < V; i += LANES) {
-            vf e = vexp(vload_fill(row + i, V - i, -INFINITY) - top);
-            sums += e;
-            if (scale != 0) vstore(row + i, e, V - i);
+        float *row = logits + n * Vp, target = row[targets[n]];
+        losses[n] = softmax(row, V, 1, scale) - target;
+        row[targets[n]] -= scale;
+    }
+}
+
+/* --- Attention ---------------------------------------------------------------------------------------------
+   out = softmax(q·kᵀ / √hs)·v for each head, of hs = C / NH channels, where a query sees the keys up to its own. A
+   head is one thread's, and goes through QUERIES rows of the scores at a time, so that there is no T × T matrix;
+   backward makes them again. A strip stays in L2, and needs no online softmax as it has all keys of its queries. */
+enum { QUERIES = 96 };
+
+static size_t attention_floats(size_t T, size_t hs) {
+    return round_up(T, NR) * round_up(hs, NR) + 2 * QUERIES * T;
+}
+
+/* What a thread has for itself: room to pack, and two strips of scores after it. */
+static Workspace attention_workspace(const Workspace *ws, size_t T) {
+    const size_t thread = (size_t)omp_get_thread_num(), room = ws->own_floats - 2 * QUERIES * T;
+    float *own = ws->own + thread * ws->own_floats;
+    return (Workspace){.threads = 1, .pack_a = ws->pack_a + thread * MC * KC, .pack_b = own, .own = own + room};
+}
+
+/* p (rows,T): the softmax of the scores of queries q … q + rows of one head, qkv (T,3C) */
+static void attention_scores(const Workspace *ws, float *p, const float *qkv, size_t q, size_t rows, size_t T,
+                             size_t C, size_t hs) {
+    const Matrix queries = {qkv + q * 3 * C, 3 * C, 1}, keys_t = {qkv + C, 1, 3 * C};
+    gemm(ws, p, T, queries, keys_t, rows, q + rows, hs, NULL, 0);
+    for (size_t i = 0; i < rows; i++) {
+        softmax(p + i * T, q + i + 1, 1 / sqrtf((float)hs), 1);
+        memset(p + i * T + q + i + 1, 0, (rows - i - 1) * sizeof *p);
+    }
+}
+
+/* out (B,T,C) from qkv (B,T,3C) */
+static void attention_forward(const Workspace *ws, float *out, const float *qkv, size_t B, size_t T, size_t C,
+                              size_t NH) {
+    const size_t hs = C / NH;
+#pragma omp parallel for schedule(dynamic) num_threads(ws->threads)
+    for (size_t head = 0; head < B * NH; head++) {
+        const float *mine = qkv + head / NH * T * 3 * C + head % NH * hs;
+        const Workspace own = attention_workspace(ws, T);
+        float *p = own.own;
+        for (size_t q = 0; q < T; q += QUERIES) {
+            const size_t rows = min_size(QUERIES, T - q);
+            attention_scores(&own, p, mine, q, rows, T, C, hs);
+            gemm(&own, out + (head / NH * T + q) * C + head % NH * hs, C, (Matrix){p, T, 1},
+                 (Matrix){mine + 2 * C, 3 * C, 1}, rows, hs, q + rows, NULL, 0);
         }
-        float sum = vsum(sums);
-        losses[n] = top + logf(sum) - target;
-        if (scale != 0) {
-            for (size_t i = 0; i < V; i += LANES)
-                vstore(row + i, vload(row + i, V - i) * (scale / sum), V - i);
-            row[targets[n]] -= scale;
+    }
+}
+
+/* dqkv (B,T,3C) from dout (B,T,C) and qkv. With P the softmax of the scores S, dP = dout·vᵀ and, for each row,
+   dS = P · (dP - Σ P dP) / √hs: dv = Pᵀ·dout, dq = dS·k, dk = dSᵀ·q. */
+static void attention_backward(const Workspace *ws, float *dqkv, const float *dout, const float *qkv, size_t B,
+                               size_t T, size_t C, size_t NH) {
+    const size_t hs = C / NH;
+#pragma omp parallel for schedule(dynamic) num_threads(ws->threads)
+    for (size_t head = 0; head < B * NH; head++) {
+        const size_t at = head / NH * T * C + head % NH * hs, at3 = head / NH * T * 3 * C + head % NH * hs;
+        const Workspace own = attention_workspace(ws, T);
+        float *p = own.own, *ds = p + QUERIES * T;
+        float *dq = dqkv + at3, *dk = dq + C, *dv = dk + C;
+        for (size_t q = 0; q < T; q += QUERIES) {
+            const size_t rows = min_size(QUERIES, T - q), keys = q + rows;
+            const Matrix douts = {dout + at + q * C, C, 1};
+            attention_scores(&own, p, qkv + at3, q, rows, T, C, hs);
+            gemm(&own, ds, T, douts, (Matrix){qkv + at3 + 2 * C, 1, 3 * C}, rows, keys, hs, NULL, 0);
+            for (size_t i = 0; i < rows; i++) {
+                const float *P = p + i * T;
+                float *S = ds + i * T;
+                vf sums = {0};
+                for (size_t j = 0; j < keys; j += LANES) sums += vload(P + j, keys - j) * vload(S + j, keys - j);
+                const float sum = vsum(sums), factor = 1 / sqrtf((float)hs);
+                for (size_t j = 0; j < keys; j += LANES)
+                    vstore(S + j, vload(P + j, keys - j) * (vload(S + j, keys - j) - sum) * factor, keys - j);
+            }
+            for (size_t t = q; t < keys; t++) {     /* the keys that these queries are the first to see */
+                memset(dk + t * 3 * C, 0, hs * sizeof *dk);
+                memset(dv + t * 3 * C, 0, hs * sizeof *dv);
+            }
+            gemm(&own, dq + q * 3 * C, 3 * C, (Matrix){ds, T, 1}, (Matrix){qkv + at3 + C, 3 * C, 1}, rows, hs, keys, NULL,
+                 0);
+            gemm(&own, dk, 3 * C, (Matrix){ds, 1, T}, (Matrix){qkv + at3 + q * 3 * C, 3 * C, 1}, keys, hs, rows, NULL, 1);
+            gemm(&own, dv, 3 * C, (Matrix){p, 1, T}, douts, keys, hs, rows, NULL, 1);
         }
     }
 }
@@ -761,12 +693,11 @@ typedef union {
 
 /* The first LAYERED are kept for the backward pass, a layer after another. Outputs of layer norm and GELU are cheap to
    make again and not kept. */
-enum { LAYERED = 10, ACTIVATIONS = 24 };
+enum { LAYERED = 9, ACTIVATIONS = 23 };
 typedef union {
     struct {
         float *ln1_mean, *ln1_rstd;       /* (L, B, T) */
         float *qkv;                       /* (L, B, T, 3C) */
-        float *lse;                       /* (L, B, NH, T) */
         float *att;                       /* (L, B, T, C) */
         float *residual2;                 /* (L, B, T, C) the residual stream between attention and MLP */
         float *ln2_mean, *ln2_rstd;       /* (L, B, T) */
@@ -779,7 +710,7 @@ typedef union {
         float *logits;                    /* (chunk, Vp) */
         float *dresidual, *dln;           /* (B, T, C) gradients of the residual stream, of a layer norm's output */
         float *dwide;                     /* (B, T, 4C) gradient of fc, or of qkv */
-        float *pack_a, *pack_b, *attention;     /* see Workspace */
+        float *pack_a, *pack_b, *own;     /* see Workspace */
     };
     float *all[ACTIVATIONS];
 } Activations;
@@ -848,11 +779,11 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, int train) {
     m->T = T;
     m->layers = train ? m->L : 1;
     m->chunk = even_pieces(N, ((size_t)1 << 24) / m->Vp + 1, MR, 1);     /* logits: about 64 MB at most */
-    m->ws.attention_floats = round_up(attention_floats(T, m->C / m->NH), 16);
+    m->ws.own_floats = round_up(attention_floats(T, m->C / m->NH), 16);
     const size_t sizes[] = {
-        N, N, 3 * BTC, N * m->NH, BTC, BTC, N, N, 4 * BTC, BTC,     /* ln1_mean … residual1 */
+        N, N, 3 * BTC, BTC, BTC, N, N, 4 * BTC, BTC,     /* ln1_mean … residual1 */
         BTC, N, N, N, N, BTC, 4 * BTC, m->chunk * m->Vp,            /* residual_last … logits */
-        G, G, 4 * G, threads * MC * KC, (size_t)NC * KB, threads * m->ws.attention_floats,
+        G, G, 4 * G, threads * MC * KC, (size_t)NC * KB, threads * m->ws.own_floats,
     };
     _Static_assert(sizeof sizes == ACTIVATIONS * sizeof *sizes && sizeof(Activations) == ACTIVATIONS * sizeof(float *),
                    "one size for each activation");
@@ -868,7 +799,7 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, int train) {
     const Activations a = acts_at(m, 0);
     m->ws.pack_a = a.pack_a;
     m->ws.pack_b = a.pack_b;
-    m->ws.attention = a.attention;
+    m->ws.own = a.own;
     return m->act_memory ? 0 : -1;
 }
 
@@ -961,7 +892,7 @@ static int forward_blocks(GPT2 *m, const int32_t *x, int batch, int length, int 
         float *next = acts_at(m, train ? l + 1 : 0).residual1;
         layernorm_forward(a.ln, a.ln1_mean, a.ln1_rstd, a.residual1, p.ln1w, p.ln1b, N, C);
         linear_forward(ws, a.qkv, a.ln, p.qkvw, p.qkvb, N, C, 3 * C, 0);
-        attention_forward(ws, a.att, a.lse, a.qkv, B, T, C, m->NH);
+        attention_forward(ws, a.att, a.qkv, B, T, C, m->NH);
         memcpy(a.residual2, a.residual1, N * C * sizeof *next);
         linear_forward(ws, a.residual2, a.att, p.attprojw, p.attprojb, N, C, C, 1);
         layernorm_forward(a.ln, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b, N, C);
@@ -1026,7 +957,7 @@ int gpt2_backward(GPT2 *m) {
 
         linear_backward_weight(ws, g.attprojw, g.attprojb, dresidual, a.att, N, C, C, add);
         linear_backward_input(ws, dln, dresidual, p.attprojw, N, C, C);
-        attention_backward(ws, dwide, dln, a.att, a.lse, a.qkv, B, T, C, m->NH);
+        attention_backward(ws, dwide, dln, a.qkv, B, T, C, m->NH);
         layernorm_forward(a.ln, a.ln1_mean, a.ln1_rstd, a.residual1, p.ln1w, p.ln1b, N, C);
         linear_backward_weight(ws, g.qkvw, g.qkvb, dwide, a.ln, N, C, 3 * C, add);
         linear_backward_input(ws, dln, dwide, p.qkvw, N, C, 3 * C);
