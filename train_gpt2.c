@@ -30,8 +30,7 @@ section 2: -DGPT2_NO_MODEL leaves that out, -DGPT2_NO_MAIN section 4; -DGPT2_API
 #ifdef __cplusplus
 extern "C" {
 #endif
-#define GPT2_API __attribute__((visibility("default")))
-
+#pragma GCC visibility push(default)
 typedef struct GPT2 GPT2;                 /* parameters, gradients, moments, activations */
 typedef struct {
     int32_t max_T, V, L, NH, C;
@@ -39,81 +38,76 @@ typedef struct {
 enum { GPT2_PARAM, GPT2_GRAD, GPT2_MOMENT1, GPT2_MOMENT2 };     /* the kinds of a tensor */
 enum { GPT2_TENSORS = 16 };
 
-GPT2_API const char *gpt2_error(void);
+const char *gpt2_error(void);
 
 /* --- the model (section 2) --- */
 
-/* All parameters 0 (see gpt2_init, gpt2_load). Gradients and moments are made when first needed. */
-GPT2_API GPT2 *gpt2_create(const GPT2Config *config);
-GPT2_API void gpt2_free(GPT2 *model);     /* NULL is allowed, here and in the other functions that free */
-GPT2_API void gpt2_config(const GPT2 *model, GPT2Config *out);
+GPT2 *gpt2_create(const GPT2Config *config);     /* all parameters 0; see gpt2_init, gpt2_load */
+void gpt2_free(GPT2 *model);                     /* NULL is allowed, here and in the other functions that free */
+void gpt2_config(const GPT2 *model, GPT2Config *out);
 
 /* Copies `count` elements from `first` on of a tensor (an index of gpt2_tensor) of a kind, out or in. */
-GPT2_API int gpt2_get(GPT2 *model, int tensor, int kind, int64_t first, int64_t count, float *out);
-GPT2_API int gpt2_set(GPT2 *model, int tensor, int kind, int64_t first, int64_t count, const float *in);
+int gpt2_get(GPT2 *model, int tensor, int kind, int64_t first, int64_t count, float *out);
+int gpt2_set(GPT2 *model, int tensor, int kind, int64_t first, int64_t count, const float *in);
 
 /* Runs the model on x (B,T). With targets y (B,T), *loss becomes the mean cross-entropy in nats per token.
    grad_scale 0 only evaluates. Otherwise the gradient of grad_scale · loss is to be *added* to the gradients:
    its classifier part here (the logits exist only a chunk at a time and are not made twice), the rest by the
    gpt2_backward that must follow. To accumulate n micro-batches, give each the scale 1/n. */
-GPT2_API int gpt2_forward(GPT2 *model, const int32_t *x, const int32_t *y, int B, int T, float grad_scale,
-                          float *loss);
-GPT2_API int gpt2_backward(GPT2 *model);
-GPT2_API void gpt2_zero_grad(GPT2 *model);
+int gpt2_forward(GPT2 *model, const int32_t *x, const int32_t *y, int B, int T, float grad_scale, float *loss);
+int gpt2_backward(GPT2 *model);
+void gpt2_zero_grad(GPT2 *model);
 
 /* Logits of every position, out (B,T,V); with last_only of each sequence's last position, out (B,V). */
-GPT2_API int gpt2_logits(GPT2 *model, const int32_t *x, int B, int T, int last_only, float *out);
+int gpt2_logits(GPT2 *model, const int32_t *x, int B, int T, int last_only, float *out);
 
 /* One AdamW step (Loshchilov & Hutter 2019, algorithm 2): gradients clipped to a global norm of max_norm (0:
    not), moments corrected by the number of updates, decay of the 2-D tensors. Then the gradients are 0. */
-GPT2_API int gpt2_update(GPT2 *model, float lr, float beta1, float beta2, float eps, float weight_decay,
-                         float max_norm);
-GPT2_API float gpt2_grad_norm(GPT2 *model);     /* global L2 norm before clipping; NaN on failure */
-GPT2_API int64_t gpt2_updates(const GPT2 *model);
-GPT2_API void gpt2_set_updates(GPT2 *model, int64_t updates);
+int gpt2_update(GPT2 *model, float lr, float beta1, float beta2, float eps, float decay, float max_norm);
+float gpt2_grad_norm(GPT2 *model);               /* global L2 norm before clipping; NaN on failure */
+int64_t gpt2_updates(const GPT2 *model);
+void gpt2_set_updates(GPT2 *model, int64_t updates);
 
-GPT2_API const char *gpt2_device(void);         /* "CPU, 2 threads, 8 floats a vector" */
-GPT2_API double gpt2_ceiling(void);             /* FLOP/s, measured in about 0.1 s: what no step can exceed */
+const char *gpt2_device(void);                   /* "CPU, 2 threads, 8 floats a vector" */
+double gpt2_ceiling(void);                       /* FLOP/s that no step can exceed, measured in about 0.1 s */
 
 /* --- the host half (section 3) --- */
 
 /* Tensor 0…15 in file order: wte wpe ln1w ln1b qkvw qkvb attprojw attprojb ln2w ln2b fcw fcb fcprojw fcprojb
    lnfw lnfb. Returns its number of elements (-1 for a bad index), its name and its shape, L first where it has
    layers, 0 for dimensions that it has not; either may be NULL. */
-GPT2_API int64_t gpt2_tensor(const GPT2Config *config, int index, const char **name, int64_t shape[3]);
+int64_t gpt2_tensor(const GPT2Config *config, int index, const char **name, int64_t shape[3]);
 enum { GPT2_DECAYED = 1 | 1 << 1 | 1 << 4 | 1 << 6 | 1 << 10 | 1 << 12 };     /* bit i: tensor i decays */
-GPT2_API int64_t gpt2_parameters(const GPT2Config *config);                /* without padding */
-GPT2_API double gpt2_flops_per_token(const GPT2Config *config, int T);     /* of a training step: 6 P + 6 L T C */
-GPT2_API int gpt2_config_check(const GPT2Config *config);                  /* can a model have this shape? */
-GPT2_API int gpt2_descriptor(const char *text, GPT2Config *out);           /* "d12": V 50257, max_T 1024 */
+int64_t gpt2_parameters(const GPT2Config *config);                 /* without padding */
+double gpt2_flops_per_token(const GPT2Config *config, int T);      /* of a training step: 6 P + 6 L T C */
+int gpt2_config_check(const GPT2Config *config);                   /* can a model have this shape? */
+int gpt2_descriptor(const char *text, GPT2Config *out);            /* "d12": V 50257, max_T 1024 */
 
-/* N(0, 0.02), residual projections times 1/sqrt(2 L), biases 0, layer-norm weights 1. */
-GPT2_API int gpt2_init(GPT2 *model, uint64_t seed);
-GPT2_API GPT2 *gpt2_load(const char *path);     /* model file, version 3 (fp32) or 5 (bf16) */
-GPT2_API int gpt2_save(GPT2 *model, const char *path, int version);
+int gpt2_init(GPT2 *model, uint64_t seed);       /* as GPT-2: N(0, 0.02), residual projections / sqrt(2 L) */
+GPT2 *gpt2_load(const char *path);               /* model file, version 3 (fp32) or 5 (bf16) */
+int gpt2_save(GPT2 *model, const char *path, int version);
 
 /* Batches of B rows of T tokens and their successors, from the shards that a glob matches, in the names' order.
    A row never crosses shards; what a shard has after its last whole batch is skipped. With shuffle every epoch
    takes the shards in another order, and of each the rows in another order from another offset. */
 typedef struct GPT2Loader GPT2Loader;
-GPT2_API GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuffle, uint64_t seed);
-GPT2_API void gpt2_loader_close(GPT2Loader *loader);
-GPT2_API int gpt2_loader_next(GPT2Loader *loader, int32_t *x, int32_t *y);     /* (B,T) each; never ends */
-GPT2_API void gpt2_loader_reset(GPT2Loader *loader);                           /* to the first batch */
-/* Of all shards: their number, their tokens, the batches in an unshuffled epoch. */
-GPT2_API void gpt2_loader_size(const GPT2Loader *loader, int64_t *shards, int64_t *tokens, int64_t *batches);
+GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuffle, uint64_t seed);
+void gpt2_loader_close(GPT2Loader *loader);
+int gpt2_loader_next(GPT2Loader *loader, int32_t *x, int32_t *y);     /* (B,T) each; never ends */
+void gpt2_loader_reset(GPT2Loader *loader);      /* to the first batch */
+/* Of all shards: their number, their tokens, the batches in an unshuffled epoch; each may be NULL. */
+void gpt2_loader_size(const GPT2Loader *loader, int64_t *shards, int64_t *tokens, int64_t *batches);
 
 /* Mean loss of the loader's first `batches` batches, or of an epoch's if that has fewer. */
-GPT2_API int gpt2_evaluate(GPT2 *model, GPT2Loader *loader, int64_t batches, float *loss);
+int gpt2_evaluate(GPT2 *model, GPT2Loader *loader, int64_t batches, float *loss);
 
 /* Learning rate of a step of 0…steps-1: warm-up from lr/warmup, then "cosine", "linear", "constant", or "wsd"
    (constant, decay with the square root in the last fifth), down to final_frac · lr. -1 on failure. */
-GPT2_API float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr,
-                       float final_frac);
+float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac);
 
 /* The token after `tokens`, of which the last max_T count. temperature 0 takes the likeliest, top_k 0 allows
    all. *rng is the sampler's state. -1 on failure. */
-GPT2_API int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, uint64_t *rng);
+int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, uint64_t *rng);
 
 /* Decode table: token i is bytes[at[i] + 1 …], bytes[at[i]] of them; `end` ends a text, -1 if none does. */
 typedef struct {
@@ -121,8 +115,8 @@ typedef struct {
     int64_t *at;
     unsigned char *bytes;
 } GPT2Tokenizer;
-GPT2_API GPT2Tokenizer *gpt2_tokenizer_load(const char *path);
-GPT2_API void gpt2_tokenizer_free(GPT2Tokenizer *tokenizer);
+GPT2Tokenizer *gpt2_tokenizer_load(const char *path);
+void gpt2_tokenizer_free(GPT2Tokenizer *tokenizer);
 
 /* What a run remembers beyond model and loader; zeroed for a fresh one. */
 enum { GPT2_WINDOW = 128 };
@@ -134,27 +128,27 @@ typedef struct {
 } GPT2Progress;
 
 /* z-score of a value against a full window (NaN before it is full), then its place in the window. */
-GPT2_API double gpt2_zscore(GPT2Progress *progress, int window, double value);
+double gpt2_zscore(GPT2Progress *progress, int window, double value);
 
 /* model_%08d.bin, state_%08d_00000.bin and, when they are whole, DONE_%08d. Then the checkpoint that is
    keep · every steps older goes, unless keep is 0 or its step a multiple of major (0: none). loader may be NULL. */
-GPT2_API int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader,
-                             const GPT2Progress *progress, int64_t every, int64_t keep, int64_t major);
-GPT2_API int64_t gpt2_newest(const char *dir);     /* step of the newest whole checkpoint, -1: none */
+int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, const GPT2Progress *progress,
+                    int64_t every, int64_t keep, int64_t major);
+int64_t gpt2_newest(const char *dir);            /* step of the newest whole checkpoint, -1: none */
 /* Moments, loader position and progress of a checkpoint, for the model that gpt2_load got from it. */
-GPT2_API int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader, GPT2Progress *progress);
+int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader, GPT2Progress *progress);
 
 /* Holds logits, loss and the 16 gradients against a saved reference; a row is ok if its relative error is
    within the tolerance. Returns how many rows are not. */
+enum { GPT2_DIFFS = GPT2_TENSORS + 2 };
 typedef struct {
     char name[16];
     double max_abs, relative;             /* max |ours - theirs|; L2 norm of the difference / of theirs */
     int32_t ok, padding;
 } GPT2Diff;
-enum { GPT2_DIFFS = GPT2_TENSORS + 2 };
-GPT2_API int gpt2_check(GPT2 *model, const char *reference, double tolerance, GPT2Diff rows[GPT2_DIFFS]);
-
-int gpt2_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));     /* not exported; returns -1 */
+int gpt2_check(GPT2 *model, const char *reference, double tolerance, GPT2Diff rows[GPT2_DIFFS]);
+#pragma GCC visibility pop
+int gpt2_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));     /* -1; gpt2_error is the sentence */
 #ifdef __cplusplus
 }
 #endif
@@ -179,6 +173,7 @@ static int omp_get_max_threads(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
+typedef long long wide;                   /* what %lld prints */
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 static double seconds(void) {
@@ -840,7 +835,7 @@ static float *tensor_part(GPT2 *m, int tensor, int kind, int64_t first, int64_t 
     if (size < 0) return NULL;
     if (kind < GPT2_PARAM || kind > GPT2_MOMENT2 || first < 0 || count < 0 || first > size - count) {
         gpt2_fail("elements %lld + %lld of tensor %d, kind %d, were asked for; it has %lld, in kinds 0 to 3",
-                  (long long)first, (long long)count, tensor, kind, (long long)size);
+                  (wide)first, (wide)count, tensor, kind, (wide)size);
         return NULL;
     }
     if (!memory_of(m, kind)) return NULL;
@@ -1008,7 +1003,7 @@ float gpt2_grad_norm(GPT2 *m) {
     return m->norm = (float)sqrt(sum);
 }
 
-int gpt2_update(GPT2 *m, float lr, float beta1, float beta2, float eps, float weight_decay, float max_norm) {
+int gpt2_update(GPT2 *m, float lr, float beta1, float beta2, float eps, float decay, float max_norm) {
     if (m->backward_due)
         return gpt2_fail("gpt2_update came between gpt2_forward and gpt2_backward; call gpt2_backward first");
     const float *g = memory_of(m, GPT2_GRAD);
@@ -1021,7 +1016,7 @@ int gpt2_update(GPT2 *m, float lr, float beta1, float beta2, float eps, float we
     const float correct2 = (float)(1 / (1 - pow(beta2, (double)m->updates)));
     for (int t = 0; t < GPT2_TENSORS; t++) {
         const size_t n = (size_t)gpt2_tensor(&m->config, t, NULL, NULL);
-        const float keep = GPT2_DECAYED >> t & 1 ? 1 - lr * weight_decay : 1;
+        const float keep = GPT2_DECAYED >> t & 1 ? 1 - lr * decay : 1;
 #pragma omp parallel for
         for (size_t first = 0; first < n; first += PIECE)
 #pragma omp simd
@@ -1208,7 +1203,7 @@ static int file_open(File *in, const char *path, const char *what, int magic) {
     if (fread(in->header, sizeof in->header, 1, in->f) == 1 && in->header[0] == magic) return 0;
     fclose(in->f);
     return gpt2_fail("%s '%s' has %lld bytes and begins with the number %d, expected a header of 1024 bytes that begins "
-                     "with %d", what, path, (long long)in->size, in->header[0], magic);
+                     "with %d", what, path, (wide)in->size, in->header[0], magic);
 }
 
 static int file_read(File *in, void *out, size_t bytes) {
@@ -1284,7 +1279,7 @@ GPT2 *gpt2_load(const char *path) {
     if ((!bf16 && h[1] != 3) || gpt2_config_check(&c) || in.size != 1024 + tensors_size(&c) * (bf16 ? 2 : 4))
         gpt2_fail("model '%s' has version %d, context %d, V %d, L %d, NH %d, C %d and %lld bytes, expected version 3 or 5, "
                   "a shape that can be, and the bytes that it needs", path, h[1], h[2], h[3], h[4], h[5], h[6],
-                  (long long)in.size);
+                  (wide)in.size);
     else if ((model = gpt2_create(&c)) && tensors_copy(model, GPT2_PARAM, &in, bf16, 0)) {
         gpt2_free(model);
         model = NULL;
@@ -1330,7 +1325,7 @@ static int64_t shard_open(File *in, const char *path) {
         return in->header[2];
     fclose(in->f);
     return gpt2_fail("token shard '%s' has version %d, %d tokens, %lld bytes, expected version 1 and 1024 + 2 bytes a token",
-                     path, in->header[1], in->header[2], (long long)in->size);
+                     path, in->header[1], in->header[2], (wide)in->size);
 }
 
 void gpt2_loader_close(GPT2Loader *l) {
@@ -1364,7 +1359,7 @@ GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuff
     if (batches) return l;
     if (!failed)
         gpt2_fail("the shards '%s' have %lld tokens, expected B·T + 1 = %lld or more in one; use a smaller batch", pattern,
-                  (long long)l->at.tokens, (long long)B * T + 1);
+                  (wide)l->at.tokens, (wide)B * T + 1);
     gpt2_loader_close(l);
     return NULL;
 }
@@ -1401,7 +1396,7 @@ int gpt2_loader_next(GPT2Loader *l, int32_t *x, int32_t *y) {
     int failed = tokens < 0;
     if (!failed && tokens != l->sizes[file])
         failed = gpt2_fail("token shard '%s' has %lld tokens, it had %lld: it changed during the run", in.path,
-                           (long long)tokens, (long long)l->sizes[file]);
+                           (wide)tokens, (wide)l->sizes[file]);
     for (int b = 0; b < l->B && !failed; b++) {
         const uint64_t row = (uint64_t)l->at.row + (uint64_t)b;
         const int64_t first = offset + T * (int64_t)(l->shuffle ? permuted(row, (uint64_t)rows, key) : row);
@@ -1409,7 +1404,7 @@ int gpt2_loader_next(GPT2Loader *l, int32_t *x, int32_t *y) {
         for (int64_t t = 0; t <= T && !failed; t++) {
             if (l->row[t] >= l->V)
                 failed = gpt2_fail("token %lld of '%s' is %d, expected less than V = %d: it is of another vocabulary",
-                                   (long long)(first + t), in.path, l->row[t], l->V);
+                                   (wide)(first + t), in.path, l->row[t], l->V);
             if (t < T) x[b * T + t] = l->row[t];
             if (t > 0) y[b * T + t - 1] = l->row[t];
         }
@@ -1501,7 +1496,7 @@ GPT2Tokenizer *gpt2_tokenizer_load(const char *path) {
     fclose(in.f);
     if (failed) {
         gpt2_fail("tokenizer '%s' has version %d, %lld tokens and %lld bytes, expected version 2 and a length byte and as "
-                  "many bytes for each token", path, in.header[1], (long long)V, (long long)size);
+                  "many bytes for each token", path, in.header[1], (wide)V, (wide)size);
         gpt2_tokenizer_free(t);
         return NULL;
     }
@@ -1537,7 +1532,7 @@ typedef struct {                          /* what a state file has between its h
 enum { MODEL_FILE, STATE_FILE, DONE_FILE };
 static int run_path(char path[4096], const char *dir, int which, int64_t step) {
     static const char *formats[] = {"%s/model_%08lld.bin", "%s/state_%08lld_00000.bin", "%s/DONE_%08lld"};
-    return snprintf(path, 4096, formats[which], dir, (long long)step) < 4096 ? 0 : gpt2_fail("'%s' is too long", dir);
+    return snprintf(path, 4096, formats[which], dir, (wide)step) < 4096 ? 0 : gpt2_fail("'%s' is too long", dir);
 }
 
 int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, const GPT2Progress *progress,
@@ -1585,12 +1580,12 @@ int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader,
     if (!failed && (in.header[1] != 1 || memcmp(in.header + 2, &c, sizeof c) ||
                     in.size != 1024 + (int64_t)sizeof state + 8 * tensors_size(&c)))
         failed = gpt2_fail("training state '%s' has version %d and %lld bytes and does not fit the model beside it", path,
-                           in.header[1], (long long)in.size);
+                           in.header[1], (wide)in.size);
     if (!failed && (was->T != now->T || was->tokens != now->tokens || was->seed != now->seed))
         failed = gpt2_fail("training state '%s' is of a run with T %lld, %lld tokens, seed %llu, this one has %lld, %lld, "
-                           "%llu; resume with the same data and settings", path, (long long)was->T,
-                           (long long)was->tokens, (unsigned long long)was->seed, (long long)now->T,
-                           (long long)now->tokens, (unsigned long long)now->seed);
+                           "%llu; resume with the same data and settings", path, (wide)was->T,
+                           (wide)was->tokens, (unsigned long long)was->seed, (wide)now->T,
+                           (wide)now->tokens, (unsigned long long)now->seed);
     failed = failed || tensors_copy(model, GPT2_MOMENT1, &in, 0, 0) || tensors_copy(model, GPT2_MOMENT2, &in, 0, 0);
     fclose(in.f);
     if (failed) return -1;
@@ -1625,7 +1620,7 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
     int failed = !x || !ours || !theirs, wrong = 0;
     if (!fits)
         failed = gpt2_fail("reference '%s' has version %d, B %d, T %d and %lld bytes and does not fit this model", path,
-                           in.header[1], in.header[2], in.header[3], (long long)in.size);
+                           in.header[1], in.header[2], in.header[3], (wide)in.size);
     memset(rows, 0, GPT2_DIFFS * sizeof *rows);
     gpt2_zero_grad(model);
     failed = failed || file_read(&in, x, 2 * (size_t)N * sizeof *x) || gpt2_logits(model, x, (int)B, (int)T, 0, ours) ||
@@ -1660,58 +1655,59 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
 /* ===========================================================================================================
    4. main: the flags are karpathy/llm.c's, so that its launch scripts work with the binary's name changed
    =========================================================================================================== */
+enum { TEXT, NUMBER, GPU_ONLY };
 static struct {
     const char *name, *value;
-    double least;                         /* of a number; NAN for text, INFINITY for what only a GPU has */
+    int kind, least;                      /* least: of a number */
     const char *help;
 } flags[] = {
-    {"-i", "dev/data/tinyshakespeare/tiny_shakespeare_train.bin", NAN, "training shards, a glob"},
-    {"-j", "dev/data/tinyshakespeare/tiny_shakespeare_val.bin", NAN, "validation shards, a glob"},
-    {"-e", "d12", NAN, "model file, or from scratch d2 d4 d6 d12 d24 d36 d48 (d12 is GPT-2 124M)"},
-    {"-o", "", NAN, "run directory for main.log and checkpoints"},
-    {"-n", "0", 0, "checkpoint every so many steps and at the end, 0: never"},
-    {"-nk", "0", 0, "checkpoints to keep, 0: all"},
-    {"-nm", "0", 0, "checkpoints of every so many steps are never deleted"},
-    {"-y", "0", 0, "1: resume from the newest checkpoint in the run directory"},
-    {"-b", "4", 1, "B, sequences in a micro-batch"},
-    {"-t", "1024", 1, "T, tokens in a sequence"},
-    {"-d", "0", 0, "tokens in a whole batch, a multiple of B T; 0: B T"},
-    {"-x", "-1", -1, "steps, -1: one epoch"},
-    {"-k", "cosine", NAN, "learning-rate schedule: cosine linear constant wsd"},
-    {"-l", "3e-4", 0, "learning rate"},
-    {"-u", "0", 0, "warm-up steps"},
-    {"-q", "1", 0, "final learning rate, a fraction of -l"},
-    {"-c", "0", 0, "weight decay"},
-    {"-sl", "0", 0, "skip steps whose loss has a z-score over this, 0: none"},
-    {"-sg", "0", 0, "skip steps whose gradient norm has a z-score over this, 0: none"},
-    {"-v", "20", 0, "validate every so many steps"},
-    {"-m", "20", 1, "validation batches at most"},
-    {"-s", "20", 0, "sample every so many steps"},
-    {"-g", "64", 0, "tokens in a sample"},
-    {"-h", "0", 0, "1: HellaSwag (not yet built)"},
-    {"-a", "0", 0, "1: overfit one batch"},
-    {"--check", "", NAN, "compare the model of -e with this saved reference, and stop"},
-    {"-f", "", INFINITY, "GPU only, ignored here, like the next ones"},
-    {"-w", "", INFINITY, ""}, {"-ge", "", INFINITY, ""}, {"-z", "", INFINITY, ""}, {"-r", "", INFINITY, ""},
-    {"-lg", "", INFINITY, ""},
+    {"-i", "dev/data/tinyshakespeare/tiny_shakespeare_train.bin", TEXT, 0, "training shards, a glob"},
+    {"-j", "dev/data/tinyshakespeare/tiny_shakespeare_val.bin", TEXT, 0, "validation shards, a glob"},
+    {"-e", "d12", TEXT, 0, "model file, or from scratch d2 d4 d6 d12 d24 d36 d48 (d12 is GPT-2 124M)"},
+    {"-o", "", TEXT, 0, "run directory for main.log and checkpoints"},
+    {"-n", "0", NUMBER, 0, "checkpoint every so many steps and at the end, 0: never"},
+    {"-nk", "0", NUMBER, 0, "checkpoints to keep, 0: all"},
+    {"-nm", "0", NUMBER, 0, "checkpoints of every so many steps are never deleted"},
+    {"-y", "0", NUMBER, 0, "1: resume from the newest checkpoint in the run directory"},
+    {"-b", "4", NUMBER, 1, "B, sequences in a micro-batch"},
+    {"-t", "1024", NUMBER, 1, "T, tokens in a sequence"},
+    {"-d", "0", NUMBER, 0, "tokens in a whole batch, a multiple of B T; 0: B T"},
+    {"-x", "-1", NUMBER, -1, "steps, -1: one epoch"},
+    {"-k", "cosine", TEXT, 0, "learning-rate schedule: cosine linear constant wsd"},
+    {"-l", "3e-4", NUMBER, 0, "learning rate"},
+    {"-u", "0", NUMBER, 0, "warm-up steps"},
+    {"-q", "1", NUMBER, 0, "final learning rate, a fraction of -l"},
+    {"-c", "0", NUMBER, 0, "weight decay"},
+    {"-sl", "0", NUMBER, 0, "skip steps whose loss has a z-score over this, 0: none"},
+    {"-sg", "0", NUMBER, 0, "skip steps whose gradient norm has a z-score over this, 0: none"},
+    {"-v", "20", NUMBER, 0, "validate every so many steps"},
+    {"-m", "20", NUMBER, 1, "validation batches at most"},
+    {"-s", "20", NUMBER, 0, "sample every so many steps"},
+    {"-g", "64", NUMBER, 0, "tokens in a sample"},
+    {"-h", "0", NUMBER, 0, "1: HellaSwag (not yet built)"},
+    {"-a", "0", NUMBER, 0, "1: overfit one batch"},
+    {"--check", "", TEXT, 0, "compare the model of -e with this saved reference, and stop"},
+    {"-f", "", GPU_ONLY, 0, ""}, {"-w", "", GPU_ONLY, 0, ""}, {"-ge", "", GPU_ONLY, 0, ""},
+    {"-z", "", GPU_ONLY, 0, ""}, {"-r", "", GPU_ONLY, 0, ""}, {"-lg", "", GPU_ONLY, 0, ""},
 };
 enum { FLAGS = sizeof flags / sizeof *flags };
 
-static const char *text(const char *name) {
+static int flag_find(const char *name) {
     int i = 0;
-    while (strcmp(flags[i].name, name)) i++;
-    return flags[i].value;
+    while (i < FLAGS && strcmp(flags[i].name, name)) i++;
+    return i;
 }
 
+static const char *text(const char *name) { return flags[flag_find(name)].value; }
 static double real(const char *name) { return strtod(text(name), NULL); }
-static int64_t whole(const char *name) { return (int64_t)real(name); }
+static wide whole(const char *name) { return (wide)real(name); }
 
-/* Ends the program: with the library's sentence, or (a format is given) with the user's mistake and what to type. */
+/* Ends the program: with the library's sentence, or (given a format) with the user's mistake and how to see usage. */
 static void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
     fprintf(stderr, "train_gpt2: ");
-    vfprintf(stderr, format ? format : "%s", args);
+    vfprintf(stderr, format ? format : "", args);
     fprintf(stderr, "%s\n", format ? "; see ./train_gpt2 --help" : gpt2_error());
     exit(format ? 2 : 1);
 }
@@ -1720,22 +1716,19 @@ static void parse(int argc, char **argv) {
     if (argc == 2 && !strcmp(argv[1], "--help")) {
         printf("Trains GPT-2, or checks a model: ./train_gpt2 [FLAG VALUE]...\n");
         for (int i = 0; i < FLAGS; i++)
-            printf("  %-8s %s%s%s%s\n", flags[i].name, flags[i].help, *flags[i].value ? " (" : "", flags[i].value,
-                   *flags[i].value ? ")" : "");
+            printf("  %-8s %s%s%s\n", flags[i].name, flags[i].kind == GPU_ONLY ? "for GPUs only, ignored" : flags[i].help,
+                   *flags[i].value ? ", default " : "", flags[i].value);
         exit(0);
     }
     for (int i = 1; i < argc; i += 2) {
-        int k = 0;
-        while (k < FLAGS && strcmp(flags[k].name, argv[i])) k++;
-        if (k == FLAGS || i + 1 == argc)
-            die("%s %s", argv[i], k == FLAGS ? "is not a flag" : "needs a value");
+        const int k = flag_find(argv[i]);
+        if (k == FLAGS || i + 1 == argc) die("%s %s", argv[i], k == FLAGS ? "is not a flag" : "needs a value");
         char *end;
         const double value = strtod(argv[i + 1], &end);
+        if (flags[k].kind == GPU_ONLY) fprintf(stderr, "train_gpt2: %s is for GPUs only and is ignored\n", argv[i]);
+        if (flags[k].kind == NUMBER && (end == argv[i + 1] || *end || !(value >= flags[k].least && value < 1e15)))
+            die("%s is '%s', expected a number from %d on", argv[i], argv[i + 1], flags[k].least);
         flags[k].value = argv[i + 1];
-        if (isinf(flags[k].least))
-            fprintf(stderr, "train_gpt2: %s is for GPUs only and is ignored\n", argv[i]);
-        else if (!isnan(flags[k].least) && (end == argv[i + 1] || *end || !(value >= flags[k].least && value < 1e15)))
-            die("%s is '%s', expected a number from %g on", argv[i], argv[i + 1], flags[k].least);
     }
 }
 
@@ -1746,17 +1739,17 @@ static void on_signal(int number) {
     signal(number, SIG_DFL);              /* the second time, quit at once */
 }
 
-/* The decode table of the run directory, of the shards' folder, or llm.c's in the working directory; or NULL. */
+/* The decode table: the run directory's, the one beside the shards, or llm.c's in the working directory; or NULL. */
 static GPT2Tokenizer *tokenizer_find(void) {
+    char paths[3][4096] = {"", "", "gpt2_tokenizer.bin"};
     const char *shards = text("-i"), *slash = strrchr(shards, '/');
-    const char *folders[] = {*text("-o") ? text("-o") : ".", slash ? shards : ".", "."};
+    snprintf(paths[0], sizeof *paths, "%s/tokenizer.bin", *text("-o") ? text("-o") : ".");
+    snprintf(paths[1], sizeof *paths, "%.*stokenizer.bin", slash ? (int)(slash - shards) + 1 : 0, shards);
     for (int i = 0; i < 3; i++) {
-        char path[4096];
-        const int length = i == 1 && slash ? (int)(slash - shards) : (int)strlen(folders[i]);
-        snprintf(path, sizeof path, "%.*s/%s", length, folders[i], i < 2 ? "tokenizer.bin" : "gpt2_tokenizer.bin");
-        GPT2Tokenizer *t = access(path, F_OK) ? NULL : gpt2_tokenizer_load(path);
-        if (!t && !access(path, F_OK)) die(NULL);
-        if (t) return t;
+        if (access(paths[i], F_OK)) continue;
+        GPT2Tokenizer *t = gpt2_tokenizer_load(paths[i]);
+        if (!t) die(NULL);
+        return t;
     }
     return NULL;
 }
@@ -1812,10 +1805,10 @@ int main(int argc, char **argv) {
     parse(argc, argv);
     if (*text("--check")) return check();
     const int B = (int)fmin(whole("-b"), 1 << 24), T = (int)fmin(whole("-t"), 1 << 24), every = (int)whole("-n");
-    const int64_t BT = (int64_t)B * T, total = whole("-d") ? whole("-d") : BT, accumulate = total / BT;
+    const wide BT = (wide)B * T, total = whole("-d") ? whole("-d") : BT, accumulate = total / BT;
     const char *out = text("-o");
     if (total % BT)
-        die("-d is %s, expected a multiple of -b times -t, %lld", text("-d"), (long long)BT);
+        die("-d is %s, expected a multiple of -b times -t, %lld", text("-d"), BT);
     if ((every || whole("-y")) && !*out) die("-n and -y need a run directory, -o DIR");
     if (whole("-h"))
         fprintf(stderr, "train_gpt2: HellaSwag (-h 1) is not built yet; the run goes on without it\n");
@@ -1823,7 +1816,7 @@ int main(int argc, char **argv) {
     GPT2Config config;
     GPT2Progress progress = {.rng = seed};
     GPT2Tokenizer *tokenizer = tokenizer_find();
-    const int64_t newest = whole("-y") ? gpt2_newest(out) : -1;
+    const wide newest = whole("-y") ? gpt2_newest(out) : -1;
     GPT2 *model = model_find(newest, tokenizer, seed);
     if (!model) die(NULL);
     gpt2_config(model, &config);
@@ -1843,7 +1836,7 @@ int main(int argc, char **argv) {
 
     int64_t shards, tokens;
     gpt2_loader_size(loader, &shards, &tokens, NULL);
-    const int64_t steps = whole("-x") >= 0 ? whole("-x") : tokens / total, begin = progress.step;
+    const wide steps = whole("-x") >= 0 ? whole("-x") : tokens / total, begin = progress.step;
     const int32_t start = config.V == 256 ? '\n' : tokenizer && tokenizer->end >= 0 ? tokenizer->end : config.V - 1;
     const double ceiling = gpt2_ceiling(), flops = gpt2_flops_per_token(&config, T), began = seconds();
     int32_t *x = memory(2 * (size_t)BT * sizeof *x);
@@ -1852,17 +1845,17 @@ int main(int argc, char **argv) {
     printf("L %d, NH %d, C %d, V %d, context %d: %.1fM parameters; %s\n", config.L, config.NH, config.C, config.V,
            config.max_T, (double)gpt2_parameters(&config) * 1e-6, newest >= 0 ? "resumed" : text("-e"));
     printf("%lld tokens in %lld shards; steps %lld to %lld of %lld tokens, %lld micro-batches of %d x %d\n",
-           (long long)tokens, (long long)shards, (long long)begin, (long long)steps, (long long)total,
-           (long long)accumulate, B, T);
+           (wide)tokens, (wide)shards, begin, steps, total,
+           accumulate, B, T);
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
-    for (int64_t step = begin;; step++) {
+    for (wide step = begin;; step++) {
         const int last = step >= steps;
         float loss;
         if (val && (last || (whole("-v") && step % whole("-v") == 0))) {
             if (gpt2_evaluate(model, val, whole("-m"), &loss)) die(NULL);
             printf("val loss %.4f\n", loss);
-            if (log) fprintf(log, "s:%lld tel:%.4f\n", (long long)step, loss);
+            if (log) fprintf(log, "s:%lld tel:%.4f\n", step, loss);
         }
         if (whole("-g") && (last || (whole("-s") && step && step % whole("-s") == 0)))
             sample(model, tokenizer, &progress, start, whole("-g"));
@@ -1874,7 +1867,7 @@ int main(int argc, char **argv) {
 
         const double tick = seconds();
         double mean = 0;
-        for (int64_t micro = 0; micro < accumulate; micro++) {
+        for (wide micro = 0; micro < accumulate; micro++) {
             if (whole("-a")) gpt2_loader_reset(loader);
             if (gpt2_loader_next(loader, x, x + BT) ||
                 gpt2_forward(model, x, x + BT, B, T, 1.0f / (float)accumulate, &loss) || gpt2_backward(model))
@@ -1887,7 +1880,7 @@ int main(int argc, char **argv) {
         const int skip = (real("-sl") > 0 && z_loss > real("-sl")) || (real("-sg") > 0 && z_norm > real("-sg"));
         if (!isfinite(mean) || !isfinite(norm))
             gpt2_fail("step %lld has loss %f and gradient norm %f: training diverged; use a lower learning rate",
-                      (long long)step, mean, norm);
+                      step, mean, norm);
         if (lr < 0 || !isfinite(mean) || !isfinite(norm) ||
             (!skip && gpt2_update(model, lr, 0.9f, 0.95f, 1e-8f, (float)real("-c"), 1.0f)))
             die(NULL);
@@ -1895,15 +1888,15 @@ int main(int argc, char **argv) {
         progress.step = step + 1;
         const double took = seconds() - tick, pace = (seconds() - began) / (double)(step + 1 - begin);
         printf("step %lld/%lld | loss %.6f | lr %.2e | norm %.4f | %.0f ms | %.0f tok/s | %.0f%% of ceiling | %.0f s "
-               "left%s\n", (long long)step + 1, (long long)steps, mean, lr, norm, took * 1e3, (double)total / took,
+               "left%s\n", step + 1, steps, mean, lr, norm, took * 1e3, (double)total / took,
                100 * flops * (double)total / took / ceiling, pace * (double)(steps - step - 1),
                skip ? " | an outlier, skipped" : "");
         fflush(stdout);
         if (log)
-            fprintf(log, "s:%lld trl:%.4f lr:%.6f norm:%.2f\n", (long long)step, mean, lr, norm);
+            fprintf(log, "s:%lld trl:%.4f lr:%.6f norm:%.2f\n", step, mean, lr, norm);
     }
     if (interrupted)
-        printf("interrupted after step %lld; %s\n", (long long)progress.step,
+        printf("interrupted after step %lld; %s\n", (wide)progress.step,
                *out ? "the same command with -y 1 resumes" : "without -o nothing was saved");
     if (log) fclose(log);
     free(x);
