@@ -4,17 +4,18 @@
      ./train_gpt2 -e d12 -i 'train_*.bin' -j 'val_*.bin' -o run
      ./train_gpt2 --help                       lists every flag
 
-What it is: the whole of GPT-2 (Radford et al. 2019) with its backward pass, AdamW, and the files that a run
-reads and writes. What it refuses to be: a tensor library, an autograd, a tokenizer (text becomes tokens in
-train_gpt2.py). To be read from top to bottom:
+   What it is: the whole of GPT-2 (Radford et al. 2019) with its backward pass, AdamW, and the files that a
+   run reads and writes. What it refuses to be: a tensor library, an autograd, a tokenizer (text becomes
+   tokens in train_gpt2.py). To be read from top to bottom:
 
      1. The C API      what the driver, the tests and main() may call; documented here and nowhere else
      2. The model      vectors, matrix product, layers forward and backward, GPT-2, AdamW
      3. The host half  model files, token shards, schedule, sampling, checkpoints, check against a reference
      4. main           the command line
 
-The host half reaches the model only through the API, so that another model half (CUDA) can stand in for
-section 2: -DGPT2_NO_MODEL leaves that out, -DGPT2_NO_MAIN section 4; -DGPT2_API_ONLY stops after section 1. */
+   The host half reaches the model only through the API, so that another model half (CUDA) can stand in for
+   section 2: -DGPT2_NO_MODEL leaves that out, -DGPT2_NO_MAIN section 4; -DGPT2_API_ONLY stops after section
+   1. */
 
 #define _GNU_SOURCE
 #include <stddef.h>
@@ -22,11 +23,12 @@ section 2: -DGPT2_NO_MODEL leaves that out, -DGPT2_NO_MAIN section 4; -DGPT2_API
 
 /* ===========================================================================================================
    1. The C API
-   A function that can fail returns 0 or a pointer on success, -1 or NULL on failure, and gpt2_error() then has
-   one sentence about it (per thread, until the thread's next failure). Nothing here prints or exits. Arrays
-   belong to the caller. Sizes: B sequences (batch) of T positions (time), C channels, NH heads, L layers, V
-   tokens in the vocabulary, Vp = V rounded up to a multiple of 128 (the rows that wte has in memory and file).
-   =========================================================================================================== */
+   A function that can fail returns 0 or a pointer on success, -1 or NULL on failure, and gpt2_error() then
+   has one sentence about it (per thread, until the thread's next failure). Nothing here prints or exits.
+   Arrays belong to the caller. Sizes: B sequences (batch) of T positions (time), C channels, NH heads, L
+   layers, V tokens in the vocabulary, Vp = V rounded up to a multiple of 128 (the rows that wte has in memory
+   and file).
+   ======================================================================================================== */
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -43,7 +45,7 @@ const char *gpt2_error(void);
 /* --- the model (section 2) --- */
 
 GPT2 *gpt2_create(const GPT2Config *config);     /* all parameters 0; see gpt2_init, gpt2_load */
-void gpt2_free(GPT2 *model);                     /* NULL is allowed, here and in the other functions that free */
+void gpt2_free(GPT2 *model);                     /* this one and its like allow NULL */
 void gpt2_config(const GPT2 *model, GPT2Config *out);
 
 /* Copies `count` elements from `first` on of a tensor (an index of gpt2_tensor) of a kind, out or in. */
@@ -54,7 +56,8 @@ int gpt2_set(GPT2 *model, int tensor, int kind, int64_t first, int64_t count, co
    grad_scale 0 only evaluates. Otherwise the gradient of grad_scale · loss is to be *added* to the gradients:
    its classifier part here (the logits exist only a chunk at a time and are not made twice), the rest by the
    gpt2_backward that must follow. To accumulate n micro-batches, give each the scale 1/n. */
-int gpt2_forward(GPT2 *model, const int32_t *x, const int32_t *y, int B, int T, float grad_scale, float *loss);
+int gpt2_forward(GPT2 *model, const int32_t *x, const int32_t *y, int B, int T, float grad_scale,
+                 float *loss);
 int gpt2_backward(GPT2 *model);
 void gpt2_zero_grad(GPT2 *model);
 
@@ -74,8 +77,8 @@ double gpt2_ceiling(void);                       /* FLOP/s that no step can exce
 /* --- the host half (section 3) --- */
 
 /* Tensor 0…15 in file order: wte wpe ln1w ln1b qkvw qkvb attprojw attprojb ln2w ln2b fcw fcb fcprojw fcprojb
-   lnfw lnfb. Returns its number of elements (-1 for a bad index), its name and its shape, L first where it has
-   layers, 0 for dimensions that it has not; either may be NULL. */
+   lnfw lnfb. Returns its number of elements (-1 for a bad index), its name and its shape, L first where it
+   has layers, 0 for dimensions that it has not; either may be NULL. */
 int64_t gpt2_tensor(const GPT2Config *config, int index, const char **name, int64_t shape[3]);
 enum { GPT2_DECAYED = 1 | 1 << 1 | 1 << 4 | 1 << 6 | 1 << 10 | 1 << 12 };     /* bit i: tensor i decays */
 int64_t gpt2_parameters(const GPT2Config *config);                 /* without padding */
@@ -87,9 +90,10 @@ int gpt2_init(GPT2 *model, uint64_t seed);       /* as GPT-2: N(0, 0.02), residu
 GPT2 *gpt2_load(const char *path);               /* model file, version 3 (fp32) or 5 (bf16) */
 int gpt2_save(GPT2 *model, const char *path, int version);
 
-/* Batches of B rows of T tokens and their successors, from the shards that a glob matches, in the names' order.
-   A row never crosses shards; what a shard has after its last whole batch is skipped. With shuffle every epoch
-   takes the shards in another order, and of each the rows in another order from another offset. */
+/* Batches of B rows of T tokens and their successors, from the shards that a glob matches, in the names'
+   order. A row never crosses shards; what a shard has after its last whole batch is skipped. With shuffle
+   every epoch takes the shards in another order, and of each the rows in another order from another offset.
+   */
 typedef struct GPT2Loader GPT2Loader;
 GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuffle, uint64_t seed);
 void gpt2_loader_close(GPT2Loader *loader);
@@ -130,8 +134,9 @@ typedef struct {
 /* z-score of a value against a full window (NaN before it is full), then its place in the window. */
 double gpt2_zscore(GPT2Progress *progress, int window, double value);
 
-/* model_%08d.bin, state_%08d_00000.bin and, when they are whole, DONE_%08d. Then the checkpoint that is
-   keep · every steps older goes, unless keep is 0 or its step a multiple of major (0: none). loader may be NULL. */
+/* model_%08d.bin, state_%08d_00000.bin and, when they are whole, DONE_%08d. Then the checkpoint that is keep
+   · every steps older goes, unless keep is 0 or its step a multiple of major (0: none). loader may be NULL.
+   */
 int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, const GPT2Progress *progress,
                     int64_t every, int64_t keep, int64_t major);
 int64_t gpt2_newest(const char *dir);            /* step of the newest whole checkpoint, -1: none */
@@ -148,7 +153,7 @@ typedef struct {
 } GPT2Diff;
 int gpt2_check(GPT2 *model, const char *reference, double tolerance, GPT2Diff rows[GPT2_DIFFS]);
 #pragma GCC visibility pop
-int gpt2_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));     /* -1; gpt2_error is the sentence */
+int gpt2_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));     /* returns -1 */
 #ifdef __cplusplus
 }
 #endif
@@ -174,7 +179,7 @@ static int omp_get_thread_num(void) { return 0; }
 #endif
 
 typedef long long wide;                   /* what %lld prints */
-static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 static double seconds(void) {
     struct timespec now;
@@ -185,11 +190,12 @@ static double seconds(void) {
 #ifndef GPT2_NO_MODEL
 /* ===========================================================================================================
    2. The model
-   =========================================================================================================== */
+   ======================================================================================================== */
 
 /* --- Vectors -----------------------------------------------------------------------------------------------
-   One source for every processor: GCC's and Clang's vector extension with the width of the target's registers.
-   Loads and stores go through memcpy, which compiles to one unaligned move and takes part of a vector at an edge. */
+   One source for every processor: GCC's and Clang's vector extension with the width of the target's
+   registers. Loads and stores go through memcpy, which compiles to one unaligned move and takes part of a
+   vector at an edge. */
 #ifndef LANES
 #if defined(__AVX512F__)
 #define LANES 16
@@ -234,10 +240,10 @@ static inline float vtop(vf v) {
     return top;
 }
 
-/* e^x to about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, then the Taylor series of e^r, whose ninth term is below
-   half an ulp, times 2^n put together from its bits. Adding 1.5·2^23 rounds to an integer and leaves it in the low
-   bits. ln 2 is taken off in two parts, the first with so few bits that n times it is exact (Cody & Waite 1980).
-   Below -88 the result is 0, above 88 it stays at e^88; NaN stays NaN. */
+/* e^x to about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, then the Taylor series of e^r, whose ninth term is
+   below half an ulp, times 2^n put together from its bits. Adding 1.5·2^23 rounds to an integer and leaves it
+   in the low bits. ln 2 is taken off in two parts, the first with so few bits that n times it is exact (Cody
+   & Waite 1980). Below -88 the result is 0, above 88 it stays at e^88; NaN stays NaN. */
 static inline vf vexp(vf x) {
     const float magic = 12582912.0f;
     x = vselect(x < -88.0f, SPLAT(-88.0f), x);
@@ -254,18 +260,19 @@ static inline vf vexp(vf x) {
 }
 
 /* --- Matrix product ----------------------------------------------------------------------------------------
-   C = A·B after Goto & van de Geijn (2008, "Anatomy of High-Performance Matrix Multiplication"). A tile of
-   MR × NR results stays in registers while k runs; a step of k takes MR values of A and NR of B, so both are
-   first packed into panels in which these lie side by side: A in panels of MR rows, B in panels of NR columns.
+   C = A·B after Goto & van de Geijn (2008, "Anatomy of High-Performance Matrix Multiplication"). A tile of MR
+   × NR results stays in registers while k runs; a step of k takes MR values of A and NR of B, so both are
+   first packed into panels in which these lie side by side: A in panels of MR rows, B in panels of NR
+   columns.
 
      registers   MR × NV sums, NV vectors of B, a broadcast of A: 6 × 2 fill 16 registers, 12 × 2 fill 32
      L1          a panel of B: KC × NR floats are three quarters of 32 KiB
      L2          a block of A: MC × KC floats, packed by the thread that uses it
      L3          a block of B: KB × NC floats, packed by all threads together
 
-   Rows and columns have strides, so that one function serves the three products of a linear layer. GPT-2's sizes
-   are multiples of NR (8, 16, 32); a tile at an edge is computed whole, in a buffer. Threads share out blocks of
-   C, and a sum over k runs in the same order whoever takes it: the bits do not depend on them. */
+   Rows and columns have strides, so that one function serves the three products of a linear layer. GPT-2's
+   sizes are multiples of NR (8, 16, 32); a tile at an edge is computed whole, in a buffer. Threads share out
+   blocks of C, and a sum over k runs in the same order whoever takes it: the bits do not depend on them. */
 enum {
     NV = 2,
     NR = NV * LANES,
@@ -316,8 +323,8 @@ static inline void transpose4(float *dst, size_t step, const float *src, size_t 
     memcpy(dst + 3 * step, &d, sizeof d);
 }
 
-/* Packs `lines` lines of kc floats into panels of R: dst[panel][k][r] = src[(panel * R + r) * line + k * step], 0
-   where there is no line. One of line and step is 1. Inlined, so that R is a constant. */
+/* Packs `lines` lines of kc floats into panels of R: dst[panel][k][r] = src[(panel * R + r) * line + k *
+   step], 0 where there is no line. One of line and step is 1. Inlined, so that R is a constant. */
 static inline __attribute__((always_inline))
 void pack(float *dst, const float *src, size_t line, size_t step, size_t lines, size_t kc, size_t R) {
     const size_t group = round_up(16, R);     /* where lines lie side by side, read whole cache lines */
@@ -330,7 +337,7 @@ void pack(float *dst, const float *src, size_t line, size_t step, size_t lines, 
     for (; first < lines; first += R) {
         const float *s = src + first * line;
         float *d = dst + first * kc;
-        size_t n = min_size(R, lines - first), r = 0;
+        size_t n = min(R, lines - first), r = 0;
         if (n < R) memset(d, 0, R * kc * sizeof *d);
         for (; step == 1 && r + 4 <= n; r += 4) {
             size_t k = 0;
@@ -369,8 +376,8 @@ static inline void kernel(float *c, size_t ldc, const float *a, const float *b, 
 }
 
 /* c (M,N) = packed a · packed b over kc terms; a_panel floats lie between panels of a, b_panel of b. */
-static void block(float *c, size_t ldc, const float *a, size_t a_panel, const float *b, size_t b_panel, size_t M,
-                  size_t N, size_t kc, const float *bias, int add) {
+static void block(float *c, size_t ldc, const float *a, size_t a_panel, const float *b, size_t b_panel,
+                  size_t M, size_t N, size_t kc, const float *bias, int add) {
     for (size_t j = 0; j < N; j += NR, b += b_panel)
         for (size_t i = 0; i < M; i += MR) {
             const float *panel = a + i / MR * a_panel;
@@ -380,14 +387,15 @@ static void block(float *c, size_t ldc, const float *a, size_t a_panel, const fl
                 continue;
             }
             kernel(tile, NR, panel, b, kc, NULL, 0);
-            for (size_t r = 0; r < min_size(MR, M - i); r++)
-                for (size_t s = 0; s < min_size(NR, N - j); s++)
-                    to[r * ldc + s] = tile[r * NR + s] + (add ? to[r * ldc + s] : 0) + (bias ? bias[j + s] : 0);
+            for (size_t r = 0; r < min(MR, M - i); r++)
+                for (size_t s = 0; s < min(NR, N - j); s++)
+                    to[r * ldc + s] =
+                        tile[r * NR + s] + (add ? to[r * ldc + s] : 0) + (bias ? bias[j + s] : 0);
         }
 }
 
-/* The size of pieces of n, multiples of unit and about `most` at most, their number a multiple of `parts`: 256
-   rows on two threads make two pieces, and not one and a rest. */
+/* The size of pieces of n, multiples of unit and about `most` at most, their number a multiple of `parts`:
+   256 rows on two threads make two pieces, and not one and a rest. */
 static size_t even_pieces(size_t n, size_t most, size_t unit, size_t parts) {
     size_t pieces = round_up((n + most - 1) / most, parts);
     return round_up((n + pieces - 1) / pieces, unit);
@@ -401,63 +409,64 @@ static void gemm(const Workspace *ws, float *c, size_t ldc, Matrix a, Matrix b, 
 #pragma omp parallel num_threads(ws->threads)
     for (size_t j = 0; j < N; j += nc)
         for (size_t k = 0; k < K; k += kb) {
-            const size_t columns = min_size(nc, N - j), depth = min_size(kb, K - k), wide = round_up(columns, NR);
+            const size_t columns = min(nc, N - j), depth = min(kb, K - k), wide = round_up(columns, NR);
 #pragma omp for schedule(static)
             for (size_t p = 0; p < columns; p += NR)
                 for (size_t i = 0; i < depth; i += kc)
-                    pack(ws->pack_b + i * wide + p * min_size(kc, depth - i),
+                    pack(ws->pack_b + i * wide + p * min(kc, depth - i),
                                  b.p + (k + i) * b.row + (j + p) * b.col, b.col, b.row,
-                                 min_size(NR, columns - p), min_size(kc, depth - i), NR);
+                                 min(NR, columns - p), min(kc, depth - i), NR);
 #pragma omp for schedule(dynamic)
             for (size_t m = 0; m < M; m += mc)
                 for (size_t i = 0; i < depth; i += kc) {
-                    const size_t terms = min_size(kc, depth - i), rows = min_size(mc, M - m);
+                    const size_t terms = min(kc, depth - i), rows = min(mc, M - m);
                     float *pack_a = ws->pack_a + (size_t)omp_get_thread_num() * MC * KC;
                     pack(pack_a, a.p + m * a.row + (k + i) * a.col, a.row, a.col, rows, terms, MR);
-                    block(c + m * ldc + j, ldc, pack_a, MR * terms, ws->pack_b + i * wide, NR * terms, rows, columns,
-                          terms, bias && k + i == 0 ? bias + j : NULL, add || k + i > 0);
+                    block(c + m * ldc + j, ldc, pack_a, MR * terms, ws->pack_b + i * wide, NR * terms, rows,
+                          columns, terms, bias && k + i == 0 ? bias + j : NULL, add || k + i > 0);
                 }
         }
 }
 
 /* --- Layers ------------------------------------------------------------------------------------------------
-   Pure functions over plain arrays: outputs first, dimensions last, N = B·T rows. A backward function adds to the
-   gradients of parameters if `add`, and overwrites them if not. */
+   Pure functions over plain arrays: outputs first, dimensions last, N = B·T rows. A backward function adds to
+   the gradients of parameters if `add`, and overwrites them if not. */
 
 /* out (B,T,C) = wte[x] + wpe[t] */
-static void encoder_forward(float *out, const int32_t *x, const float *wte, const float *wpe, size_t B, size_t T,
-                            size_t C) {
+static void encoder_forward(float *out, const int32_t *x, const float *wte, const float *wpe, size_t B,
+                            size_t T, size_t C) {
 #pragma omp parallel for
     for (size_t n = 0; n < B * T; n++)
         for (size_t c = 0; c < C; c++)
             out[n * C + c] = wte[(size_t)x[n] * C + c] + wpe[n % T * C + c];
 }
 
-/* Always adds: to dwte (Vp,C), where the classifier was first, and to T rows of dwpe (max_T,C). Rows of the same
-   token meet, so threads share out the columns. */
-static void encoder_backward(float *dwte, float *dwpe, const float *dout, const int32_t *x, size_t B, size_t T,
-                             size_t C) {
+/* Always adds: to dwte (Vp,C), where the classifier was first, and to T rows of dwpe (max_T,C). Rows of the
+   same token meet, so threads share out the columns. */
+static void encoder_backward(float *dwte, float *dwpe, const float *dout, const int32_t *x, size_t B,
+                             size_t T, size_t C) {
     enum { COLUMNS = 64 };
 #pragma omp parallel for
     for (size_t first = 0; first < C; first += COLUMNS)
         for (size_t n = 0; n < B * T; n++)
-            for (size_t c = first; c < min_size(first + COLUMNS, C); c++) {
+            for (size_t c = first; c < min(first + COLUMNS, C); c++) {
                 dwte[(size_t)x[n] * C + c] += dout[n * C + c];
                 dwpe[n % T * C + c] += dout[n * C + c];
             }
 }
 
-/* db (C) = Σ dout over rows and, unless inp is NULL, dw (C) = Σ dout · (inp - mean) · rstd. Partial sums of ROWS
-   rows: the error of a sum in order grows with its length. */
+/* db (C) = Σ dout over rows and, unless inp is NULL, dw (C) = Σ dout · (inp - mean) · rstd. Partial sums of
+   ROWS rows: the error of a sum in order grows with its length. */
 static void column_sums(float *db, float *dw, const float *dout, const float *inp, const float *mean,
                         const float *rstd, size_t N, size_t C, int add) {
     enum { ROWS = 64 };
 #pragma omp parallel for
     for (size_t c = 0; c < C; c += LANES) {
-        vf sum_b = add ? vload(db + c, C - c) : SPLAT(0), sum_w = add && inp ? vload(dw + c, C - c) : SPLAT(0);
+        vf sum_b = add ? vload(db + c, C - c) : SPLAT(0),
+           sum_w = add && inp ? vload(dw + c, C - c) : SPLAT(0);
         for (size_t first = 0; first < N; first += ROWS) {
             vf part_b = {0}, part_w = {0};
-            for (size_t n = first; n < min_size(first + ROWS, N); n++) {
+            for (size_t n = first; n < min(first + ROWS, N); n++) {
                 vf d = vload(dout + n * C + c, C - c);
                 part_b += d;
                 if (inp) part_w += d * ((vload(inp + n * C + c, C - c) - mean[n]) * rstd[n]);
@@ -470,7 +479,8 @@ static void column_sums(float *db, float *dw, const float *dout, const float *in
     }
 }
 
-/* out (N,C) = (inp - mean) · rstd · w + b, over the C channels of a row (Ba, Kiros & Hinton 2016); mean and rstd
+/* out (N,C) = (inp - mean) · rstd · w + b, over the C channels of a row (Ba, Kiros & Hinton 2016); mean and
+   rstd
    = 1 / √(variance + ε), (N) each, are kept for the backward pass */
 static void layernorm_forward(float *out, float *mean, float *rstd, const float *inp, const float *w,
                               const float *b, size_t N, size_t C) {
@@ -494,7 +504,8 @@ static void layernorm_forward(float *out, float *mean, float *rstd, const float 
 
 /* With norm = (inp - mean) · rstd and g = w · dout: dinp += rstd · (g - mean(g) - norm · mean(g · norm)) */
 static void layernorm_backward(float *dinp, float *dw, float *db, const float *dout, const float *inp,
-                               const float *w, const float *mean, const float *rstd, size_t N, size_t C, int add) {
+                               const float *w, const float *mean, const float *rstd, size_t N, size_t C,
+                               int add) {
 #pragma omp parallel for
     for (size_t n = 0; n < N; n++) {
         const float *x = inp + n * C, *d = dout + n * C;
@@ -506,7 +517,8 @@ static void layernorm_backward(float *dinp, float *dw, float *db, const float *d
         }
         float mean_g = vsum(sum_g) / (float)C, mean_g_norm = vsum(sum_g_norm) / (float)C;
         for (size_t c = 0; c < C; c += LANES) {
-            vf g = vload(w + c, C - c) * vload(d + c, C - c), norm = (vload(x + c, C - c) - mean[n]) * rstd[n];
+            vf g = vload(w + c, C - c) * vload(d + c, C - c),
+               norm = (vload(x + c, C - c) - mean[n]) * rstd[n];
             vf old = vload(dinp + n * C + c, C - c);
             vstore(dinp + n * C + c, old + (g - mean_g - norm * mean_g_norm) * rstd[n], C - c);
         }
@@ -521,21 +533,21 @@ static void linear_forward(const Workspace *ws, float *out, const float *inp, co
 }
 
 /* dinp (N,C) = dout (N,OC) · w */
-static void linear_backward_input(const Workspace *ws, float *dinp, const float *dout, const float *w, size_t N,
-                                  size_t C, size_t OC) {
+static void linear_backward_input(const Workspace *ws, float *dinp, const float *dout, const float *w,
+                                  size_t N, size_t C, size_t OC) {
     gemm(ws, dinp, C, (Matrix){dout, OC, 1}, (Matrix){w, C, 1}, N, C, OC, NULL, 0);
 }
 
 /* dw (OC,C) = doutᵀ · inp, db (OC) = Σ dout over rows */
-static void linear_backward_weight(const Workspace *ws, float *dw, float *db, const float *dout, const float *inp,
-                                   size_t N, size_t C, size_t OC, int add) {
+static void linear_backward_weight(const Workspace *ws, float *dw, float *db, const float *dout,
+                                   const float *inp, size_t N, size_t C, size_t OC, int add) {
     gemm(ws, dw, C, (Matrix){dout, 1, OC}, (Matrix){inp, C, 1}, OC, C, N, NULL, add);
     column_sums(db, NULL, dout, NULL, NULL, NULL, N, OC, add);
 }
 
-/* GELU (Hendrycks & Gimpel 2016) in the tanh form, x/2 · (1 + tanh u) with u = √(2/π) (x + 0.044715 x³). As
-   1 + tanh u = 2 σ(2u), σ the logistic function, it is x σ(2u), and its derivative σ + x σ (1 - σ) 2u': no tanh,
-   and no cosh that overflows. */
+/* GELU (Hendrycks & Gimpel 2016) in the tanh form, x/2 · (1 + tanh u) with u = √(2/π) (x + 0.044715 x³). As 1
+   + tanh u = 2 σ(2u), σ the logistic function, it is x σ(2u), and its derivative σ + x σ (1 - σ) 2u': no
+   tanh, and no cosh that overflows. */
 static inline vf gelu_sigma(vf x) {
     vf twice_u = x * (1.59576912f + 0.0713548163f * x * x);
     return 1.0f / (1.0f + vexp(-twice_u));
@@ -575,8 +587,8 @@ static float softmax(float *row, size_t n, float factor, float share) {
     return top + logf(sum);
 }
 
-/* losses (N) = -log softmax(logits)[target], for rows of V logits, Vp apart, which become scale times their gradient,
-   softmax - one-hot. */
+/* losses (N) = -log softmax(logits)[target], for rows of V logits, Vp apart, which become scale times their
+   gradient, softmax - one-hot. */
 static void crossentropy(float *losses, float *logits, const int32_t *targets, size_t N, size_t V, size_t Vp,
                          float scale) {
 #pragma omp parallel for
@@ -588,9 +600,10 @@ static void crossentropy(float *losses, float *logits, const int32_t *targets, s
 }
 
 /* --- Attention ---------------------------------------------------------------------------------------------
-   out = softmax(q·kᵀ / √hs)·v for each head, of hs = C / NH channels, where a query sees the keys up to its own. A
-   head is one thread's, and goes through QUERIES rows of the scores at a time, so that there is no T × T matrix;
-   backward makes them again. A strip stays in L2, and needs no online softmax as it has all keys of its queries. */
+   out = softmax(q·kᵀ / √hs)·v for each head, of hs = C / NH channels, where a query sees the keys up to its
+   own. A head is one thread's, and goes through QUERIES rows of the scores at a time, so that there is no T ×
+   T matrix; backward makes them again. A strip stays in L2, and needs no online softmax as it has all keys of
+   its queries. */
 enum { QUERIES = 96 };
 
 static size_t attention_floats(size_t T, size_t hs) {
@@ -601,7 +614,8 @@ static size_t attention_floats(size_t T, size_t hs) {
 static Workspace attention_workspace(const Workspace *ws, size_t T) {
     const size_t thread = (size_t)omp_get_thread_num(), room = ws->own_floats - 2 * QUERIES * T;
     float *own = ws->own + thread * ws->own_floats;
-    return (Workspace){.threads = 1, .pack_a = ws->pack_a + thread * MC * KC, .pack_b = own, .own = own + room};
+    return (Workspace){
+        .threads = 1, .pack_a = ws->pack_a + thread * MC * KC, .pack_b = own, .own = own + room};
 }
 
 /* p (rows,T): the softmax of the scores of queries q … q + rows of one head, qkv (T,3C) */
@@ -625,7 +639,7 @@ static void attention_forward(const Workspace *ws, float *out, const float *qkv,
         const Workspace own = attention_workspace(ws, T);
         float *p = own.own;
         for (size_t q = 0; q < T; q += QUERIES) {
-            const size_t rows = min_size(QUERIES, T - q);
+            const size_t rows = min(QUERIES, T - q);
             attention_scores(&own, p, mine, q, rows, T, C, hs);
             gemm(&own, out + (head / NH * T + q) * C + head % NH * hs, C, (Matrix){p, T, 1},
                  (Matrix){mine + 2 * C, 3 * C, 1}, rows, hs, q + rows, NULL, 0);
@@ -633,10 +647,10 @@ static void attention_forward(const Workspace *ws, float *out, const float *qkv,
     }
 }
 
-/* dqkv (B,T,3C) from dout (B,T,C) and qkv. With P the softmax of the scores S, dP = dout·vᵀ and, for each row,
-   dS = P · (dP - Σ P dP) / √hs: dv = Pᵀ·dout, dq = dS·k, dk = dSᵀ·q. */
-static void attention_backward(const Workspace *ws, float *dqkv, const float *dout, const float *qkv, size_t B,
-                               size_t T, size_t C, size_t NH) {
+/* dqkv (B,T,3C) from dout (B,T,C) and qkv. With P the softmax of the scores S, dP = dout·vᵀ and, for each
+   row, dS = P · (dP - Σ P dP) / √hs: dv = Pᵀ·dout, dq = dS·k, dk = dSᵀ·q. */
+static void attention_backward(const Workspace *ws, float *dqkv, const float *dout, const float *qkv,
+                               size_t B, size_t T, size_t C, size_t NH) {
     const size_t hs = C / NH;
 #pragma omp parallel for schedule(dynamic) num_threads(ws->threads)
     for (size_t head = 0; head < B * NH; head++) {
@@ -645,7 +659,7 @@ static void attention_backward(const Workspace *ws, float *dqkv, const float *do
         float *p = own.own, *ds = p + QUERIES * T;
         float *dq = dqkv + at3, *dk = dq + C, *dv = dk + C;
         for (size_t q = 0; q < T; q += QUERIES) {
-            const size_t rows = min_size(QUERIES, T - q), keys = q + rows;
+            const size_t rows = min(QUERIES, T - q), keys = q + rows;
             const Matrix douts = {dout + at + q * C, C, 1};
             attention_scores(&own, p, qkv + at3, q, rows, T, C, hs);
             gemm(&own, ds, T, douts, (Matrix){qkv + at3 + 2 * C, 1, 3 * C}, rows, keys, hs, NULL, 0);
@@ -653,7 +667,8 @@ static void attention_backward(const Workspace *ws, float *dqkv, const float *do
                 const float *P = p + i * T;
                 float *S = ds + i * T;
                 vf sums = {0};
-                for (size_t j = 0; j < keys; j += LANES) sums += vload(P + j, keys - j) * vload(S + j, keys - j);
+                for (size_t j = 0; j < keys; j += LANES)
+                    sums += vload(P + j, keys - j) * vload(S + j, keys - j);
                 const float sum = vsum(sums), factor = 1 / sqrtf((float)hs);
                 for (size_t j = 0; j < keys; j += LANES)
                     vstore(S + j, vload(P + j, keys - j) * (vload(S + j, keys - j) - sum) * factor, keys - j);
@@ -662,15 +677,16 @@ static void attention_backward(const Workspace *ws, float *dqkv, const float *do
                 memset(dk + t * 3 * C, 0, hs * sizeof *dk);
                 memset(dv + t * 3 * C, 0, hs * sizeof *dv);
             }
-            gemm(&own, dq + q * 3 * C, 3 * C, (Matrix){ds, T, 1}, (Matrix){qkv + at3 + C, 3 * C, 1}, rows, hs, keys, NULL,
-                 0);
-            gemm(&own, dk, 3 * C, (Matrix){ds, 1, T}, (Matrix){qkv + at3 + q * 3 * C, 3 * C, 1}, keys, hs, rows, NULL, 1);
+            gemm(&own, dq + q * 3 * C, 3 * C, (Matrix){ds, T, 1}, (Matrix){qkv + at3 + C, 3 * C, 1}, rows, hs,
+                 keys, NULL, 0);
+            gemm(&own, dk, 3 * C, (Matrix){ds, 1, T}, (Matrix){qkv + at3 + q * 3 * C, 3 * C, 1}, keys, hs,
+                 rows, NULL, 1);
             gemm(&own, dv, 3 * C, (Matrix){p, 1, T}, douts, keys, hs, rows, NULL, 1);
         }
     }
 }
 
-/* --- GPT-2 ------------------------------------------------------------------------------------------------- */
+/* --- GPT-2 ---------------------------------------------------------------------------------------------- */
 typedef union {
     struct {
         float *wte;                       /* (Vp, C), also the classifier's weights */
@@ -686,8 +702,8 @@ typedef union {
     float *all[GPT2_TENSORS];
 } Tensors;
 
-/* The first LAYERED are kept for the backward pass, a layer after another. Outputs of layer norm and GELU are cheap to
-   make again and not kept. */
+/* The first LAYERED are kept for the backward pass, a layer after another. Outputs of layer norm and GELU are
+   cheap to make again and not kept. */
 enum { LAYERED = 9, ACTIVATIONS = 23 };
 typedef union {
     struct {
@@ -697,13 +713,13 @@ typedef union {
         float *residual2;                 /* (L, B, T, C) the residual stream between attention and MLP */
         float *ln2_mean, *ln2_rstd;       /* (L, B, T) */
         float *fc;                        /* (L, B, T, 4C) before GELU */
-        float *residual1;                 /* (L, B, T, C) the residual stream before a block, and with the next … */
-        float *residual_last;             /* (B, T, C) … after the last */
+        float *residual1;                 /* (L, B, T, C) the residual stream before a block … */
+        float *residual_last;             /* (B, T, C) … and after the last; has to come next */
         float *lnf_mean, *lnf_rstd;       /* (B, T) */
         float *losses, *x;                /* (B, T); x are the inputs, as int32 */
         float *ln, *gelu;                 /* (B, T, C), (B, T, 4C) output of a layer norm, of GELU */
         float *logits;                    /* (chunk, Vp) */
-        float *dresidual, *dln;           /* (B, T, C) gradients of the residual stream, of a layer norm's output */
+        float *dresidual, *dln;           /* (B, T, C) gradients of residual stream, of ln */
         float *dwide;                     /* (B, T, 4C) gradient of fc, or of qkv */
         float *pack_a, *pack_b, *own;     /* see Workspace */
     };
@@ -713,7 +729,7 @@ typedef union {
 struct GPT2 {
     GPT2Config config;
     size_t C, NH, L, V, Vp;
-    float *memory[4];                     /* parameters, gradients, first and second moments; NULL until needed */
+    float *memory[4];                     /* of each kind; NULL until needed */
     size_t count;                         /* floats in each */
     int64_t updates;
     int grads_empty;                      /* gradients count as 0: the next backward pass overwrites them */
@@ -780,7 +796,8 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, int train) {
         BTC, N, N, N, N, BTC, 4 * BTC, m->chunk * m->Vp,            /* residual_last … logits */
         G, G, 4 * G, threads * MC * KC, (size_t)NC * KB, threads * m->ws.own_floats,
     };
-    _Static_assert(sizeof sizes == ACTIVATIONS * sizeof *sizes && sizeof(Activations) == ACTIVATIONS * sizeof(float *),
+    _Static_assert(sizeof sizes == ACTIVATIONS * sizeof *sizes &&
+                       sizeof(Activations) == ACTIVATIONS * sizeof(float *),
                    "one size for each activation");
     for (int i = 0; i < ACTIVATIONS; i++) {
         m->act_size[i] = round_up(sizes[i], 16);
@@ -870,10 +887,12 @@ static int tokens_check(const GPT2 *m, const char *what, const int32_t *tokens, 
 /* Embedding, blocks and the last layer norm, whose output is left in the activation ln. */
 static int forward_blocks(GPT2 *m, const int32_t *x, int batch, int length, int train) {
     if (batch < 1 || length < 1 || length > m->config.max_T)
-        return gpt2_fail("batch is %d x %d tokens, expected a sequence or more of 1 to %d, the model's context", batch,
-                         length, m->config.max_T);
+        return gpt2_fail("batch is %d x %d tokens, expected a sequence or more of 1 to %d, the model's "
+                         "context",
+                         batch, length, m->config.max_T);
     if (m->backward_due && !m->grads_empty)
-        return gpt2_fail("a gradient is half added; call gpt2_backward after gpt2_forward, or gpt2_zero_grad");
+        return gpt2_fail("a gradient is half added; call gpt2_backward after gpt2_forward, or "
+                         "gpt2_zero_grad");
     m->backward_due = 0;
     const size_t B = (size_t)batch, T = (size_t)length, N = B * T, C = m->C;
     if (tokens_check(m, "x", x, N) || acts_layout(m, B, T, train)) return -1;
@@ -911,7 +930,7 @@ int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, floa
     float *dwte = m->memory[GPT2_GRAD];
     const Activations a = acts_at(m, 0);
     for (size_t n = 0; n < N; n += m->chunk) {
-        const size_t rows = min_size(m->chunk, N - n);
+        const size_t rows = min(m->chunk, N - n);
         const Matrix ln = {a.ln + n * C, C, 1};
         gemm(&m->ws, a.logits, Vp, ln, (Matrix){wte, 1, C}, rows, V, C, NULL, 0);
         crossentropy(a.losses + n, a.logits, y + n, rows, V, Vp, grad_scale / (float)N);
@@ -948,7 +967,8 @@ int gpt2_backward(GPT2 *m) {
         layernorm_forward(a.ln, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b, N, C);
         linear_backward_weight(ws, g.fcw, g.fcb, dwide, a.ln, N, C, 4 * C, add);
         linear_backward_input(ws, dln, dwide, p.fcw, N, C, 4 * C);
-        layernorm_backward(dresidual, g.ln2w, g.ln2b, dln, a.residual2, p.ln2w, a.ln2_mean, a.ln2_rstd, N, C, add);
+        layernorm_backward(dresidual, g.ln2w, g.ln2b, dln, a.residual2, p.ln2w, a.ln2_mean, a.ln2_rstd, N, C,
+                           add);
 
         linear_backward_weight(ws, g.attprojw, g.attprojb, dresidual, a.att, N, C, C, add);
         linear_backward_input(ws, dln, dresidual, p.attprojw, N, C, C);
@@ -956,7 +976,8 @@ int gpt2_backward(GPT2 *m) {
         layernorm_forward(a.ln, a.ln1_mean, a.ln1_rstd, a.residual1, p.ln1w, p.ln1b, N, C);
         linear_backward_weight(ws, g.qkvw, g.qkvb, dwide, a.ln, N, C, 3 * C, add);
         linear_backward_input(ws, dln, dwide, p.qkvw, N, C, 3 * C);
-        layernorm_backward(dresidual, g.ln1w, g.ln1b, dln, a.residual1, p.ln1w, a.ln1_mean, a.ln1_rstd, N, C, add);
+        layernorm_backward(dresidual, g.ln1w, g.ln1b, dln, a.residual1, p.ln1w, a.ln1_mean, a.ln1_rstd, N, C,
+                           add);
     }
     if (!add) memset(grads.wpe, 0, (size_t)m->config.max_T * C * sizeof *grads.wpe);
     encoder_backward(grads.wte, grads.wpe, dresidual, (const int32_t *)last.x, B, T, C);
@@ -985,14 +1006,15 @@ enum { PIECE = 1 << 14 };
 
 float gpt2_grad_norm(GPT2 *m) {
     const size_t pieces = (m->count + PIECE - 1) / PIECE;
-    double sum = 0, *squares = isnan(m->norm) && memory_of(m, GPT2_GRAD) ? malloc(pieces * sizeof *squares) : NULL;
+    double sum = 0, *squares = NULL;
+    if (isnan(m->norm) && memory_of(m, GPT2_GRAD)) squares = malloc(pieces * sizeof *squares);
     if (!squares) return m->norm;
     grads_fill(m);
     const float *g = m->memory[GPT2_GRAD];
 #pragma omp parallel for
     for (size_t i = 0; i < pieces; i++) {
         vf part = {0};
-        for (size_t k = i * PIECE; k < min_size((i + 1) * PIECE, m->count); k += LANES) {
+        for (size_t k = i * PIECE; k < min((i + 1) * PIECE, m->count); k += LANES) {
             vf v = vload(g + k, m->count - k);
             part += v * v;
         }
@@ -1020,7 +1042,7 @@ int gpt2_update(GPT2 *m, float lr, float beta1, float beta2, float eps, float de
 #pragma omp parallel for
         for (size_t first = 0; first < n; first += PIECE)
 #pragma omp simd
-            for (size_t i = first; i < min_size(first + PIECE, n); i++) {
+            for (size_t i = first; i < min(first + PIECE, n); i++) {
                 float grad = g[i] * clip;
                 m1[i] = beta1 * m1[i] + (1 - beta1) * grad;
                 m2[i] = beta2 * m2[i] + (1 - beta2) * grad * grad;
@@ -1035,7 +1057,7 @@ int gpt2_update(GPT2 *m, float lr, float beta1, float beta2, float eps, float de
 int64_t gpt2_updates(const GPT2 *m) { return m->updates; }
 void gpt2_set_updates(GPT2 *m, int64_t updates) { m->updates = updates; }
 
-/* --- The machine ------------------------------------------------------------------------------------------- */
+/* --- The machine ---------------------------------------------------------------------------------------- */
 const char *gpt2_device(void) {
     static _Thread_local char text[64];
     snprintf(text, sizeof text, "CPU, %d threads, %d floats a vector", omp_get_max_threads(), LANES);
@@ -1067,7 +1089,7 @@ double gpt2_ceiling(void) {
 #ifndef GPT2_NO_HOST
 /* ===========================================================================================================
    3. The host half
-   =========================================================================================================== */
+   ======================================================================================================== */
 static _Thread_local char error_text[1024] = "no error";
 
 int gpt2_fail(const char *format, ...) {
@@ -1086,7 +1108,7 @@ static void *memory(size_t bytes) {
     return p;
 }
 
-/* --- Shapes and first values ------------------------------------------------------------------------------- */
+/* --- Shapes and first values ---------------------------------------------------------------------------- */
 int64_t gpt2_tensor(const GPT2Config *config, int index, const char **name, int64_t shape[3]) {
     const int64_t T = config->max_T, L = config->L, C = config->C, Vp = (config->V + 127LL) / 128 * 128;
     const struct {
@@ -1113,7 +1135,9 @@ static int64_t tensors_size(const GPT2Config *config) {
     return total;
 }
 
-int64_t gpt2_parameters(const GPT2Config *c) { return tensors_size(c) - ((128 - c->V % 128) % 128) * (int64_t)c->C; }
+int64_t gpt2_parameters(const GPT2Config *c) {
+    return tensors_size(c) - (128 - c->V % 128) % 128 * (int64_t)c->C;
+}
 
 double gpt2_flops_per_token(const GPT2Config *c, int T) {
     return 6.0 * (double)gpt2_parameters(c) + 6.0 * c->L * (double)T * c->C;
@@ -1122,8 +1146,10 @@ double gpt2_flops_per_token(const GPT2Config *c, int T) {
 int gpt2_config_check(const GPT2Config *c) {     /* bounds that keep every product of sizes below 2^63 */
     if (c->max_T < 1 || c->V < 1 || c->L < 1 || c->NH < 1 || c->C < 1 || c->C % c->NH || c->max_T > 1 << 24 ||
         c->V > 1 << 24 || c->L > 1 << 12 || c->C > 1 << 16)
-        return gpt2_fail("model has context %d, V %d, L %d, NH %d, C %d, expected 1 or more each, C a multiple of NH and "
-                         "at most 65536, L at most 4096", c->max_T, c->V, c->L, c->NH, c->C);
+        return gpt2_fail("model has context %d, V %d, L %d, NH %d, C %d, expected 1 or more each, C a "
+                         "multiple "
+                         "of NH and at most 65536, L at most 4096",
+                         c->max_T, c->V, c->L, c->NH, c->C);
     return 0;
 }
 
@@ -1139,8 +1165,8 @@ int gpt2_descriptor(const char *text, GPT2Config *out) {
     return gpt2_fail("model descriptor is '%s', expected d2, d4, d6, d12, d24, d36 or d48", text);
 }
 
-/* A random number for each (key, counter), by the mixing function of SplitMix64 (Steele, Lea & Flood 2014). There is
-   no state to save, and it does not matter who draws first. */
+/* A random number for each (key, counter), by the mixing function of SplitMix64 (Steele, Lea & Flood 2014).
+   There is no state to save, and it does not matter who draws first. */
 static uint64_t random_at(uint64_t key, uint64_t counter) {
     uint64_t z = key * 0xD1342543DE82EF95u + (counter + 1) * 0x9E3779B97F4A7C15u;
     for (int round = 0; round < 2; round++) {
@@ -1151,7 +1177,7 @@ static uint64_t random_at(uint64_t key, uint64_t counter) {
     return z;
 }
 
-static double uniform_at(uint64_t key, uint64_t counter) { return (double)(random_at(key, counter) >> 11) * 0x1p-53; }
+static double uniform_at(uint64_t key, uint64_t at) { return (double)(random_at(key, at) >> 11) * 0x1p-53; }
 
 enum { BUFFER = 1 << 18 };                /* floats that pass between a file and a model at a time */
 
@@ -1163,7 +1189,7 @@ int gpt2_init(GPT2 *model, uint64_t seed) {
     for (int t = 0; t < GPT2_TENSORS; t++) {
         const char *name;
         const int64_t n = gpt2_tensor(&config, t, &name, NULL), real = t ? n : (int64_t)config.V * config.C;
-        const float constant = !strncmp(name, "ln", 2) && strchr(name, 'w');     /* layer norm's weights are 1 */
+        const float constant = name[0] == 'l' && strchr(name, 'w');     /* layer norm's weights are 1 */
         const double deviation = strstr(name, "proj") ? 0.02 / sqrt(2.0 * config.L) : 0.02;
         for (int64_t first = 0; first < n && !failed; first += BUFFER) {
             const int64_t count = n - first < BUFFER ? n - first : BUFFER;
@@ -1182,8 +1208,14 @@ int gpt2_init(GPT2 *model, uint64_t seed) {
     return failed ? -1 : 0;
 }
 
-/* --- Files: 256 int32, little-endian, the first a magic number and the second a version; then the contents --- */
-enum { MAGIC_MODEL = 20240326, MAGIC_REFERENCE, MAGIC_TOKENIZER, MAGIC_TOKENS = 20240520, MAGIC_STATE = 20260601 };
+/* --- Files: 256 int32, little-endian, the first a magic number, the second a version; then the data --------- */
+enum {
+    MAGIC_MODEL = 20240326,
+    MAGIC_REFERENCE,
+    MAGIC_TABLE,
+    MAGIC_TOKENS = 20240520,
+    MAGIC_STATE = 20260601
+};
 
 typedef struct {
     FILE *f;
@@ -1202,16 +1234,18 @@ static int file_open(File *in, const char *path, const char *what, int magic) {
     in->size = info.st_size;
     if (fread(in->header, sizeof in->header, 1, in->f) == 1 && in->header[0] == magic) return 0;
     fclose(in->f);
-    return gpt2_fail("%s '%s' has %lld bytes and begins with the number %d, expected a header of 1024 bytes that begins "
-                     "with %d", what, path, (wide)in->size, in->header[0], magic);
+    return gpt2_fail("%s '%s' has %lld bytes and begins with the number %d, expected a header of 1024 bytes "
+                     "and %d there", what, path, (wide)in->size, in->header[0], magic);
 }
 
 static int file_read(File *in, void *out, size_t bytes) {
     if (fread(out, 1, bytes, in->f) == bytes) return 0;
-    return gpt2_fail("'%s' could not be read: %s", in->path, ferror(in->f) ? strerror(errno) : "it ends too early");
+    return gpt2_fail("'%s' cannot be read: %s", in->path,
+                     ferror(in->f) ? strerror(errno) : "it ends too early");
 }
 
-/* All tensors of a kind from a file or (writing) to it, as fp32 or as bf16, which is the upper half of a float. */
+/* All tensors of a kind from a file or (writing) to it, as fp32 or as bf16, which is the upper half of a
+   float. */
 static int tensors_copy(GPT2 *model, int kind, File *file, int bf16, int writing) {
     GPT2Config config;
     gpt2_config(model, &config);
@@ -1224,7 +1258,8 @@ static int tensors_copy(GPT2 *model, int kind, File *file, int bf16, int writing
             const int64_t count = n - first < BUFFER ? n - first : BUFFER;
             const size_t bytes = (size_t)count * (bf16 ? 2 : 4);
             void *data = bf16 ? (void *)halves : (void *)bits;
-            failed = writing ? gpt2_get(model, t, kind, first, count, (float *)bits) : file_read(file, data, bytes);
+            failed = writing ? gpt2_get(model, t, kind, first, count, (float *)bits)
+                             : file_read(file, data, bytes);
             for (int64_t i = 0; bf16 && i < count; i++)
                 if (!writing)
                     bits[i] = (uint32_t)halves[i] << 16;
@@ -1242,9 +1277,10 @@ static int tensors_copy(GPT2 *model, int kind, File *file, int bf16, int writing
     return failed ? -1 : 0;
 }
 
-/* Header, extra bytes, and the tensors of kinds from … to. The file gets its name when it is whole and on disk. */
-static int file_write(const char *path, const int32_t header[256], const void *extra, size_t bytes, GPT2 *model,
-                      int from, int to, int bf16) {
+/* Header, extra bytes, and the tensors of kinds from … to. The file gets its name when it is whole and on
+   disk. */
+static int file_write(const char *path, const int32_t header[256], const void *extra, size_t bytes,
+                      GPT2 *model, int from, int to, int bf16) {
     char temporary[4096];
     int failed = snprintf(temporary, sizeof temporary, "%s.tmp", path) >= (int)sizeof temporary;
     File out = {.f = failed ? NULL : fopen(temporary, "wb")};
@@ -1277,9 +1313,10 @@ GPT2 *gpt2_load(const char *path) {
     const int32_t *h = in.header, bf16 = h[1] == 5;
     const GPT2Config c = {h[2], h[3], h[4], h[5], h[6]};
     if ((!bf16 && h[1] != 3) || gpt2_config_check(&c) || in.size != 1024 + tensors_size(&c) * (bf16 ? 2 : 4))
-        gpt2_fail("model '%s' has version %d, context %d, V %d, L %d, NH %d, C %d and %lld bytes, expected version 3 or 5, "
-                  "a shape that can be, and the bytes that it needs", path, h[1], h[2], h[3], h[4], h[5], h[6],
-                  (wide)in.size);
+        gpt2_fail("model '%s' has version %d, context %d, V %d, L %d, NH %d, C %d and %lld bytes, expected "
+                  "version "
+                  "3 or 5, a shape that can be, and the bytes that it needs",
+                  path, h[1], h[2], h[3], h[4], h[5], h[6], (wide)in.size);
     else if ((model = gpt2_create(&c)) && tensors_copy(model, GPT2_PARAM, &in, bf16, 0)) {
         gpt2_free(model);
         model = NULL;
@@ -1288,9 +1325,9 @@ GPT2 *gpt2_load(const char *path) {
     return model;
 }
 
-/* --- Loader ------------------------------------------------------------------------------------------------ */
+/* --- Loader --------------------------------------------------------------------------------------------- */
 typedef struct {
-    int64_t epoch, shard, row;            /* the next row: in which epoch, which of its shards, which of its rows */
+    int64_t epoch, shard, row;            /* the next row: of which epoch, of which of its shards, which */
     int64_t T, tokens;                    /* with the seed: what this position is valid for */
     uint64_t seed;
 } Position;
@@ -1303,8 +1340,8 @@ struct GPT2Loader {
     uint16_t *row;                        /* (T + 1) */
 };
 
-/* Where i goes in a random permutation of 0…n-1: a Feistel network of four rounds on the smallest even number of
-   bits that hold n, repeated until it lands below n (Black & Rogaway 2002). */
+/* Where i goes in a random permutation of 0…n-1: a Feistel network of four rounds on the smallest even number
+   of bits that hold n, repeated until it lands below n (Black & Rogaway 2002). */
 static uint64_t permuted(uint64_t i, uint64_t n, uint64_t key) {
     int half = 1;
     while (n > (uint64_t)1 << 2 * half) half++;
@@ -1324,7 +1361,9 @@ static int64_t shard_open(File *in, const char *path) {
     if (in->header[1] == 1 && in->header[2] >= 0 && in->size == 1024 + 2 * (int64_t)in->header[2])
         return in->header[2];
     fclose(in->f);
-    return gpt2_fail("token shard '%s' has version %d, %d tokens, %lld bytes, expected version 1 and 1024 + 2 bytes a token",
+    return gpt2_fail("token shard '%s' has version %d, %d tokens, %lld bytes, expected version 1 and 1024 "
+                     "bytes "
+                     "and 2 a token",
                      path, in->header[1], in->header[2], (wide)in->size);
 }
 
@@ -1358,8 +1397,9 @@ GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuff
     gpt2_loader_size(l, NULL, NULL, failed ? NULL : &batches);
     if (batches) return l;
     if (!failed)
-        gpt2_fail("the shards '%s' have %lld tokens, expected B·T + 1 = %lld or more in one; use a smaller batch", pattern,
-                  (wide)l->at.tokens, (wide)B * T + 1);
+        gpt2_fail("the shards '%s' have %lld tokens, expected B T + 1 = %lld or more in one; use a smaller "
+                  "batch",
+                  pattern, (wide)l->at.tokens, (wide)B * T + 1);
     gpt2_loader_close(l);
     return NULL;
 }
@@ -1395,15 +1435,16 @@ int gpt2_loader_next(GPT2Loader *l, int32_t *x, int32_t *y) {
     const int64_t tokens = shard_open(&in, l->files.gl_pathv[file]);
     int failed = tokens < 0;
     if (!failed && tokens != l->sizes[file])
-        failed = gpt2_fail("token shard '%s' has %lld tokens, it had %lld: it changed during the run", in.path,
-                           (wide)tokens, (wide)l->sizes[file]);
+        failed = gpt2_fail("token shard '%s' has %lld tokens, it had %lld: it changed during the run",
+                           in.path, (wide)tokens, (wide)l->sizes[file]);
     for (int b = 0; b < l->B && !failed; b++) {
         const uint64_t row = (uint64_t)l->at.row + (uint64_t)b;
         const int64_t first = offset + T * (int64_t)(l->shuffle ? permuted(row, (uint64_t)rows, key) : row);
         failed = fseeko(in.f, 1024 + 2 * first, SEEK_SET) || file_read(&in, l->row, 2 * ((size_t)T + 1));
         for (int64_t t = 0; t <= T && !failed; t++) {
             if (l->row[t] >= l->V)
-                failed = gpt2_fail("token %lld of '%s' is %d, expected less than V = %d: it is of another vocabulary",
+                failed = gpt2_fail("token %lld of '%s' is %d, expected less than V = %d: another "
+                                   "vocabulary's",
                                    (wide)(first + t), in.path, l->row[t], l->V);
             if (t < T) x[b * T + t] = l->row[t];
             if (t > 0) y[b * T + t - 1] = l->row[t];
@@ -1414,7 +1455,7 @@ int gpt2_loader_next(GPT2Loader *l, int32_t *x, int32_t *y) {
     return failed ? -1 : 0;
 }
 
-/* --- Evaluation, schedule, sampling ------------------------------------------------------------------------ */
+/* --- Evaluation, schedule, sampling --------------------------------------------------------------------- */
 int gpt2_evaluate(GPT2 *model, GPT2Loader *l, int64_t batches, float *loss) {
     const size_t N = (size_t)l->B * (size_t)l->at.T;
     int64_t all;
@@ -1434,7 +1475,7 @@ int gpt2_evaluate(GPT2 *model, GPT2Loader *l, int64_t batches, float *loss) {
 }
 
 float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac) {
-    const double done = (double)(step - warmup) / (double)(steps > warmup ? steps - warmup : 1);     /* since warm-up */
+    const double done = (double)(step - warmup) / fmax(1, (double)(steps - warmup));     /* since warm-up */
     const double late = fmax(0, 5.0 * (double)step / (double)steps - 4);     /* of the last fifth */
     double left = 1;                      /* of the decay */
     if (!strcmp(schedule, "cosine"))
@@ -1470,7 +1511,7 @@ int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, 
     double sum = 0;
     for (int i = 0; i < V; i++) sum += logits[i] >= least ? exp((logits[i] - top) * scale) : 0;
     double draw = sum * uniform_at(0, (*rng)++);
-    int token = isnan(sum) || sum == 0 ? gpt2_fail("the model's logits are not numbers: its training diverged") : 0;
+    int token = isnan(sum) || sum == 0 ? gpt2_fail("the model's logits are not numbers: it has diverged") : 0;
     for (int i = 0; i < V && draw >= 0; i++)
         if (logits[i] >= least) {         /* the token in whose share of the sum the draw falls */
             draw -= exp((logits[i] - top) * scale);
@@ -1482,7 +1523,7 @@ int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, 
 
 GPT2Tokenizer *gpt2_tokenizer_load(const char *path) {
     File in;
-    if (file_open(&in, path, "tokenizer", MAGIC_TOKENIZER)) return NULL;
+    if (file_open(&in, path, "tokenizer", MAGIC_TABLE)) return NULL;
     const int64_t size = in.size - 1024, V = in.header[2];
     GPT2Tokenizer *t = memory(sizeof *t);
     int failed = !t || in.header[1] != 2 || V < 1 || V > size || !(t->bytes = memory((size_t)size)) ||
@@ -1495,8 +1536,10 @@ GPT2Tokenizer *gpt2_tokenizer_load(const char *path) {
     }
     fclose(in.f);
     if (failed) {
-        gpt2_fail("tokenizer '%s' has version %d, %lld tokens and %lld bytes, expected version 2 and a length byte and as "
-                  "many bytes for each token", path, in.header[1], (wide)V, (wide)size);
+        gpt2_fail("tokenizer '%s' has version %d, %lld tokens, %lld bytes, expected version 2 and a length "
+                  "byte and "
+                  "as many bytes for each token",
+                  path, in.header[1], (wide)V, (wide)size);
         gpt2_tokenizer_free(t);
         return NULL;
     }
@@ -1512,7 +1555,7 @@ void gpt2_tokenizer_free(GPT2Tokenizer *t) {
     free(t);
 }
 
-/* --- Progress and checkpoints ------------------------------------------------------------------------------ */
+/* --- Progress and checkpoints --------------------------------------------------------------------------- */
 double gpt2_zscore(GPT2Progress *p, int window, double value) {
     double *values = p->window[window], mean = 0, variance = 0;
     for (int i = 0; i < GPT2_WINDOW; i++) mean += values[i] / GPT2_WINDOW;
@@ -1532,7 +1575,8 @@ typedef struct {                          /* what a state file has between its h
 enum { MODEL_FILE, STATE_FILE, DONE_FILE };
 static int run_path(char path[4096], const char *dir, int which, int64_t step) {
     static const char *formats[] = {"%s/model_%08lld.bin", "%s/state_%08lld_00000.bin", "%s/DONE_%08lld"};
-    return snprintf(path, 4096, formats[which], dir, (wide)step) < 4096 ? 0 : gpt2_fail("'%s' is too long", dir);
+    return snprintf(path, 4096, formats[which], dir, (wide)step) < 4096 ? 0
+                                                                        : gpt2_fail("'%s': too long", dir);
 }
 
 int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, const GPT2Progress *progress,
@@ -1579,14 +1623,17 @@ int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader,
     const Position *was = &state.position, *now = loader ? &loader->at : was;
     if (!failed && (in.header[1] != 1 || memcmp(in.header + 2, &c, sizeof c) ||
                     in.size != 1024 + (int64_t)sizeof state + 8 * tensors_size(&c)))
-        failed = gpt2_fail("training state '%s' has version %d and %lld bytes and does not fit the model beside it", path,
-                           in.header[1], (wide)in.size);
+        failed = gpt2_fail("training state '%s' has version %d and %lld bytes and does not fit the model "
+                           "beside it",
+                           path, in.header[1], (wide)in.size);
     if (!failed && (was->T != now->T || was->tokens != now->tokens || was->seed != now->seed))
-        failed = gpt2_fail("training state '%s' is of a run with T %lld, %lld tokens, seed %llu, this one has %lld, %lld, "
-                           "%llu; resume with the same data and settings", path, (wide)was->T,
-                           (wide)was->tokens, (unsigned long long)was->seed, (wide)now->T,
+        failed = gpt2_fail("training state '%s' is of a run with T %lld, %lld tokens, seed %llu, this one "
+                           "has %lld, "
+                           "%lld, %llu; resume with the same data and settings",
+                           path, (wide)was->T, (wide)was->tokens, (unsigned long long)was->seed, (wide)now->T,
                            (wide)now->tokens, (unsigned long long)now->seed);
-    failed = failed || tensors_copy(model, GPT2_MOMENT1, &in, 0, 0) || tensors_copy(model, GPT2_MOMENT2, &in, 0, 0);
+    for (int kind = GPT2_MOMENT1; kind <= GPT2_MOMENT2 && !failed; kind++)
+        failed = tensors_copy(model, kind, &in, 0, 0);
     fclose(in.f);
     if (failed) return -1;
     if (loader) loader->at = state.position;
@@ -1595,7 +1642,7 @@ int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader,
     return 0;
 }
 
-/* --- Check against a reference ----------------------------------------------------------------------------- */
+/* --- Check against a reference -------------------------------------------------------------------------- */
 static void diff_add(GPT2Diff *row, double squares[2], const float *ours, const float *theirs, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         const double d = fabs((double)ours[i] - theirs[i]);
@@ -1613,17 +1660,19 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
     const int64_t B = in.header[2], T = in.header[3], N = B * T, V = config.V;
     const int fits = in.header[1] == 2 && B > 0 && T > 0 && N <= in.size / V &&
                      in.size == 1024 + 4 * (N * (2 + V) + 1 + tensors_size(&config));
-    const size_t logits = fits ? (size_t)(N * V) : 0, most = (logits > BUFFER ? logits : BUFFER) * sizeof(float);
+    const size_t logits = fits ? (size_t)(N * V) : 0, most = (logits + BUFFER) * sizeof(float);
     int32_t *x = memory(fits ? 2 * (size_t)N * sizeof *x : 0);
     float *ours = memory(most), *theirs = memory(most), loss[2];
     double squares[GPT2_DIFFS][2] = {{0}};
     int failed = !x || !ours || !theirs, wrong = 0;
     if (!fits)
-        failed = gpt2_fail("reference '%s' has version %d, B %d, T %d and %lld bytes and does not fit this model", path,
-                           in.header[1], in.header[2], in.header[3], (wide)in.size);
+        failed = gpt2_fail("reference '%s' has version %d, B %d, T %d, %lld bytes and does not fit this "
+                           "model",
+                           path, in.header[1], in.header[2], in.header[3], (wide)in.size);
     memset(rows, 0, GPT2_DIFFS * sizeof *rows);
     gpt2_zero_grad(model);
-    failed = failed || file_read(&in, x, 2 * (size_t)N * sizeof *x) || gpt2_logits(model, x, (int)B, (int)T, 0, ours) ||
+    failed = failed || file_read(&in, x, 2 * (size_t)N * sizeof *x) ||
+             gpt2_logits(model, x, (int)B, (int)T, 0, ours) ||
              file_read(&in, theirs, logits * sizeof *theirs) || file_read(&in, &loss[1], sizeof *loss) ||
              gpt2_forward(model, x, x + N, (int)B, (int)T, 1, &loss[0]) || gpt2_backward(model);
     diff_add(&rows[0], squares[0], ours, theirs, failed ? 0 : N * V);
@@ -1654,7 +1703,7 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
 #ifndef GPT2_NO_MAIN
 /* ===========================================================================================================
    4. main: the flags are karpathy/llm.c's, so that its launch scripts work with the binary's name changed
-   =========================================================================================================== */
+   ======================================================================================================== */
 enum { TEXT, NUMBER, GPU_ONLY };
 static struct {
     const char *name, *value;
@@ -1687,8 +1736,9 @@ static struct {
     {"-h", "0", NUMBER, 0, "1: HellaSwag (not yet built)"},
     {"-a", "0", NUMBER, 0, "1: overfit one batch"},
     {"--check", "", TEXT, 0, "compare the model of -e with this saved reference, and stop"},
-    {"-f", "", GPU_ONLY, 0, ""}, {"-w", "", GPU_ONLY, 0, ""}, {"-ge", "", GPU_ONLY, 0, ""},
-    {"-z", "", GPU_ONLY, 0, ""}, {"-r", "", GPU_ONLY, 0, ""}, {"-lg", "", GPU_ONLY, 0, ""},
+    {"-f", "", GPU_ONLY, 0, "for GPUs only, ignored here"}, {"-w", "", GPU_ONLY, 0, "the same"},
+    {"-ge", "", GPU_ONLY, 0, "the same"}, {"-z", "", GPU_ONLY, 0, "the same"},
+    {"-r", "", GPU_ONLY, 0, "the same"}, {"-lg", "", GPU_ONLY, 0, "the same"},
 };
 enum { FLAGS = sizeof flags / sizeof *flags };
 
@@ -1702,7 +1752,8 @@ static const char *text(const char *name) { return flags[flag_find(name)].value;
 static double real(const char *name) { return strtod(text(name), NULL); }
 static wide whole(const char *name) { return (wide)real(name); }
 
-/* Ends the program: with the library's sentence, or (given a format) with the user's mistake and how to see usage. */
+/* Ends the program: with the library's sentence, or (given a format) with the user's mistake and how to see
+   usage. */
 static void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -1716,17 +1767,19 @@ static void parse(int argc, char **argv) {
     if (argc == 2 && !strcmp(argv[1], "--help")) {
         printf("Trains GPT-2, or checks a model: ./train_gpt2 [FLAG VALUE]...\n");
         for (int i = 0; i < FLAGS; i++)
-            printf("  %-8s %s%s%s\n", flags[i].name, flags[i].kind == GPU_ONLY ? "for GPUs only, ignored" : flags[i].help,
-                   *flags[i].value ? ", default " : "", flags[i].value);
+            printf("  %-8s %s%s%s\n", flags[i].name, flags[i].help, *flags[i].value ? ", default " : "",
+                   flags[i].value);
         exit(0);
     }
     for (int i = 1; i < argc; i += 2) {
         const int k = flag_find(argv[i]);
-        if (k == FLAGS || i + 1 == argc) die("%s %s", argv[i], k == FLAGS ? "is not a flag" : "needs a value");
+        if (k == FLAGS) die("%s is not a flag", argv[i]);
+        if (i + 1 == argc) die("%s needs a value", argv[i]);
         char *end;
         const double value = strtod(argv[i + 1], &end);
-        if (flags[k].kind == GPU_ONLY) fprintf(stderr, "train_gpt2: %s is for GPUs only and is ignored\n", argv[i]);
-        if (flags[k].kind == NUMBER && (end == argv[i + 1] || *end || !(value >= flags[k].least && value < 1e15)))
+        const int good = end != argv[i + 1] && !*end && value >= flags[k].least && value < 1e15;
+        if (flags[k].kind == GPU_ONLY) fprintf(stderr, "train_gpt2: %s is for GPUs only, ignored\n", argv[i]);
+        if (flags[k].kind == NUMBER && !good)
             die("%s is '%s', expected a number from %d on", argv[i], argv[i + 1], flags[k].least);
         flags[k].value = argv[i + 1];
     }
@@ -1739,7 +1792,8 @@ static void on_signal(int number) {
     signal(number, SIG_DFL);              /* the second time, quit at once */
 }
 
-/* The decode table: the run directory's, the one beside the shards, or llm.c's in the working directory; or NULL. */
+/* The decode table: the run directory's, the one beside the shards, or llm.c's in the working directory; or
+   NULL. */
 static GPT2Tokenizer *tokenizer_find(void) {
     char paths[3][4096] = {"", "", "gpt2_tokenizer.bin"};
     const char *shards = text("-i"), *slash = strrchr(shards, '/');
@@ -1754,7 +1808,7 @@ static GPT2Tokenizer *tokenizer_find(void) {
     return NULL;
 }
 
-static void sample(GPT2 *model, const GPT2Tokenizer *t, GPT2Progress *progress, int32_t start, int64_t length) {
+static void sample(GPT2 *model, const GPT2Tokenizer *t, GPT2Progress *progress, int32_t start, wide length) {
     int32_t *tokens = memory((size_t)(length + 1) * sizeof *tokens);
     if (!tokens) die(NULL);
     tokens[0] = start;
@@ -1802,13 +1856,14 @@ static GPT2 *model_find(int64_t newest, const GPT2Tokenizer *tokenizer, uint64_t
 
 int main(int argc, char **argv) {
     const uint64_t seed = 42;
-    /* GCC's threads spin for milliseconds at each barrier, and a second busy program then slows a step tenfold. They
-       take another count only from the environment, and before main. */
+    /* GCC's threads spin for milliseconds at each barrier: another busy program then slows a step tenfold.
+       They take another count only from the environment, and before main. */
     if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "1000", 1))
         execv("/proc/self/exe", argv);    /* where that fails, we go on as we are */
     parse(argc, argv);
     if (*text("--check")) return check();
-    const int B = (int)fmin(whole("-b"), 1 << 24), T = (int)fmin(whole("-t"), 1 << 24), every = (int)whole("-n");
+    const int B = (int)min((size_t)whole("-b"), 1 << 24), T = (int)min((size_t)whole("-t"), 1 << 24);
+    const wide every = whole("-n");
     const wide BT = (wide)B * T, total = whole("-d") ? whole("-d") : BT, accumulate = total / BT;
     const char *out = text("-o");
     if (total % BT)
@@ -1841,13 +1896,15 @@ int main(int argc, char **argv) {
     int64_t shards, tokens;
     gpt2_loader_size(loader, &shards, &tokens, NULL);
     const wide steps = whole("-x") >= 0 ? whole("-x") : tokens / total, begin = progress.step;
-    const int32_t start = config.V == 256 ? '\n' : tokenizer && tokenizer->end >= 0 ? tokenizer->end : config.V - 1;
+    const int32_t end = tokenizer && tokenizer->end >= 0 ? tokenizer->end : config.V - 1;
+    const int32_t start = config.V == 256 ? '\n' : end;     /* a text of bytes has never seen its end */
     const double ceiling = gpt2_ceiling(), flops = gpt2_flops_per_token(&config, T), began = seconds();
     int32_t *x = memory(2 * (size_t)BT * sizeof *x);
     if (!x) die(NULL);
     printf("%s, %.0f GFLOP/s at most\n", gpt2_device(), ceiling * 1e-9);
-    printf("L %d, NH %d, C %d, V %d, context %d: %.1fM parameters; %s\n", config.L, config.NH, config.C, config.V,
-           config.max_T, (double)gpt2_parameters(&config) * 1e-6, newest >= 0 ? "resumed" : text("-e"));
+    printf("L %d, NH %d, C %d, V %d, context %d: %.1fM parameters; %s\n", config.L, config.NH, config.C,
+           config.V, config.max_T, (double)gpt2_parameters(&config) * 1e-6,
+           newest >= 0 ? "resumed" : text("-e"));
     printf("%lld tokens in %lld shards; steps %lld to %lld of %lld tokens, %lld micro-batches of %d x %d\n",
            (wide)tokens, (wide)shards, begin, steps, total,
            accumulate, B, T);
@@ -1881,9 +1938,10 @@ int main(int argc, char **argv) {
         const float lr = gpt2_lr(text("-k"), step, steps, whole("-u"), (float)real("-l"), (float)real("-q"));
         const double norm = gpt2_grad_norm(model);
         const double z_loss = gpt2_zscore(&progress, 0, mean), z_norm = gpt2_zscore(&progress, 1, norm);
-        const int skip = (real("-sl") > 0 && z_loss > real("-sl")) || (real("-sg") > 0 && z_norm > real("-sg"));
+        const double most_loss = real("-sl"), most_norm = real("-sg");
+        const int skip = (most_loss > 0 && z_loss > most_loss) || (most_norm > 0 && z_norm > most_norm);
         if (!isfinite(mean) || !isfinite(norm))
-            gpt2_fail("step %lld has loss %f and gradient norm %f: training diverged; use a lower learning rate",
+            gpt2_fail("step %lld has loss %f and gradient norm %f: it diverged; use a lower learning rate",
                       step, mean, norm);
         if (lr < 0 || !isfinite(mean) || !isfinite(norm) ||
             (!skip && gpt2_update(model, lr, 0.9f, 0.95f, 1e-8f, (float)real("-c"), 1.0f)))
@@ -1891,8 +1949,10 @@ int main(int argc, char **argv) {
         gpt2_zero_grad(model);
         progress.step = step + 1;
         const double took = seconds() - tick, pace = (seconds() - began) / (double)(step + 1 - begin);
-        printf("step %lld/%lld | loss %.6f | lr %.2e | norm %.4f | %.0f ms | %.0f tok/s | %.0f%% of ceiling | %.0f s "
-               "left%s\n", step + 1, steps, mean, lr, norm, took * 1e3, (double)total / took,
+        printf("step %lld/%lld | loss %.6f | lr %.2e | norm %.4f | %.0f ms | %.0f tok/s | %.0f%% of ceiling "
+               "| %.0f s "
+               "left%s\n",
+               step + 1, steps, mean, lr, norm, took * 1e3, (double)total / took,
                100 * flops * (double)total / took / ceiling, pace * (double)(steps - step - 1),
                skip ? " | an outlier, skipped" : "");
         fflush(stdout);
