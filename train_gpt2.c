@@ -66,7 +66,7 @@ int gpt2_logits(GPT2 *model, const int32_t *x, int B, int T, int last_only, floa
 
 /* One AdamW step (Loshchilov & Hutter 2019, algorithm 2): gradients clipped to a global norm of max_norm (0:
    not), moments corrected by the number of updates, decay of the 2-D tensors. Then the gradients are 0. */
-int gpt2_update(GPT2 *model, float lr, float beta1, float beta2, float eps, float decay, float max_norm);
+int gpt2_update(GPT2 *model, double lr, double beta1, double beta2, double eps, double decay, double max_norm);
 float gpt2_grad_norm(GPT2 *model);               /* global L2 norm before clipping; NaN on failure */
 int64_t gpt2_updates(const GPT2 *model);
 void gpt2_set_updates(GPT2 *model, int64_t updates);
@@ -1025,28 +1025,30 @@ float gpt2_grad_norm(GPT2 *m) {
     return m->norm = (float)sqrt(sum);
 }
 
-int gpt2_update(GPT2 *m, float lr, float beta1, float beta2, float eps, float decay, float max_norm) {
+int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, double decay, double max_norm) {
     if (m->backward_due)
         return gpt2_fail("gpt2_update came between gpt2_forward and gpt2_backward; call gpt2_backward first");
     const float *g = memory_of(m, GPT2_GRAD);
     float *p = m->memory[GPT2_PARAM], *m1 = memory_of(m, GPT2_MOMENT1), *m2 = memory_of(m, GPT2_MOMENT2);
     if (!g || !m1 || !m2) return -1;
     grads_fill(m);
-    const float norm = max_norm > 0 ? gpt2_grad_norm(m) : 0, clip = norm > max_norm ? max_norm / norm : 1;
+    const double norm = max_norm > 0 ? gpt2_grad_norm(m) : 0;
     m->updates++;
-    const float correct1 = (float)(1 / (1 - pow(beta1, (double)m->updates)));
-    const float correct2 = (float)(1 / (1 - pow(beta2, (double)m->updates)));
+    const double correct1 = 1 - pow(beta1, (double)m->updates), correct2 = 1 - pow(beta2, (double)m->updates);
+    const float clip = (float)(norm > max_norm ? max_norm / norm : 1), keep1 = (float)beta1, keep2 = (float)beta2;
+    const float add1 = (float)(1 - beta1), add2 = (float)(1 - beta2), epsilon = (float)eps;
+    const float rate = (float)(lr / correct1), scale2 = (float)(1 / correct2);
     for (int t = 0; t < GPT2_TENSORS; t++) {
         const size_t n = (size_t)gpt2_tensor(&m->config, t, NULL, NULL);
-        const float keep = GPT2_DECAYED >> t & 1 ? 1 - lr * decay : 1;
+        const float keep = (float)(GPT2_DECAYED >> t & 1 ? 1 - lr * decay : 1);
 #pragma omp parallel for
         for (size_t first = 0; first < n; first += PIECE)
 #pragma omp simd
             for (size_t i = first; i < min(first + PIECE, n); i++) {
-                float grad = g[i] * clip;
-                m1[i] = beta1 * m1[i] + (1 - beta1) * grad;
-                m2[i] = beta2 * m2[i] + (1 - beta2) * grad * grad;
-                p[i] = keep * p[i] - lr * (m1[i] * correct1) / (sqrtf(m2[i] * correct2) + eps);
+                const float grad = g[i] * clip;
+                m1[i] = keep1 * m1[i] + add1 * grad;
+                m2[i] = keep2 * m2[i] + add2 * grad * grad;
+                p[i] = keep * p[i] - rate * m1[i] / (sqrtf(m2[i] * scale2) + epsilon);
             }
         p += n, g += n, m1 += n, m2 += n;
     }
@@ -1409,7 +1411,7 @@ void gpt2_loader_size(const GPT2Loader *l, int64_t *shards, int64_t *tokens, int
     if (tokens) *tokens = l->at.tokens;
     if (batches) *batches = 0;
     for (size_t i = 0; batches && i < l->files.gl_pathc; i++)
-        *batches += (l->sizes[i] - 1) / (l->at.T * l->B);
+        *batches += l->sizes[i] > 0 ? (l->sizes[i] - 1) / (l->at.T * l->B) : 0;
 }
 
 void gpt2_loader_reset(GPT2Loader *l) { l->at.epoch = l->at.shard = l->at.row = 0; }
@@ -1704,7 +1706,7 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
 /* ===========================================================================================================
    4. main: the flags are karpathy/llm.c's, so that its launch scripts work with the binary's name changed
    ======================================================================================================== */
-enum { TEXT, NUMBER, GPU_ONLY };
+enum { TEXT, WHOLE, REAL, GPU_ONLY };
 static struct {
     const char *name, *value;
     int kind, least;                      /* least: of a number */
@@ -1714,27 +1716,27 @@ static struct {
     {"-j", "dev/data/tinyshakespeare/tiny_shakespeare_val.bin", TEXT, 0, "validation shards, a glob"},
     {"-e", "d12", TEXT, 0, "model file, or from scratch d2 d4 d6 d12 d24 d36 d48 (d12 is GPT-2 124M)"},
     {"-o", "", TEXT, 0, "run directory for main.log and checkpoints"},
-    {"-n", "0", NUMBER, 0, "checkpoint every so many steps and at the end, 0: never"},
-    {"-nk", "0", NUMBER, 0, "checkpoints to keep, 0: all"},
-    {"-nm", "0", NUMBER, 0, "checkpoints of every so many steps are never deleted"},
-    {"-y", "0", NUMBER, 0, "1: resume from the newest checkpoint in the run directory"},
-    {"-b", "4", NUMBER, 1, "B, sequences in a micro-batch"},
-    {"-t", "1024", NUMBER, 1, "T, tokens in a sequence"},
-    {"-d", "0", NUMBER, 0, "tokens in a whole batch, a multiple of B T; 0: B T"},
-    {"-x", "-1", NUMBER, -1, "steps, -1: one epoch"},
+    {"-n", "0", WHOLE, 0, "checkpoint every so many steps and at the end, 0: never"},
+    {"-nk", "0", WHOLE, 0, "checkpoints to keep, 0: all"},
+    {"-nm", "0", WHOLE, 0, "checkpoints of every so many steps are never deleted"},
+    {"-y", "0", WHOLE, 0, "1: resume from the newest checkpoint in the run directory"},
+    {"-b", "4", WHOLE, 1, "B, sequences in a micro-batch"},
+    {"-t", "1024", WHOLE, 1, "T, tokens in a sequence"},
+    {"-d", "0", WHOLE, 0, "tokens in a whole batch, a multiple of B T; 0: B T"},
+    {"-x", "-1", WHOLE, -1, "steps, -1: one epoch"},
     {"-k", "cosine", TEXT, 0, "learning-rate schedule: cosine linear constant wsd"},
-    {"-l", "3e-4", NUMBER, 0, "learning rate"},
-    {"-u", "0", NUMBER, 0, "warm-up steps"},
-    {"-q", "1", NUMBER, 0, "final learning rate, a fraction of -l"},
-    {"-c", "0", NUMBER, 0, "weight decay"},
-    {"-sl", "0", NUMBER, 0, "skip steps whose loss has a z-score over this, 0: none"},
-    {"-sg", "0", NUMBER, 0, "skip steps whose gradient norm has a z-score over this, 0: none"},
-    {"-v", "20", NUMBER, 0, "validate every so many steps"},
-    {"-m", "20", NUMBER, 1, "validation batches at most"},
-    {"-s", "20", NUMBER, 0, "sample every so many steps"},
-    {"-g", "64", NUMBER, 0, "tokens in a sample"},
-    {"-h", "0", NUMBER, 0, "1: HellaSwag (not yet built)"},
-    {"-a", "0", NUMBER, 0, "1: overfit one batch"},
+    {"-l", "3e-4", REAL, 0, "learning rate"},
+    {"-u", "0", WHOLE, 0, "warm-up steps"},
+    {"-q", "1", REAL, 0, "final learning rate, a fraction of -l"},
+    {"-c", "0", REAL, 0, "weight decay"},
+    {"-sl", "0", REAL, 0, "skip steps whose loss has a z-score over this, 0: none"},
+    {"-sg", "0", REAL, 0, "skip steps whose gradient norm has a z-score over this, 0: none"},
+    {"-v", "20", WHOLE, 0, "validate every so many steps"},
+    {"-m", "20", WHOLE, 1, "validation batches at most"},
+    {"-s", "20", WHOLE, 0, "sample every so many steps"},
+    {"-g", "64", WHOLE, 0, "tokens in a sample"},
+    {"-h", "0", WHOLE, 0, "1: HellaSwag (not yet built)"},
+    {"-a", "0", WHOLE, 0, "1: overfit one batch"},
     {"--check", "", TEXT, 0, "compare the model of -e with this saved reference, and stop"},
     {"-f", "", GPU_ONLY, 0, "for GPUs only, ignored here"}, {"-w", "", GPU_ONLY, 0, "the same"},
     {"-ge", "", GPU_ONLY, 0, "the same"}, {"-z", "", GPU_ONLY, 0, "the same"},
@@ -1777,10 +1779,12 @@ static void parse(int argc, char **argv) {
         if (i + 1 == argc) die("%s needs a value", argv[i]);
         char *end;
         const double value = strtod(argv[i + 1], &end);
-        const int good = end != argv[i + 1] && !*end && value >= flags[k].least && value < 1e15;
+        const int good = end != argv[i + 1] && !*end && value >= flags[k].least && isfinite(value);
         if (flags[k].kind == GPU_ONLY) fprintf(stderr, "train_gpt2: %s is for GPUs only, ignored\n", argv[i]);
-        if (flags[k].kind == NUMBER && !good)
+        if (flags[k].kind == REAL && !good)
             die("%s is '%s', expected a number from %d on", argv[i], argv[i + 1], flags[k].least);
+        if (flags[k].kind == WHOLE && (!good || value != floor(value) || value > 1e15))
+            die("%s is '%s', expected a whole number from %d on", argv[i], argv[i + 1], flags[k].least);
         flags[k].value = argv[i + 1];
     }
 }
@@ -1858,8 +1862,9 @@ int main(int argc, char **argv) {
     const uint64_t seed = 42;
     /* GCC's threads spin for milliseconds at each barrier: another busy program then slows a step tenfold.
        They take another count only from the environment, and before main. */
-    if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "1000", 1))
-        execv("/proc/self/exe", argv);    /* where that fails, we go on as we are */
+    char *self = getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY") ? NULL : realpath("/proc/self/exe", NULL);
+    if (self && !setenv("GOMP_SPINCOUNT", "1000", 1)) execv(self, argv);
+    free(self);                           /* where that fails, we go on as we are */
     parse(argc, argv);
     if (*text("--check")) return check();
     const int B = (int)min((size_t)whole("-b"), 1 << 24), T = (int)min((size_t)whole("-t"), 1 << 24);
@@ -1869,6 +1874,7 @@ int main(int argc, char **argv) {
     if (total % BT)
         die("-d is %s, expected a multiple of -b times -t, %lld", text("-d"), BT);
     if ((every || whole("-y")) && !*out) die("-n and -y need a run directory, -o DIR");
+    if (gpt2_lr(text("-k"), 0, 1, 0, 1, 1) < 0) die("-k: %s", gpt2_error());
     if (whole("-h"))
         fprintf(stderr, "train_gpt2: HellaSwag (-h 1) is not built yet; the run goes on without it\n");
 
@@ -1890,7 +1896,8 @@ int main(int argc, char **argv) {
     FILE *log = NULL;
     snprintf(path, sizeof path, "%s/main.log", out);
     if (*out && ((mkdir(out, 0777) && errno != EEXIST) || !(log = fopen(path, newest >= 0 ? "a" : "w"))))
-        die("run directory '%s' cannot be written: %s", out, strerror(errno));
+        gpt2_fail("run directory '%s' cannot be written: %s", out, strerror(errno));
+    if (*out && !log) die(NULL);
     if (log) setvbuf(log, NULL, _IOLBF, 0);
 
     int64_t shards, tokens;
@@ -1913,6 +1920,11 @@ int main(int argc, char **argv) {
     for (wide step = begin;; step++) {
         const int last = step >= steps;
         float loss;
+        const int due = every && step != newest && (last || (step && step % every == 0));
+        if ((due || (interrupted && *out)) &&
+            gpt2_checkpoint(out, model, loader, &progress, every, whole("-nk"), whole("-nm")))
+            die(NULL);
+        if (interrupted) break;
         if (val && (last || (whole("-v") && step % whole("-v") == 0))) {
             if (gpt2_evaluate(model, val, whole("-m"), &loss)) die(NULL);
             printf("val loss %.4f\n", loss);
@@ -1920,11 +1932,7 @@ int main(int argc, char **argv) {
         }
         if (whole("-g") && (last || (whole("-s") && step && step % whole("-s") == 0)))
             sample(model, tokenizer, &progress, start, whole("-g"));
-        const int due = every && step != newest && (last || (step && step % every == 0));
-        if ((due || (interrupted && *out)) &&
-            gpt2_checkpoint(out, model, loader, &progress, every, whole("-nk"), whole("-nm")))
-            die(NULL);
-        if (last || interrupted) break;
+        if (last) break;
 
         const double tick = seconds();
         double mean = 0;
@@ -1944,7 +1952,7 @@ int main(int argc, char **argv) {
             gpt2_fail("step %lld has loss %f and gradient norm %f: it diverged; use a lower learning rate",
                       step, mean, norm);
         if (lr < 0 || !isfinite(mean) || !isfinite(norm) ||
-            (!skip && gpt2_update(model, lr, 0.9f, 0.95f, 1e-8f, (float)real("-c"), 1.0f)))
+            (!skip && gpt2_update(model, lr, 0.9, 0.95, 1e-8, real("-c"), 1)))
             die(NULL);
         gpt2_zero_grad(model);
         progress.step = step + 1;

@@ -109,7 +109,7 @@ C_FUNCTIONS = """
     p! gpt2_load(s)             i! gpt2_save(psi)             i! gpt2_check(psdp)
     i! gpt2_get(piillp)         i! gpt2_set(piillp)           i! gpt2_logits(ppiiip)
     i! gpt2_forward(pppiifp)    i! gpt2_backward(p)           -  gpt2_zero_grad(p)
-    f  gpt2_grad_norm(p)        i! gpt2_update(pffffff)       l  gpt2_updates(p)
+    f  gpt2_grad_norm(p)        i! gpt2_update(pdddddd)       l  gpt2_updates(p)
     f! gpt2_lr(slllff)          d  gpt2_zscore(pid)           i! gpt2_next(pplfip)
     p! gpt2_loader_open(siiiiu) -  gpt2_loader_close(p)       i! gpt2_loader_next(ppp)
     -  gpt2_loader_size(pppp)   -  gpt2_loader_reset(p)       i! gpt2_evaluate(pplp)
@@ -713,8 +713,9 @@ def sample_text(model, tokenizer, prompt, n, temperature=0.8, top_k=0, rng=42):
 
 def train(model, train_loader, val_loader, settings, run):
     """The training loop, from the run's step to the last one or until run.stop. Step n begins when n steps
-    are done, with what is due then: validation, sample, checkpoint. main() in train_gpt2.c makes the same
-    calls in the same order, so that either goes on with the other's runs, bit for bit."""
+    are done, with what is due then: checkpoint (first, so that a resumed run repeats the rest), validation,
+    sample. main() in train_gpt2.c makes the same calls in the same order, so that either goes on with the
+    other's runs, bit for bit."""
     s = settings
     micro_batches = s.total_batch_size // (s.batch_size * s.seq_len)
     first = run.progress.step
@@ -723,14 +724,16 @@ def train(model, train_loader, val_loader, settings, run):
         return step == s.steps or (interval > 0 and step > 0 and step % interval == 0)
 
     for step in range(first, s.steps + 1):
-        if val_loader and s.val_every and (due(step, s.val_every) or step == 0) and not run.stop:
-            run.validated(step, model.evaluate(val_loader, s.val_batches))
-        if s.sample_tokens and due(step, s.sample_every) and not run.stop:
-            run.sample(model)
         just_resumed = step == first and run.saved
         if (due(step, s.checkpoint_every) or run.stop) and not just_resumed:
             run.checkpoint(model, train_loader)
-        if step == s.steps or run.stop:
+        if run.stop:
+            break
+        if val_loader and s.val_every and (due(step, s.val_every) or step == 0):
+            run.validated(step, model.evaluate(val_loader, s.val_batches))
+        if s.sample_tokens and due(step, s.sample_every):
+            run.sample(model)
+        if step == s.steps:
             break
 
         begun = time.perf_counter()
