@@ -66,7 +66,8 @@ int gpt2_logits(GPT2 *model, const int32_t *x, int B, int T, int last_only, floa
 
 /* One AdamW step (Loshchilov & Hutter 2019, algorithm 2): gradients clipped to a global norm of max_norm (0:
    not), moments corrected by the number of updates, decay of the 2-D tensors. Then the gradients are 0. */
-int gpt2_update(GPT2 *model, double lr, double beta1, double beta2, double eps, double decay, double max_norm);
+int gpt2_update(GPT2 *model, double lr, double beta1, double beta2, double eps, double decay,
+                double max_norm);
 float gpt2_grad_norm(GPT2 *model);               /* global L2 norm before clipping; NaN on failure */
 int64_t gpt2_updates(const GPT2 *model);
 void gpt2_set_updates(GPT2 *model, int64_t updates);
@@ -188,9 +189,7 @@ static double seconds(void) {
 }
 
 #ifndef GPT2_NO_MODEL
-/* ===========================================================================================================
-   2. The model
-   ======================================================================================================== */
+/* === 2. The model ======================================================================================= */
 
 /* --- Vectors -----------------------------------------------------------------------------------------------
    One source for every processor: GCC's and Clang's vector extension with the width of the target's
@@ -887,12 +886,10 @@ static int tokens_check(const GPT2 *m, const char *what, const int32_t *tokens, 
 /* Embedding, blocks and the last layer norm, whose output is left in the activation ln. */
 static int forward_blocks(GPT2 *m, const int32_t *x, int batch, int length, int train) {
     if (batch < 1 || length < 1 || length > m->config.max_T)
-        return gpt2_fail("batch is %d x %d tokens, expected a sequence or more of 1 to %d, the model's "
-                         "context",
-                         batch, length, m->config.max_T);
+        return gpt2_fail("batch is %d x %d tokens, expected sequences of 1 to %d, the model's context", batch,
+                         length, m->config.max_T);
     if (m->backward_due && !m->grads_empty)
-        return gpt2_fail("a gradient is half added; call gpt2_backward after gpt2_forward, or "
-                         "gpt2_zero_grad");
+        return gpt2_fail("a gradient is half added; call gpt2_backward after gpt2_forward");
     m->backward_due = 0;
     const size_t B = (size_t)batch, T = (size_t)length, N = B * T, C = m->C;
     if (tokens_check(m, "x", x, N) || acts_layout(m, B, T, train)) return -1;
@@ -1035,8 +1032,9 @@ int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, doub
     const double norm = max_norm > 0 ? gpt2_grad_norm(m) : 0;
     m->updates++;
     const double correct1 = 1 - pow(beta1, (double)m->updates), correct2 = 1 - pow(beta2, (double)m->updates);
-    const float clip = (float)(norm > max_norm ? max_norm / norm : 1), keep1 = (float)beta1, keep2 = (float)beta2;
-    const float add1 = (float)(1 - beta1), add2 = (float)(1 - beta2), epsilon = (float)eps;
+    const float clip = (float)(norm > max_norm ? max_norm / norm : 1);
+    const float keep1 = (float)beta1, add1 = (float)(1 - beta1), epsilon = (float)eps;
+    const float keep2 = (float)beta2, add2 = (float)(1 - beta2);
     const float rate = (float)(lr / correct1), scale2 = (float)(1 / correct2);
     for (int t = 0; t < GPT2_TENSORS; t++) {
         const size_t n = (size_t)gpt2_tensor(&m->config, t, NULL, NULL);
@@ -1089,9 +1087,7 @@ double gpt2_ceiling(void) {
 #endif /* GPT2_NO_MODEL */
 
 #ifndef GPT2_NO_HOST
-/* ===========================================================================================================
-   3. The host half
-   ======================================================================================================== */
+/* === 3. The host half =================================================================================== */
 static _Thread_local char error_text[1024] = "no error";
 
 int gpt2_fail(const char *format, ...) {
@@ -1149,9 +1145,8 @@ int gpt2_config_check(const GPT2Config *c) {     /* bounds that keep every produ
     if (c->max_T < 1 || c->V < 1 || c->L < 1 || c->NH < 1 || c->C < 1 || c->C % c->NH || c->max_T > 1 << 24 ||
         c->V > 1 << 24 || c->L > 1 << 12 || c->C > 1 << 16)
         return gpt2_fail("model has context %d, V %d, L %d, NH %d, C %d, expected 1 or more each, C a "
-                         "multiple "
-                         "of NH and at most 65536, L at most 4096",
-                         c->max_T, c->V, c->L, c->NH, c->C);
+                         "multiple of NH and at most 65536, L at most 4096", c->max_T, c->V, c->L, c->NH,
+                         c->C);
     return 0;
 }
 
@@ -1210,7 +1205,7 @@ int gpt2_init(GPT2 *model, uint64_t seed) {
     return failed ? -1 : 0;
 }
 
-/* --- Files: 256 int32, little-endian, the first a magic number, the second a version; then the data --------- */
+/* --- Files: 256 int32, little-endian, the first a magic number, the second a version; then the data ----- */
 enum {
     MAGIC_MODEL = 20240326,
     MAGIC_REFERENCE,
@@ -1316,9 +1311,8 @@ GPT2 *gpt2_load(const char *path) {
     const GPT2Config c = {h[2], h[3], h[4], h[5], h[6]};
     if ((!bf16 && h[1] != 3) || gpt2_config_check(&c) || in.size != 1024 + tensors_size(&c) * (bf16 ? 2 : 4))
         gpt2_fail("model '%s' has version %d, context %d, V %d, L %d, NH %d, C %d and %lld bytes, expected "
-                  "version "
-                  "3 or 5, a shape that can be, and the bytes that it needs",
-                  path, h[1], h[2], h[3], h[4], h[5], h[6], (wide)in.size);
+                  "version 3 or 5, a shape that can be, and the bytes that it needs", path, h[1], h[2], h[3],
+                  h[4], h[5], h[6], (wide)in.size);
     else if ((model = gpt2_create(&c)) && tensors_copy(model, GPT2_PARAM, &in, bf16, 0)) {
         gpt2_free(model);
         model = NULL;
@@ -1364,9 +1358,7 @@ static int64_t shard_open(File *in, const char *path) {
         return in->header[2];
     fclose(in->f);
     return gpt2_fail("token shard '%s' has version %d, %d tokens, %lld bytes, expected version 1 and 1024 "
-                     "bytes "
-                     "and 2 a token",
-                     path, in->header[1], in->header[2], (wide)in->size);
+                     "bytes and 2 a token", path, in->header[1], in->header[2], (wide)in->size);
 }
 
 void gpt2_loader_close(GPT2Loader *l) {
@@ -1400,8 +1392,7 @@ GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuff
     if (batches) return l;
     if (!failed)
         gpt2_fail("the shards '%s' have %lld tokens, expected B T + 1 = %lld or more in one; use a smaller "
-                  "batch",
-                  pattern, (wide)l->at.tokens, (wide)B * T + 1);
+                  "batch", pattern, (wide)l->at.tokens, (wide)B * T + 1);
     gpt2_loader_close(l);
     return NULL;
 }
@@ -1445,8 +1436,7 @@ int gpt2_loader_next(GPT2Loader *l, int32_t *x, int32_t *y) {
         failed = fseeko(in.f, 1024 + 2 * first, SEEK_SET) || file_read(&in, l->row, 2 * ((size_t)T + 1));
         for (int64_t t = 0; t <= T && !failed; t++) {
             if (l->row[t] >= l->V)
-                failed = gpt2_fail("token %lld of '%s' is %d, expected less than V = %d: another "
-                                   "vocabulary's",
+                failed = gpt2_fail("token %lld of '%s' is %d, expected less than V, %d: another vocabulary's",
                                    (wide)(first + t), in.path, l->row[t], l->V);
             if (t < T) x[b * T + t] = l->row[t];
             if (t > 0) y[b * T + t - 1] = l->row[t];
@@ -1539,9 +1529,7 @@ GPT2Tokenizer *gpt2_tokenizer_load(const char *path) {
     fclose(in.f);
     if (failed) {
         gpt2_fail("tokenizer '%s' has version %d, %lld tokens, %lld bytes, expected version 2 and a length "
-                  "byte and "
-                  "as many bytes for each token",
-                  path, in.header[1], (wide)V, (wide)size);
+                  "byte and as many bytes for each token", path, in.header[1], (wide)V, (wide)size);
         gpt2_tokenizer_free(t);
         return NULL;
     }
@@ -1626,14 +1614,12 @@ int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader,
     if (!failed && (in.header[1] != 1 || memcmp(in.header + 2, &c, sizeof c) ||
                     in.size != 1024 + (int64_t)sizeof state + 8 * tensors_size(&c)))
         failed = gpt2_fail("training state '%s' has version %d and %lld bytes and does not fit the model "
-                           "beside it",
-                           path, in.header[1], (wide)in.size);
+                           "beside it", path, in.header[1], (wide)in.size);
     if (!failed && (was->T != now->T || was->tokens != now->tokens || was->seed != now->seed))
         failed = gpt2_fail("training state '%s' is of a run with T %lld, %lld tokens, seed %llu, this one "
-                           "has %lld, "
-                           "%lld, %llu; resume with the same data and settings",
-                           path, (wide)was->T, (wide)was->tokens, (unsigned long long)was->seed, (wide)now->T,
-                           (wide)now->tokens, (unsigned long long)now->seed);
+                           "has %lld, %lld, %llu; resume with the same data and settings", path, (wide)was->T,
+                           (wide)was->tokens, (unsigned long long)was->seed, (wide)now->T, (wide)now->tokens,
+                           (unsigned long long)now->seed);
     for (int kind = GPT2_MOMENT1; kind <= GPT2_MOMENT2 && !failed; kind++)
         failed = tensors_copy(model, kind, &in, 0, 0);
     fclose(in.f);
@@ -1668,8 +1654,7 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
     double squares[GPT2_DIFFS][2] = {{0}};
     int failed = !x || !ours || !theirs, wrong = 0;
     if (!fits)
-        failed = gpt2_fail("reference '%s' has version %d, B %d, T %d, %lld bytes and does not fit this "
-                           "model",
+        failed = gpt2_fail("reference '%s' has version %d, B %d, T %d, %lld bytes and does not fit the model",
                            path, in.header[1], in.header[2], in.header[3], (wide)in.size);
     memset(rows, 0, GPT2_DIFFS * sizeof *rows);
     gpt2_zero_grad(model);
@@ -1703,10 +1688,9 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
 #endif /* GPT2_NO_HOST */
 
 #ifndef GPT2_NO_MAIN
-/* ===========================================================================================================
-   4. main: the flags are karpathy/llm.c's, so that its launch scripts work with the binary's name changed
-   ======================================================================================================== */
-enum { TEXT, WHOLE, REAL, GPU_ONLY };
+/* === 4. main ==============================================================================================
+   The flags are karpathy/llm.c's, so that its launch scripts work with the binary's name changed. */
+enum { TEXT, WHOLE, REAL, GPU };
 static struct {
     const char *name, *value;
     int kind, least;                      /* least: of a number */
@@ -1738,9 +1722,8 @@ static struct {
     {"-h", "0", WHOLE, 0, "1: HellaSwag (not yet built)"},
     {"-a", "0", WHOLE, 0, "1: overfit one batch"},
     {"--check", "", TEXT, 0, "compare the model of -e with this saved reference, and stop"},
-    {"-f", "", GPU_ONLY, 0, "for GPUs only, ignored here"}, {"-w", "", GPU_ONLY, 0, "the same"},
-    {"-ge", "", GPU_ONLY, 0, "the same"}, {"-z", "", GPU_ONLY, 0, "the same"},
-    {"-r", "", GPU_ONLY, 0, "the same"}, {"-lg", "", GPU_ONLY, 0, "the same"},
+    {"-f", "", GPU, 0, ""}, {"-w", "", GPU, 0, ""}, {"-ge", "", GPU, 0, ""}, {"-z", "", GPU, 0, ""},
+    {"-r", "", GPU, 0, ""}, {"-lg", "", GPU, 0, "with -f -w -ge -z -r: for GPUs only, ignored"},
 };
 enum { FLAGS = sizeof flags / sizeof *flags };
 
@@ -1754,37 +1737,41 @@ static const char *text(const char *name) { return flags[flag_find(name)].value;
 static double real(const char *name) { return strtod(text(name), NULL); }
 static wide whole(const char *name) { return (wide)real(name); }
 
-/* Ends the program: with the library's sentence, or (given a format) with the user's mistake and how to see
-   usage. */
-static void die(const char *format, ...) {
+/* Ends the program for a mistake in the flags; the other one if the library failed. */
+static void usage(const char *format, ...) {
     va_list args;
     va_start(args, format);
     fprintf(stderr, "train_gpt2: ");
-    vfprintf(stderr, format ? format : "", args);
-    fprintf(stderr, "%s\n", format ? "; see ./train_gpt2 --help" : gpt2_error());
-    exit(format ? 2 : 1);
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "; see ./train_gpt2 --help\n");
+    exit(2);
+}
+
+static void must(int ok) {
+    if (ok) return;
+    fprintf(stderr, "train_gpt2: %s\n", gpt2_error());
+    exit(1);
 }
 
 static void parse(int argc, char **argv) {
     if (argc == 2 && !strcmp(argv[1], "--help")) {
         printf("Trains GPT-2, or checks a model: ./train_gpt2 [FLAG VALUE]...\n");
         for (int i = 0; i < FLAGS; i++)
-            printf("  %-8s %s%s%s\n", flags[i].name, flags[i].help, *flags[i].value ? ", default " : "",
-                   flags[i].value);
+            if (*flags[i].help) printf("  %-8s %s [%s]\n", flags[i].name, flags[i].help, flags[i].value);
         exit(0);
     }
     for (int i = 1; i < argc; i += 2) {
         const int k = flag_find(argv[i]);
-        if (k == FLAGS) die("%s is not a flag", argv[i]);
-        if (i + 1 == argc) die("%s needs a value", argv[i]);
+        if (k == FLAGS) usage("%s is not a flag", argv[i]);
+        if (i + 1 == argc) usage("%s needs a value", argv[i]);
         char *end;
         const double value = strtod(argv[i + 1], &end);
-        const int good = end != argv[i + 1] && !*end && value >= flags[k].least && isfinite(value);
-        if (flags[k].kind == GPU_ONLY) fprintf(stderr, "train_gpt2: %s is for GPUs only, ignored\n", argv[i]);
-        if (flags[k].kind == REAL && !good)
-            die("%s is '%s', expected a number from %d on", argv[i], argv[i + 1], flags[k].least);
-        if (flags[k].kind == WHOLE && (!good || value != floor(value) || value > 1e15))
-            die("%s is '%s', expected a whole number from %d on", argv[i], argv[i + 1], flags[k].least);
+        const int number = end != argv[i + 1] && !*end && value >= flags[k].least && isfinite(value);
+        const int is_whole = number && value == floor(value) && value < 1e15;
+        if (flags[k].kind == GPU) fprintf(stderr, "train_gpt2: %s is for GPUs only and ignored\n", argv[i]);
+        if ((flags[k].kind == REAL && !number) || (flags[k].kind == WHOLE && !is_whole))
+            usage("%s is '%s', expected a %snumber from %d on", argv[i], argv[i + 1],
+                  flags[k].kind == WHOLE ? "whole " : "", flags[k].least);
         flags[k].value = argv[i + 1];
     }
 }
@@ -1796,30 +1783,27 @@ static void on_signal(int number) {
     signal(number, SIG_DFL);              /* the second time, quit at once */
 }
 
-/* The decode table: the run directory's, the one beside the shards, or llm.c's in the working directory; or
-   NULL. */
+/* The decode table: the run's, the one beside the shards, or llm.c's in the working directory; or NULL. */
 static GPT2Tokenizer *tokenizer_find(void) {
     char paths[3][4096] = {"", "", "gpt2_tokenizer.bin"};
     const char *shards = text("-i"), *slash = strrchr(shards, '/');
-    snprintf(paths[0], sizeof *paths, "%s/tokenizer.bin", *text("-o") ? text("-o") : ".");
+    snprintf(paths[0], sizeof *paths, "%s/tokenizer.bin", text("-o"));
     snprintf(paths[1], sizeof *paths, "%.*stokenizer.bin", slash ? (int)(slash - shards) + 1 : 0, shards);
-    for (int i = 0; i < 3; i++) {
-        if (access(paths[i], F_OK)) continue;
-        GPT2Tokenizer *t = gpt2_tokenizer_load(paths[i]);
-        if (!t) die(NULL);
-        return t;
-    }
-    return NULL;
+    int i = 0;
+    while (i < 3 && access(paths[i], F_OK)) i++;
+    GPT2Tokenizer *tokenizer = i < 3 ? gpt2_tokenizer_load(paths[i]) : NULL;
+    must(i == 3 || tokenizer);
+    return tokenizer;
 }
 
 static void sample(GPT2 *model, const GPT2Tokenizer *t, GPT2Progress *progress, int32_t start, wide length) {
     int32_t *tokens = memory((size_t)(length + 1) * sizeof *tokens);
-    if (!tokens) die(NULL);
+    must(tokens != NULL);
     tokens[0] = start;
     printf("---\n");
-    for (int64_t i = 0; i < length && !interrupted; i++) {
+    for (wide i = 0; i < length && !interrupted; i++) {
         const int token = tokens[i + 1] = gpt2_next(model, tokens, i + 1, 1, 0, &progress->rng);
-        if (token < 0) die(NULL);
+        must(token >= 0);
         if (t && token < t->V)
             fwrite(t->bytes + t->at[token] + 1, 1, t->bytes[t->at[token]], stdout);
         else
@@ -1832,13 +1816,12 @@ static void sample(GPT2 *model, const GPT2Tokenizer *t, GPT2Progress *progress, 
 
 static int check(void) {
     GPT2 *model = gpt2_load(text("-e"));
-    GPT2Diff rows[GPT2_DIFFS];
+    GPT2Diff rows[GPT2_DIFFS], *r = rows;
     const int wrong = model ? gpt2_check(model, text("--check"), 1e-5, rows) : -1;
-    if (wrong < 0) die(NULL);
+    must(wrong >= 0);
     printf("%-10s %14s %14s\n", "", "max abs error", "relative error");
-    for (int i = 0; i < GPT2_DIFFS; i++)
-        printf("%-10s %14.3e %14.3e  %s\n", rows[i].name, rows[i].max_abs, rows[i].relative,
-               rows[i].ok ? "ok" : "NOT OK");
+    for (; r < rows + GPT2_DIFFS; r++)
+        printf("%-10s %14.3e %14.3e  %s\n", r->name, r->max_abs, r->relative, r->ok ? "ok" : "NOT OK");
     printf("%s: %d of %d rows are within 1e-05\n", wrong ? "NOT OK" : "OK", GPT2_DIFFS - wrong, GPT2_DIFFS);
     gpt2_free(model);
     return wrong > 0;
@@ -1850,8 +1833,7 @@ static GPT2 *model_find(int64_t newest, const GPT2Tokenizer *tokenizer, uint64_t
     const char *what = text("-e");
     GPT2Config config;
     if (newest >= 0) return run_path(path, text("-o"), MODEL_FILE, newest) ? NULL : gpt2_load(path);
-    if (what[0] != 'd' || strspn(what + 1, "0123456789") != strlen(what + 1))
-        return gpt2_load(what);
+    if (what[0] != 'd' || strspn(what + 1, "0123456789") != strlen(what + 1)) return gpt2_load(what);
     if (gpt2_descriptor(what, &config)) return NULL;
     config.V = tokenizer ? tokenizer->V : config.V;
     GPT2 *model = gpt2_create(&config);
@@ -1859,113 +1841,102 @@ static GPT2 *model_find(int64_t newest, const GPT2Tokenizer *tokenizer, uint64_t
 }
 
 int main(int argc, char **argv) {
-    const uint64_t seed = 42;
     /* GCC's threads spin for milliseconds at each barrier: another busy program then slows a step tenfold.
-       They take another count only from the environment, and before main. */
-    char *self = getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY") ? NULL : realpath("/proc/self/exe", NULL);
+       They take another count only from the environment, and before main. If exec fails, so be it. */
+    const int set = getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY");
+    char *self = set ? NULL : realpath("/proc/self/exe", NULL);
     if (self && !setenv("GOMP_SPINCOUNT", "1000", 1)) execv(self, argv);
-    free(self);                           /* where that fails, we go on as we are */
+    free(self);
     parse(argc, argv);
     if (*text("--check")) return check();
+    const uint64_t seed = 42;
     const int B = (int)min((size_t)whole("-b"), 1 << 24), T = (int)min((size_t)whole("-t"), 1 << 24);
+    const wide BT = (wide)B * T, total = whole("-d") ? whole("-d") : BT, micro_batches = total / BT;
     const wide every = whole("-n");
-    const wide BT = (wide)B * T, total = whole("-d") ? whole("-d") : BT, accumulate = total / BT;
     const char *out = text("-o");
-    if (total % BT)
-        die("-d is %s, expected a multiple of -b times -t, %lld", text("-d"), BT);
-    if ((every || whole("-y")) && !*out) die("-n and -y need a run directory, -o DIR");
-    if (gpt2_lr(text("-k"), 0, 1, 0, 1, 1) < 0) die("-k: %s", gpt2_error());
-    if (whole("-h"))
-        fprintf(stderr, "train_gpt2: HellaSwag (-h 1) is not built yet; the run goes on without it\n");
+    if (total % BT) usage("-d is %s, expected a multiple of -b times -t, %lld", text("-d"), BT);
+    if ((every || whole("-y")) && !*out) usage("-n and -y need a run directory, -o DIR");
+    if (gpt2_lr(text("-k"), 0, 1, 0, 1, 1) < 0) usage("-k: %s", gpt2_error());
+    if (whole("-h")) fprintf(stderr, "train_gpt2: HellaSwag (-h 1) is not built yet, the run goes without\n");
 
     GPT2Config config;
     GPT2Progress progress = {.rng = seed};
     GPT2Tokenizer *tokenizer = tokenizer_find();
     const wide newest = whole("-y") ? gpt2_newest(out) : -1;
     GPT2 *model = model_find(newest, tokenizer, seed);
-    if (!model) die(NULL);
+    must(model != NULL);
     gpt2_config(model, &config);
     GPT2Loader *loader = gpt2_loader_open(text("-i"), B, T, config.V, !whole("-a"), seed), *val = NULL;
-    if (!loader) die(NULL);
+    must(loader != NULL);
     if (access(text("-j"), R_OK) && !strncmp(text("-j"), "dev/data/", 9))
         printf("no validation: there is no '%s'; name shards with -j\n", text("-j"));
-    else if (!(val = gpt2_loader_open(text("-j"), B, T, config.V, 0, seed)))
-        die(NULL);
-    if (newest >= 0 && gpt2_restore(out, newest, model, loader, &progress)) die(NULL);
+    else
+        must((val = gpt2_loader_open(text("-j"), B, T, config.V, 0, seed)) != NULL);
+    must(newest < 0 || !gpt2_restore(out, newest, model, loader, &progress));
     char path[4096];
     FILE *log = NULL;
     snprintf(path, sizeof path, "%s/main.log", out);
-    if (*out && ((mkdir(out, 0777) && errno != EEXIST) || !(log = fopen(path, newest >= 0 ? "a" : "w"))))
-        gpt2_fail("run directory '%s' cannot be written: %s", out, strerror(errno));
-    if (*out && !log) die(NULL);
-    if (log) setvbuf(log, NULL, _IOLBF, 0);
+    if (*out && (!mkdir(out, 0777) || errno == EEXIST)) log = fopen(path, newest >= 0 ? "a" : "w");
+    must(!*out || log || gpt2_fail("run directory '%s' cannot be written: %s", out, strerror(errno)) == 0);
 
     int64_t shards, tokens;
     gpt2_loader_size(loader, &shards, &tokens, NULL);
     const wide steps = whole("-x") >= 0 ? whole("-x") : tokens / total, begin = progress.step;
     const int32_t end = tokenizer && tokenizer->end >= 0 ? tokenizer->end : config.V - 1;
-    const int32_t start = config.V == 256 ? '\n' : end;     /* a text of bytes has never seen its end */
     const double ceiling = gpt2_ceiling(), flops = gpt2_flops_per_token(&config, T), began = seconds();
     int32_t *x = memory(2 * (size_t)BT * sizeof *x);
-    if (!x) die(NULL);
+    must(x != NULL);
     printf("%s, %.0f GFLOP/s at most\n", gpt2_device(), ceiling * 1e-9);
     printf("L %d, NH %d, C %d, V %d, context %d: %.1fM parameters; %s\n", config.L, config.NH, config.C,
            config.V, config.max_T, (double)gpt2_parameters(&config) * 1e-6,
            newest >= 0 ? "resumed" : text("-e"));
     printf("%lld tokens in %lld shards; steps %lld to %lld of %lld tokens, %lld micro-batches of %d x %d\n",
-           (wide)tokens, (wide)shards, begin, steps, total,
-           accumulate, B, T);
+           (wide)tokens, (wide)shards, begin, steps, total, micro_batches, B, T);
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     for (wide step = begin;; step++) {
         const int last = step >= steps;
-        float loss;
         const int due = every && step != newest && (last || (step && step % every == 0));
-        if ((due || (interrupted && *out)) &&
-            gpt2_checkpoint(out, model, loader, &progress, every, whole("-nk"), whole("-nm")))
-            die(NULL);
+        float loss;
+        if (due || (interrupted && *out))
+            must(!gpt2_checkpoint(out, model, loader, &progress, every, whole("-nk"), whole("-nm")));
         if (interrupted) break;
         if (val && (last || (whole("-v") && step % whole("-v") == 0))) {
-            if (gpt2_evaluate(model, val, whole("-m"), &loss)) die(NULL);
+            must(!gpt2_evaluate(model, val, whole("-m"), &loss));
             printf("val loss %.4f\n", loss);
             if (log) fprintf(log, "s:%lld tel:%.4f\n", step, loss);
         }
         if (whole("-g") && (last || (whole("-s") && step && step % whole("-s") == 0)))
-            sample(model, tokenizer, &progress, start, whole("-g"));
+            sample(model, tokenizer, &progress, config.V == 256 ? '\n' : end, whole("-g"));
         if (last) break;
 
         const double tick = seconds();
         double mean = 0;
-        for (wide micro = 0; micro < accumulate; micro++) {
+        for (wide micro = 0; micro < micro_batches; micro++) {
             if (whole("-a")) gpt2_loader_reset(loader);
-            if (gpt2_loader_next(loader, x, x + BT) ||
-                gpt2_forward(model, x, x + BT, B, T, 1.0f / (float)accumulate, &loss) || gpt2_backward(model))
-                die(NULL);
-            mean += (double)loss / (double)accumulate;
+            must(!gpt2_loader_next(loader, x, x + BT));
+            must(!gpt2_forward(model, x, x + BT, B, T, 1.0f / (float)micro_batches, &loss));
+            must(!gpt2_backward(model));
+            mean += (double)loss / (double)micro_batches;
         }
         const float lr = gpt2_lr(text("-k"), step, steps, whole("-u"), (float)real("-l"), (float)real("-q"));
-        const double norm = gpt2_grad_norm(model);
+        const double norm = gpt2_grad_norm(model), most_loss = real("-sl"), most_norm = real("-sg");
         const double z_loss = gpt2_zscore(&progress, 0, mean), z_norm = gpt2_zscore(&progress, 1, norm);
-        const double most_loss = real("-sl"), most_norm = real("-sg");
         const int skip = (most_loss > 0 && z_loss > most_loss) || (most_norm > 0 && z_norm > most_norm);
         if (!isfinite(mean) || !isfinite(norm))
-            gpt2_fail("step %lld has loss %f and gradient norm %f: it diverged; use a lower learning rate",
-                      step, mean, norm);
-        if (lr < 0 || !isfinite(mean) || !isfinite(norm) ||
-            (!skip && gpt2_update(model, lr, 0.9, 0.95, 1e-8, real("-c"), 1)))
-            die(NULL);
+            must(!gpt2_fail("step %lld has loss %f and gradient norm %f: it diverged; use a lower learning "
+                            "rate", step, mean, norm));
+        must(skip || !gpt2_update(model, lr, 0.9, 0.95, 1e-8, real("-c"), 1));
         gpt2_zero_grad(model);
         progress.step = step + 1;
-        const double took = seconds() - tick, pace = (seconds() - began) / (double)(step + 1 - begin);
-        printf("step %lld/%lld | loss %.6f | lr %.2e | norm %.4f | %.0f ms | %.0f tok/s | %.0f%% of ceiling "
-               "| %.0f s "
-               "left%s\n",
-               step + 1, steps, mean, lr, norm, took * 1e3, (double)total / took,
-               100 * flops * (double)total / took / ceiling, pace * (double)(steps - step - 1),
-               skip ? " | an outlier, skipped" : "");
+        const double took = seconds() - tick, left = (seconds() - began) / (double)(step + 1 - begin);
+        printf("step %lld/%lld | loss %.6f | lr %.2e | norm %.4f | %.0f ms | %.0f tok/s | ", step + 1, steps,
+               mean, lr, norm, took * 1e3, (double)total / took);
+        printf("%.0f%% of ceiling | %.0f s left%s\n", 100 * flops * (double)total / took / ceiling,
+               left * (double)(steps - step - 1), skip ? " | an outlier, skipped" : "");
         fflush(stdout);
-        if (log)
-            fprintf(log, "s:%lld trl:%.4f lr:%.6f norm:%.2f\n", step, mean, lr, norm);
+        if (log) fprintf(log, "s:%lld trl:%.4f lr:%.6f norm:%.2f\n", step, mean, lr, norm);
+        if (log) fflush(log);
     }
     if (interrupted)
         printf("interrupted after step %lld; %s\n", (wide)progress.step,
