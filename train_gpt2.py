@@ -776,7 +776,9 @@ METAVARS = {str: "PATH", REAL: "X", FRACTION: "X"}
 MODELS = ("d2", "d4", "d6", "d12", "d24", "d36", "d48")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
-# Every setting of a run: its flag, its default, its type or choices, and what it is. run.json keeps them.
+# Every setting of a run: its flag, its default, its type or choices, and what it is. run.json keeps them. The
+# defaults are the default job: on tiny Shakespeare, of the shapes and batches that fit into two minutes on two
+# cores, few channels, a short context and many small batches came out best.
 SETTINGS = {
     "the text": [
         ("data", None, str, "text file, folder of .txt, folder or quoted glob of .bin shards (Shakespeare)"),
@@ -792,20 +794,20 @@ SETTINGS = {
         ("init", "scratch", str, "scratch, or the model file to start from"),
     ],
     "the training": [
-        ("batch-size", 12, COUNT, "rows in a batch, B"),
+        ("batch-size", 8, COUNT, "rows in a batch, B"),
         ("seq-len", None, COUNT, "tokens in a row, T (the context)"),
         ("total-batch-size", None, COUNT, "tokens in an update, gathered over batches (B times T)"),
-        ("steps", 2000, COUNT0, "updates"),
+        ("steps", 3000, COUNT0, "updates"),
         ("lr", 4e-3, REAL, "learning rate at its highest"),
         ("warmup", 100, COUNT0, "steps in which it rises from 0"),
         ("schedule", "cosine", SCHEDULES, "how it falls then"),
-        ("final-lr-frac", 0.01, FRACTION, "and what is left of it in the end"),
+        ("final-lr-frac", 0.0025, FRACTION, "and what is left of it in the end"),
         ("weight-decay", 0.1, REAL, "AdamW's, on the matrices only"),
         ("grad-clip", 1.0, REAL, "largest norm of the gradient; 0 for no limit"),
         ("seed", 42, COUNT0, "of the initial values, the order of the rows, and the samples"),
     ],
     "what is shown and kept": [
-        ("val-every", 250, COUNT0, "steps between validations; 0 for none"),
+        ("val-every", 1000, COUNT0, "steps between validations; 0 for none"),
         ("val-batches", 200, COUNT, "batches to validate on, at most"),
         ("sample-every", 0, COUNT0, "steps between samples; 0 for one at the end"),
         ("sample-tokens", 400, COUNT0, "tokens in a sample; 0 for no samples"),

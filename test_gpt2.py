@@ -1,0 +1,1327 @@
+"""Tests of the trainer, through what its users have: the C API, the GPT2 class, and both command lines.
+
+    make test                                        sets up pytest, then runs them
+    python -m pytest test_gpt2.py -k resume          those with "resume" in their names
+    GPT2_QUICK=1 python -m pytest test_gpt2.py       all but the 124M model
+    GPT2_BUILD=DIR python -m pytest test_gpt2.py     with another build of binary and library (make BUILD=DIR)
+
+They need pytest and the standard library. Those that hold us against torch, transformers or tiktoken are
+skipped where these are missing. What they refuse to be: a benchmark (no timing decides), a user of the
+network, or a look inside (nothing here knows how the library does what it promises).
+
+Python itself is not built with sanitizers, so a SANITIZE=1 build needs these in the environment:
+
+    LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0
+"""
+import array
+import contextlib
+import ctypes
+import functools
+import hashlib
+import http.server
+import importlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import pty
+import random
+import re
+import resource
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent
+BUILD = pathlib.Path(os.environ.get("GPT2_BUILD", HERE)).resolve()
+BINARY = BUILD / "train_gpt2"
+LIBRARY = BUILD / "libgpt2.so"
+REFERENCES = HERE / "dev" / "reference"
+TENSORS = "wte wpe ln1w ln1b qkvw qkvb attprojw attprojb ln2w ln2b fcw fcb fcprojw fcprojb lnfw lnfb".split()
+MATRICES = "wte wpe qkvw attprojw fcw fcprojw".split()     # with weight decay, and random at first
+SCALES = "ln1w ln2w lnfw".split()                           # 1 at first; the others are 0
+
+if not BINARY.exists() or not LIBRARY.exists():
+    pytest.exit(f"{BUILD} has no train_gpt2 and libgpt2.so; run `make` first", 1)
+
+# For this process and those that it starts: the library under test, no network, and one thread unless a test
+# says more. The models are so small that threads cost more than they bring.
+os.environ.update(GPT2_LIBRARY=str(LIBRARY), GPT2_OFFLINE="1", PIP_NO_INDEX="1", PIP_FIND_LINKS="",
+                  PIP_CONFIG_FILE=os.devnull, no_proxy="127.0.0.1", NO_PROXY="127.0.0.1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["ASAN_OPTIONS"] = os.environ.get("ASAN_OPTIONS", "") + ":allocator_may_return_null=1"
+sys.path.insert(0, str(HERE))
+import train_gpt2  # noqa: E402
+from train_gpt2 import GPT2, GPT2Config, GPT2Error, GPT2Progress, Loader  # noqa: E402
+
+LIB = train_gpt2.library("cpu")
+
+
+# --- What the tests share -----------------------------------------------------------------------------------
+def one_sentence(text, *words):
+    """The text is one sentence for a user, and has these words."""
+    text = text.strip()
+    assert text and "\n" not in text and "Traceback" not in text, text
+    for word in words:
+        assert str(word) in text, f"{word!r} is not in: {text}"
+
+
+@contextlib.contextmanager
+def refused(*words):
+    """The library refuses what is called, with one sentence that has these words."""
+    with pytest.raises(GPT2Error) as caught:
+        yield
+    one_sentence(str(caught.value), *words)
+
+
+def run(*command, status=0, cwd=None, **environment):
+    """Runs a program, which must end with that status."""
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env={**os.environ, **environment},
+                          capture_output=True, text=True, errors="replace", timeout=300)
+    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+binary = functools.partial(run, BINARY)
+driver = functools.partial(run, sys.executable, HERE / "train_gpt2.py")
+
+
+def header(*entries):
+    return struct.pack("<256i", *entries, *[0] * (256 - len(entries)))
+
+
+def damaged(contents, at, value):
+    """A file's contents with another int32 in the header."""
+    return contents[:4 * at] + struct.pack("<i", value) + contents[4 * at + 4:]
+
+
+def shards(folder, *token_lists, name="train"):
+    """Writes token shards, and returns a glob that matches them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, tokens in enumerate(token_lists):
+        contents = header(20240520, 1, len(tokens)) + array.array("H", tokens).tobytes()
+        (folder / f"{name}_{i:03}.bin").write_bytes(contents)
+    return str(folder / f"{name}_*.bin")
+
+
+def tokens_of(path):
+    contents = path.read_bytes()
+    assert contents[:1024] == header(20240520, 1, (len(contents) - 1024) // 2)
+    return array.array("H", contents[1024:]).tolist()
+
+
+def token_rows(B, T, V):
+    """Random x and y (B,T), nested lists."""
+    draw = random.Random(1)
+    rows = [[draw.randrange(V) for _ in range(T + 1)] for _ in range(B)]
+    return [row[:-1] for row in rows], [row[1:] for row in rows]
+
+
+def relative(ours, theirs):
+    """L2 norm of the difference in relation to that of theirs, or by itself where theirs are all 0."""
+    assert len(ours) == len(theirs)
+    difference = math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(ours, theirs)))
+    return difference / (math.sqrt(math.fsum(b * b for b in theirs)) or 1)
+
+
+def all_within(limit, ours, theirs):
+    """Each of the named arrays is, by its relative error."""
+    errors = {name: relative(ours[name], theirs[name]) for name in theirs}
+    wrong = {name: error for name, error in errors.items() if not error <= limit}
+    assert not wrong, f"not within {limit}: {wrong}"
+
+
+def tensors(model, kind="param"):
+    """The 16 tensors by name, each flat."""
+    return {name: array.array("f", model.get(name, kind).tobytes()) for name in TENSORS}
+
+
+def as_bytes(named):
+    return b"".join(values.tobytes() for values in named.values())
+
+
+def lively(max_T, V, L, NH, C, spread=0.3):
+    """A model in which every parameter counts; as initialised, most are too near to 0 or 1."""
+    draw = random.Random(1)
+    model = GPT2(GPT2Config(max_T, V, L, NH, C))
+    for name, shape in model.shapes.items():
+        padding = math.prod(shape) - V * C if name == "wte" else 0
+        values = [draw.gauss(float(name in SCALES), spread) for _ in range(math.prod(shape) - padding)]
+        model.set(name, values + [0.0] * padding)
+    return model
+
+
+def gradients(model, x, y):
+    """The loss, and the 16 gradients."""
+    model.zero_grad()
+    loss = model.forward(x, y)
+    model.backward()
+    return loss, tensors(model, "grad")
+
+
+def results(model, x, y):
+    """Logits, loss and gradients by name."""
+    loss, named = gradients(model, x, y)
+    return {"logits": array.array("f", model.logits(x).tobytes()), "loss": [loss], **named}
+
+
+# --- The model against the references -----------------------------------------------------------------------
+each_reference = pytest.mark.parametrize("name", ["tiny", "odd", "bf16", "head64"])
+both_front_ends = pytest.mark.parametrize("front", ["binary", "driver"])
+
+
+def open_reference(name):
+    """The model, x and y (B,T), and the logits, loss and gradients that a reference's files hold."""
+    model = GPT2.load(REFERENCES / f"{name}_model.bin")
+    with open(REFERENCES / f"{name}_reference.bin", "rb") as file:
+        def take(kind, n):
+            values = array.array(kind)
+            values.fromfile(file, n)
+            return values.tolist()
+
+        magic, version, B, T = take("i", 256)[:4]
+        x, y = ([take("i", T) for _ in range(B)] for _ in "xy")
+        theirs = {"logits": take("f", B * T * model.config.V), "loss": take("f", 1)}
+        theirs.update((tensor, take("f", math.prod(model.shapes[tensor]))) for tensor in TENSORS)
+        assert (magic, version, file.read()) == (20240327, 2, b"")
+    return model, x, y, theirs
+
+
+@each_reference
+def test_logits_loss_and_gradients_are_the_references(name):
+    model, x, y, theirs = open_reference(name)
+    all_within(1e-5, results(model, x, y), theirs)
+
+
+@each_reference
+def test_the_losses_of_ten_adamw_steps_are_the_references(name):
+    model, x, y, _ = open_reference(name)
+    r = json.loads((REFERENCES / f"{name}_losses.json").read_text())
+    for loss, norm in zip(r["losses"], r["gradient_norms"]):
+        assert model.forward(x, y) == pytest.approx(loss, rel=1e-6)
+        model.backward()
+        ours = model.update(r["lr"], r["beta1"], r["beta2"], r["eps"], r["weight_decay"], r["max_norm"])
+        assert ours == pytest.approx(norm, rel=1e-5)
+    assert model.updates == len(r["losses"]) == 10
+
+
+def check(front, reference, model, status=0):
+    """The lines that `check` prints."""
+    if front == "binary":
+        return binary("--check", reference, "-e", model, status=status).stdout.splitlines()
+    return driver("check", reference, "--model", model, status=status).stdout.splitlines()
+
+
+@both_front_ends
+@each_reference
+def test_check_prints_a_table_of_18_rows_that_are_ok(name, front):
+    lines = check(front, REFERENCES / f"{name}_reference.bin", REFERENCES / f"{name}_model.bin")
+    number = r" +\d\.\d{3}e[-+]\d\d"
+    rows = [re.fullmatch(rf"(\w+){number}{number}  ok", line)[1] for line in lines[1:-1]]
+    assert rows == ["logits", "loss", *TENSORS] and lines[-1].startswith("OK")
+
+
+@both_front_ends
+@pytest.mark.parametrize("row, at, value", [("lnfb", -4, 1), ("lnfb", -4, math.nan), ("logits", 1720, 9)])
+def test_check_of_a_corrupted_reference_is_not_ok(tmp_path, front, row, at, value):
+    data = bytearray((REFERENCES / "tiny_reference.bin").read_bytes())
+    struct.pack_into("<f", data, at % len(data), value)
+    (tmp_path / "reference.bin").write_bytes(data)
+    lines = check(front, tmp_path / "reference.bin", REFERENCES / "tiny_model.bin", status=1)
+    assert [line.split()[0] for line in lines[:-1] if line.endswith("NOT OK")] == [row]
+    assert lines[-1].startswith("NOT OK")
+
+
+# --- The model against a GPT-2 in Python's own doubles ------------------------------------------------------
+def dot(a, b):
+    return sum(u * v for u, v in zip(a, b))
+
+
+def layernorm(row, w, b):
+    mean = sum(row) / len(row)
+    rstd = 1 / math.sqrt(sum((v - mean) ** 2 for v in row) / len(row) + 1e-5)
+    return [(v - mean) * rstd * s + t for v, s, t in zip(row, w, b)]
+
+
+def linear(row, w, b):
+    return [dot(row, w[o * len(row):(o + 1) * len(row)]) + b[o] for o in range(len(b))]
+
+
+def gelu(v):
+    return 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+
+
+def transformer_block(stream, w, NH):
+    """The residual stream, T rows of C, after a block with the weights w."""
+    C = len(stream[0])
+    hs = C // NH
+    qkv = [linear(layernorm(row, w["ln1w"], w["ln1b"]), w["qkvw"], w["qkvb"]) for row in stream]
+    out = []
+    for t, row in enumerate(stream):
+        mixed = []
+        for q in range(0, C, hs):
+            likes = [math.exp(dot(qkv[t][q:q + hs], past[C + q:]) / math.sqrt(hs)) for past in qkv[:t + 1]]
+            values = [past[2 * C + q:2 * C + q + hs] for past in qkv[:t + 1]]
+            mixed += [dot(likes, column) / sum(likes) for column in zip(*values)]
+        row = [a + b for a, b in zip(row, linear(mixed, w["attprojw"], w["attprojb"]))]
+        wide = linear(layernorm(row, w["ln2w"], w["ln2b"]), w["fcw"], w["fcb"])
+        out.append([a + b for a, b in zip(row, linear([*map(gelu, wide)], w["fcprojw"], w["fcprojb"]))])
+    return out
+
+
+def python_loss(p, config, x, y):
+    """Mean cross-entropy of y given x (B,T). p: the tensors by name, lists of doubles."""
+    C, L = config.C, config.L
+    total = 0
+    for tokens, targets in zip(x, y):
+        stream = [[p["wte"][i * C + c] + p["wpe"][t * C + c] for c in range(C)] for t, i in enumerate(tokens)]
+        for l in range(L):
+            sizes = {name: len(p[name]) // L for name in TENSORS[2:14]}
+            w = {name: p[name][l * size:(l + 1) * size] for name, size in sizes.items()}
+            stream = transformer_block(stream, w, config.NH)
+        for row, target in zip(stream, targets):
+            logits = linear(layernorm(row, p["lnfw"], p["lnfb"]), p["wte"], [0] * config.V)
+            total += math.log(sum(map(math.exp, logits))) - logits[target]
+    return total / sum(map(len, x))
+
+
+@pytest.fixture(scope="module")
+def in_doubles():
+    """python_loss of parameters, those of a small model, and its loss and gradients from the library."""
+    model = lively(6, 11, 2, 2, 8)
+    x, y = token_rows(2, 5, 11)
+    params = {name: values.tolist() for name, values in tensors(model).items()}
+    return lambda p: python_loss(p, model.config, x, y), params, *gradients(model, x, y)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_gradients_are_finite_differences_in_doubles(in_doubles, name):
+    loss_of, params, loss, ours = in_doubles
+    assert loss == pytest.approx(loss_of(params), rel=1e-6)
+    used = {"wte": 11 * 8, "wpe": 5 * 8}.get(name, len(params[name]))     # no padding, no unused position
+    places = random.Random(2).sample(range(used), min(used, 10))
+    slopes = []
+    for i in places:
+        more, less = ({**params, name: params[name][:i] + [params[name][i] + h] + params[name][i + 1:]}
+                      for h in (1e-4, -1e-4))
+        slopes.append((loss_of(more) - loss_of(less)) / 2e-4)
+    assert relative([ours[name][i] for i in places], slopes) <= 1e-5
+
+
+# --- What forward, backward and AdamW promise ---------------------------------------------------------------
+def test_a_later_token_does_not_reach_an_earlier_logit():
+    model = lively(130, 31, 2, 2, 24)
+    x, _ = token_rows(2, 130, 31)
+    before = model.logits(x).tolist()
+    for t in (1, 50, 97, 129):
+        changed = [row[:t] + [(row[t] + 1) % 31] + row[t + 1:] for row in x]
+        after = model.logits(changed).tolist()
+        assert all(new[:t] == old[:t] and new[t] != old[t] for old, new in zip(before, after))
+
+
+@pytest.mark.parametrize("shape", [(16, 40, 2, 2, 12), (100, 50257, 1, 2, 8)], ids=["small", "wide"])
+def test_micro_batches_add_up_to_the_batch(shape):
+    model = lively(*shape)
+    x, y = token_rows(4, shape[0], shape[1])
+    loss, whole = gradients(model, x, y)
+    model.zero_grad()
+    halves = []
+    for rows in (slice(0, 2), slice(2, 4)):
+        halves.append(model.forward(x[rows], y[rows], scale=0.5))
+        model.backward()
+    assert sum(halves) / 2 == pytest.approx(loss, rel=1e-6)
+    all_within(1e-5, tensors(model, "grad"), whole)
+
+
+def test_what_happens_in_between_changes_nothing():
+    """Batches of other sizes, evaluations, and another model in the same process."""
+    models = [lively(40, 31, 2, 3, 15), lively(29, 7, 1, 1, 8)]
+    batches = [(model, *token_rows(B, T, model.config.V))
+               for B, T in ((3, 29), (1, 1), (7, 23), (2, 3)) for model in models]
+    first = [gradients(*batch) for batch in batches]
+    for (model, x, y), (loss, grads) in reversed(list(zip(batches, first))):
+        assert model.forward(x, y, train=False) == pytest.approx(loss, rel=1e-6)
+        again, same = gradients(model, x, y)
+        model.forward(y, x, train=False)
+        model.logits(y)
+        assert again == loss and as_bytes(same) == as_bytes(grads) == as_bytes(tensors(model, "grad"))
+
+
+def bits():
+    """The number of threads, and a hash over what models do at odd shapes. Runs in a process of its own."""
+    digest = hashlib.sha256()
+    for shape in ((40, 131, 2, 3, 39, 3, 29), (130, 300, 1, 1, 80, 2, 130), (5, 17, 1, 2, 6, 1, 1),
+                  (64, 2100, 2, 4, 128, 5, 63)):
+        model = GPT2(GPT2Config(*shape[:5]), seed=7)
+        x, y = token_rows(*shape[5:], shape[1])
+        for _ in range(3):
+            digest.update(struct.pack("f", model.forward(x, y)))
+            model.backward()
+            model.update(lr=0.01)
+        digest.update(bytes(model.logits(x)) + as_bytes(tensors(model)))
+    return int(LIB.gpt2_device().split()[1]), digest.hexdigest()
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads():
+    command = [sys.executable, "-c", "import test_gpt2; print(*test_gpt2.bits())"]
+    found = [run(*command, cwd=HERE, GPT2_BUILD=str(BUILD), OMP_NUM_THREADS=str(n)).stdout.split()
+             for n in (1, 2, 3)]
+    threads, digests = zip(*found)
+    if threads == ("1", "1", "1"):
+        pytest.skip("built without OpenMP")
+    assert threads == ("1", "2", "3") and len(set(digests)) == 1
+
+
+@pytest.mark.parametrize("decay, clip, size", [(0.1, 1.0, 1.0), (0.0, 1e9, 1.0), (0.1, 0.0, 1e-6)])
+def test_adamw_is_the_formula(decay, clip, size):
+    lr, beta1, beta2, eps = 0.01, 0.75, 0.96875, 1e-7     # betas that a float holds exactly
+    draw = random.Random(1)
+    model = lively(4, 5, 2, 2, 4)
+    p = {name: values.tolist() for name, values in tensors(model).items()}
+    m, v = ({name: [0.0] * len(p[name]) for name in TENSORS} for _ in "mv")
+    for t in (1, 2, 3):
+        for name in TENSORS:
+            padding = len(p[name]) - 5 * 4 if name == "wte" else 0
+            values = [draw.gauss(0, size) for _ in range(len(p[name]) - padding)]
+            model.set(name, values + [0.0] * padding, "grad")
+        g = tensors(model, "grad")
+        norm = math.sqrt(math.fsum(x * x for values in g.values() for x in values))
+        assert model.update(lr, beta1, beta2, eps, decay, clip) == pytest.approx(norm, rel=1e-6)
+        scale = clip / norm if 0 < clip < norm else 1
+        for name, i in ((name, i) for name in TENSORS for i in range(len(p[name]))):
+            m[name][i] = beta1 * m[name][i] + (1 - beta1) * scale * g[name][i]
+            v[name][i] = beta2 * v[name][i] + (1 - beta2) * (scale * g[name][i]) ** 2
+            step = m[name][i] / (1 - beta1**t) / (math.sqrt(v[name][i] / (1 - beta2**t)) + eps)
+            p[name][i] -= lr * step + (lr * decay * p[name][i] if name in MATRICES else 0)
+    assert model.updates == 3 and model.grad_norm() == 0
+    for kind, theirs in (("param", p), ("m", m), ("v", v)):
+        all_within(1e-6, tensors(model, kind), theirs)
+
+
+def test_a_model_overfits_one_batch():
+    model = GPT2(GPT2Config(max_T=16, V=50, L=2, NH=2, C=32), seed=1)
+    x, y = token_rows(2, 16, 50)
+    for _ in range(80):
+        loss = model.forward(x, y)
+        model.backward()
+        model.update(lr=1e-2)
+    assert loss < 0.01
+    for kind in ("param", "m", "v"):
+        wte = tensors(model, kind)["wte"]
+        assert all(wte[:50 * 32]) and not any(wte[50 * 32:])     # the padding
+
+
+# --- What the C API refuses ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [
+    (0, 8, 1, 1, 8), (8, 0, 1, 1, 8), (8, 8, 0, 1, 8), (8, 8, 1, 0, 8), (8, 8, 1, 1, 0), (-8, 8, 1, 1, 8),
+    (8, -1, 1, 1, 8), (8, 8, 1, -1, 8), (8, 8, 1, 3, 8), (2**25, 8, 1, 1, 8), (8, 2**25, 1, 1, 8),
+    (8, 8, 2**13, 1, 8), (8, 8, 1, 1, 2**17), (2**31 - 1,) * 5])
+def test_a_model_of_an_impossible_shape_is_refused(shape):
+    with refused("context %d, V %d, L %d, NH %d, C %d" % shape):
+        GPT2(GPT2Config(*shape))
+
+
+def raw_forward(model, x, y, B, T):
+    """gpt2_forward without the checks of the GPT2 class."""
+    loss = ctypes.c_float()
+    x, y = ((ctypes.c_int32 * len(ids))(*ids) for ids in (x, y))
+    LIB.gpt2_forward(model.handle, x, y, B, T, 1.0, ctypes.byref(loss))
+    return loss.value
+
+
+def test_a_batch_that_does_not_fit_is_refused():
+    model = lively(8, 5, 1, 1, 4)
+    for B, T in ((0, 4), (4, 0), (-1, 4), (4, -1), (1, 9), (0, 0)):
+        with refused(f"{B} x {T}", 8):
+            raw_forward(model, [0] * 16, [0] * 16, B, T)
+    for token in (-1, 5, 127, 2**31 - 1, -2**31):
+        with refused("token 2 of x", token, "0 to 4"):
+            raw_forward(model, [0, 0, token, 0], [0] * 4, 2, 2)
+        with refused("token 3 of y", token, "0 to 4"):
+            raw_forward(model, [0] * 4, [0, 0, 0, token], 2, 2)
+        with refused("token 0 of x", token):
+            model.logits([[token]])
+        with refused("token 1 of x", token):
+            next(model.generate([1, token], 1))
+    assert math.isfinite(raw_forward(model, [0] * 4, [4] * 4, 2, 2))
+
+
+def test_calls_out_of_order_are_refused_and_do_no_harm():
+    model = lively(8, 5, 1, 1, 4)
+    x, y = token_rows(2, 8, 5)
+    before = as_bytes(tensors(model))
+    with refused("gpt2_forward"):
+        model.backward()
+    model.forward(x, y, train=False)
+    with refused("gpt2_forward"):
+        model.backward()
+    _, once = gradients(model, x, y)
+    with refused("gpt2_forward"):
+        model.backward()
+    model.forward(x, y)
+    for too_early in (lambda: model.update(lr=0.1), lambda: model.forward(x, y), lambda: model.logits(x)):
+        with refused("gpt2_backward"):
+            too_early()
+    model.backward()
+    all_within(1e-6, tensors(model, "grad"), {name: [2 * g for g in once[name]] for name in TENSORS})
+    assert as_bytes(tensors(model)) == before and model.updates == 0
+    model.zero_grad()
+    assert model.grad_norm() == 0 and not any(as_bytes(tensors(model, "grad")))
+    model.forward(y, x)
+    model.forward(x, y)              # there is no gradient yet, so this takes the place of the one before
+    model.backward()
+    assert as_bytes(tensors(model, "grad")) == as_bytes(once)
+
+
+def test_a_part_of_a_tensor_is_read_and_written():
+    model = lively(8, 5, 2, 1, 4)
+    before = tensors(model)["fcb"].tolist()     # tensor 11, of 32 elements
+    buffer = (ctypes.c_float * 3)(7, 8, 9)
+    LIB.gpt2_set(model.handle, 11, 0, 29, 3, buffer)
+    assert tensors(model)["fcb"].tolist() == before[:29] + [7, 8, 9]
+    LIB.gpt2_get(model.handle, 11, 0, 28, 3, buffer)
+    assert list(buffer) == [before[28], 7, 8]
+    for place in ((16, 0, 0, 1), (-1, 0, 0, 1), (11, 4, 0, 1), (11, -1, 0, 1), (11, 0, -1, 1), (11, 0, 0, -1),
+                  (11, 0, 0, 33), (11, 0, 32, 1), (11, 0, 2**63 - 1, 1), (11, 0, 1, 2**63 - 1)):
+        for access in (LIB.gpt2_get, LIB.gpt2_set):
+            with refused(f"tensor {place[0]}"):
+                access(model.handle, *place, buffer)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda model, folder: model.save(folder / "model.bin", 4), "version is 4"),
+    (lambda model, folder: model.save(folder / "none" / "model.bin"), "none/model.bin"),
+    (lambda model, folder: model.get("wq"), "'wq'"),
+    (lambda model, folder: model.get("wte", "adam"), "'adam'"),
+    (lambda model, folder: model.set("wpe", [1.0, 2.0, 3.0]), "3 float32"),
+    (lambda model, folder: model.forward([[1, 2], [3]], [[1, 2], [3]]), "one length"),
+    (lambda model, folder: model.forward([[1, 2]], [[1], [2]]), "the same"),
+    (lambda model, folder: next(model.generate([], 1)), "1 x 0"),
+    (lambda model, folder: LIB.gpt2_lr("foo", 0, 10, 0, 1e-3, 0), "'foo'"),
+    (lambda model, folder: LIB.gpt2_descriptor("", ctypes.byref(GPT2Config())), "''"),
+    (lambda model, folder: LIB.gpt2_descriptor("d012", ctypes.byref(GPT2Config())), "'d012'"),
+    (lambda model, folder: LIB.gpt2_descriptor("d12x", ctypes.byref(GPT2Config())), "'d12x'"),
+    (lambda model, folder: [model.set("lnfw", [math.nan] * 4), *model.generate([1], 1)], "diverged")])
+def test_other_misuse_is_refused(tmp_path, call, words):
+    with refused(words):
+        call(lively(8, 5, 1, 1, 4), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Shards and the loader; tokens that count up tell their position ----------------------------------------
+def batch(loader):
+    x, y = loader.next()
+    return [list(row) for row in x], [list(row) for row in y]
+
+
+def sequential(token_lists, B, T):
+    """The batches of an epoch in karpathy/llm.c's order."""
+    for tokens in map(list, token_lists):
+        for at in range(0, len(tokens) - B * T, B * T):
+            rows = range(at, at + B * T, T)
+            yield [tokens[i:i + T] for i in rows], [tokens[i + 1:i + T + 1] for i in rows]
+
+
+@pytest.mark.parametrize("B, T", [(3, 4), (1, 12), (12, 1), (1, 1)])
+@pytest.mark.parametrize("sizes", [[25], [24], [13], [43, 13, 5, 30], [12, 100, 1, 0, 64], [200, 13, 13]])
+def test_an_unshuffled_epoch_is_in_the_order_of_the_tokens(tmp_path, sizes, B, T):
+    lists = [range(1000 * i, 1000 * i + size) for i, size in enumerate(sizes)]
+    loader = Loader(shards(tmp_path, *lists), B, T, 65536)
+    expected = list(sequential(lists, B, T))
+    assert (loader.shards, loader.tokens, loader.batches) == (len(sizes), sum(sizes), len(expected))
+    for _ in range(2):               # and round again
+        assert [batch(loader) for _ in expected] == expected
+    batch(loader)
+    loader.reset()
+    assert batch(loader) == expected[0]
+
+
+def test_a_shuffled_epoch_takes_every_row_once_in_an_order_of_its_own(tmp_path):
+    B, T = 5, 7                      # 11 T tokens hold ten rows from any offset, B T + 1 one batch from none
+    ranges = [range(1000 * i, 1000 * i + n) for i, n in enumerate((11 * T, B * T + 1, 11 * T, 2 * T))]
+    pattern = shards(tmp_path, *ranges)
+
+    def epochs(seed):
+        """Where each row of each epoch starts."""
+        loader = Loader(pattern, B, T, 65536, shuffle=True, seed=seed)
+        for _ in range(6):
+            rows = [row for _ in range(5) for row in zip(*batch(loader))]
+            assert all(x + y[-1:] == list(range(x[0], x[0] + T + 1)) and y[:-1] == x[1:] for x, y in rows)
+            yield tuple(x[0] for x, _ in rows)
+
+    assert list(epochs(1)) == list(epochs(1))
+    seen = [*epochs(1), *epochs(2)]
+    for starts in seen:
+        for i, rows in enumerate((10, 5, 10, 0)):
+            own = sorted(start - 1000 * i for start in starts if start // 1000 == i)
+            first = own[0] if rows == 10 else 0
+            assert first < T and own == list(range(first, first + rows * T, T))
+    assert len(set(seen)) == len(seen) == 12
+    assert len({tuple(start // 1000 for start in starts) for starts in seen}) > 1     # the shards' order
+    assert len({min(starts) for starts in seen}) > 1                                   # the rows' offset
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_restored_loader_goes_on_at_any_position(tmp_path, shuffle):
+    pattern = shards(tmp_path / "tokens", range(90), range(200, 270), range(300, 313))
+    model = GPT2(GPT2Config(8, 3, 1, 1, 2))
+    loader = Loader(pattern, 3, 4, 65536, shuffle, seed=5)
+    for done in range(30):           # more than two epochs
+        progress = ctypes.byref(GPT2Progress(step=done))
+        LIB.gpt2_checkpoint(str(tmp_path), model.handle, loader.handle, progress, 0, 0, 0)
+        other = Loader(pattern, 3, 4, 65536, shuffle, seed=5)
+        LIB.gpt2_restore(str(tmp_path), done, model.handle, other.handle, progress)
+        assert batch(other) == batch(loader)
+
+
+@pytest.mark.parametrize("shard, at", [(0, 0), (0, 25), (1, 0), (1, 12), (1, 24)])
+def test_a_token_of_another_vocabulary_is_refused_with_its_place(tmp_path, shard, at):
+    lists = [[3] * 26, [3] * 26]
+    lists[shard][at] = 50
+    loader = Loader(shards(tmp_path, *lists), 5, 5, 50)
+    with refused(f"token {at} of", f"train_00{shard}.bin", "is 50"):
+        for _ in range(2):
+            loader.next()
+
+
+def test_more_than_2_to_the_31_bytes_of_tokens_are_read_where_they_are(tmp_path):
+    T, n = 2**20, 2**31 - 1
+    path = tmp_path / "train_000.bin"
+    path.write_bytes(header(20240520, 1, n))
+    try:
+        os.truncate(path, 1024 + 2 * n)
+    except OSError as error:
+        pytest.skip(f"no file of 4 GB here: {error}")
+    if path.stat().st_blocks > 2**20:
+        pytest.skip("no sparse files here")
+    with open(path, "r+b") as file:
+        for mark in range(1, n // T + 1):     # token k T is k, the others are 0
+            file.seek(1024 + 2 * mark * T)
+            file.write(struct.pack("<H", mark))
+    loader = Loader(str(path), 1, T, 65536, shuffle=True, seed=1)
+    rows = [array.array("i", bytes(loader.next()[0])) for _ in range(12)]
+    path.unlink()
+    marks = [max(row) for row in rows]
+    assert (loader.tokens, loader.batches) == (n, (n - 1) // T)
+    assert all(row.count(0) == T - 1 for row in rows) and len(set(marks)) == 12
+    assert len({row.index(mark) for row, mark in zip(rows, marks)}) == 1     # all rows from one offset
+    assert max(marks) * T > 2**30    # tokens of two bytes
+
+
+def test_other_loaders_are_refused(tmp_path):
+    for sizes, B, T in (([12], 3, 4), ([12, 5, 0], 3, 4), ([1], 1, 1), ([0], 1, 1), ([0, 1], 1, 1)):
+        pattern = shards(tmp_path / f"{sizes}", *map(range, sizes)).replace("[", "[[]")
+        with refused(f"{sum(sizes)} tokens", B * T + 1):
+            Loader(pattern, B, T, 65536)
+    pattern = shards(tmp_path, range(40))
+    for B, T, V in ((0, 4, 9), (4, 0, 9), (4, 4, 0), (-1, 4, 9)):
+        with refused(f"B {B}, T {T}, V {V}"):
+            Loader(pattern, B, T, V)
+    with refused("none", "prepare"):
+        Loader(str(tmp_path / "none*.bin"), 1, 4, 9)
+    with refused(tmp_path, "regular file"):
+        Loader(str(tmp_path), 1, 4, 9)
+    loader = Loader(pattern, 1, 4, 100)
+    shards(tmp_path, range(20))
+    with refused("20 tokens", 40, "changed"):
+        loader.next()
+
+
+def test_evaluate_is_the_mean_of_the_first_batches(tmp_path):
+    model = lively(8, 40, 1, 2, 8)
+    loader = Loader(shards(tmp_path, range(40), range(7)), 2, 5, 40)
+    losses = [model.forward(*loader.next(), train=False) for _ in range(3)]
+    for n, expected in ((1, losses[:1]), (2, losses[:2]), (3, losses), (99, losses)):
+        assert model.evaluate(loader, n) == pytest.approx(statistics.fmean(expected), rel=1e-6)
+
+
+# --- Schedules, z-scores, shapes ----------------------------------------------------------------------------
+def llmc_lr(schedule, step, steps, warmup, lr, final):
+    """The learning rate as karpathy/llm.c has it, but with a warm-up for every schedule."""
+    done = (step - warmup) / (steps - warmup)
+    decay_point = int(0.8 * steps)
+    late = max(0, step - decay_point) / (steps - decay_point)
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1,
+            "wsd": 1 - math.sqrt(late)}
+    return lr * (step + 1) / warmup if step < warmup else lr * final + left[schedule] * (lr - lr * final)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("steps, warmup, final", [(100, 0, 0.0), (100, 7, 0.1), (100, 1, 1.0), (40, 39, 0.5)])
+def test_learning_rates_are_the_schedules(schedule, steps, warmup, final):
+    for step in range(steps):
+        ours = LIB.gpt2_lr(schedule, step, steps, warmup, 6e-4, final)
+        theirs = llmc_lr(schedule, step, steps, warmup, 6e-4, final)
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-11), step
+
+
+def test_a_zscore_is_over_the_last_128_values():
+    progress = GPT2Progress()
+    draw = random.Random(1)
+    values = [draw.gauss(3, 2) for _ in range(400)]
+    scores = [LIB.gpt2_zscore(ctypes.byref(progress), 1, value) for value in values]
+    assert all(map(math.isnan, scores[:128])) and list(progress.seen) == [0, 400]
+    for i in range(128, 400):
+        window = values[i - 128:i]
+        expected = (values[i] - statistics.fmean(window)) / statistics.pstdev(window)
+        assert scores[i] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name, shape, parameters", [
+    ("d2", (2, 2, 128), None), ("d4", (4, 4, 256), None), ("d6", (6, 6, 384), None),
+    ("d12", (12, 12, 768), 124_439_808), ("d24", (24, 16, 1024), 354_823_168),
+    ("d36", (36, 20, 1280), 774_030_080), ("d48", (48, 25, 1600), 1_557_611_200)])
+def test_descriptors_are_the_sizes_of_gpt2(name, shape, parameters):
+    config = GPT2Config()
+    LIB.gpt2_descriptor(name, ctypes.byref(config))
+    assert (config.max_T, config.V, config.L, config.NH, config.C) == (1024, 50257, *shape)
+    P = LIB.gpt2_parameters(ctypes.byref(config))
+    assert P == (parameters or P)
+    assert LIB.gpt2_flops_per_token(ctypes.byref(config), 64) == 6 * P + 6 * config.L * 64 * config.C
+
+
+# --- Generation ---------------------------------------------------------------------------------------------
+def draws(model, tokens, n, temperature, top_k=0):
+    """n tokens to follow the same ones."""
+    rng = ctypes.c_uint64(1)
+    ids = (ctypes.c_int32 * len(tokens))(*tokens)
+    place = (model.handle, ids, len(tokens), temperature, top_k, ctypes.byref(rng))
+    return [LIB.gpt2_next(*place) for _ in range(n)]
+
+
+def test_temperature_0_takes_the_likeliest():
+    model = lively(12, 31, 2, 2, 8)
+    text = [5]
+    for token in model.generate(text.copy(), 20, temperature=0):
+        last = model.logits([text[-12:]]).tolist()[0][-1]     # only the last max_T tokens count
+        assert token == last.index(max(last))
+        text.append(token)
+    assert draws(model, text, 9, 0) == draws(model, text, 9, 1e-6) == draws(model, text, 9, 1.0, top_k=1)
+
+
+def test_top_k_allows_the_k_likeliest():
+    model = lively(12, 31, 2, 2, 8, spread=0.1)
+    last = model.logits([[3, 1, 4]]).tolist()[0][-1]
+    for k in (2, 5, 31, 99):
+        likeliest = sorted(range(31), key=lambda i: -last[i])[:k]
+        assert set(draws(model, [3, 1, 4], 800, 1.0, k)) == set(likeliest)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
+    model = lively(12, 11, 1, 2, 8, spread=0.4)
+    shares = [math.exp(logit / temperature) for logit in model.logits([[3, 1, 4]]).tolist()[0][-1]]
+    n = 4000
+    drawn = draws(model, [3, 1, 4], n, temperature)
+    expected = [n * share / sum(shares) for share in shares]
+    chi = sum((drawn.count(i) - e) ** 2 / e for i, e in enumerate(expected) if e >= 5)
+    assert chi < 40                  # of at most ten degrees of freedom, so one in 60,000 seeds has more
+
+
+def test_a_seed_settles_the_text_also_in_parts():
+    model = lively(12, 31, 1, 2, 8, spread=0.1)
+    first, again, other = (list(model.generate([1], 50, rng=seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    rng = ctypes.c_uint64(1)
+    part = list(model.generate([1], 20, rng=rng))
+    assert part + list(model.generate([1] + part, 30, rng=rng)) == first
+
+
+# --- Files and initial values -------------------------------------------------------------------------------
+def test_a_model_file_is_a_header_and_the_tensors_in_order(tmp_path):
+    model = lively(7, 131, 2, 3, 9)
+    model.save(tmp_path / "model.bin")
+    data = (tmp_path / "model.bin").read_bytes()
+    assert data == header(20240326, 3, 7, 131, 2, 3, 9, 256) + as_bytes(tensors(model))
+    loaded = GPT2.load(tmp_path / "model.bin")
+    assert as_bytes(tensors(loaded)) == as_bytes(tensors(model))
+    assert list(loaded.shapes.values()) == [
+        (256, 9), (7, 9), (2, 9), (2, 9), (2, 27, 9), (2, 27), (2, 9, 9), (2, 9), (2, 9), (2, 9),
+        (2, 36, 9), (2, 36), (2, 9, 36), (2, 9), (9,), (9,)]
+    assert loaded.num_parameters == (len(data) - 1024) // 4 - 125 * 9
+
+
+def test_a_bf16_file_is_rounded_to_nearest_even(tmp_path):
+    special = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000,
+               0x7F800001, 0xFFFFFFFF, 0x80000000, 0x00000001, 0x00008001, 0x80018000, 0xC2F7A3B1, 0]
+    model = lively(7, 131, 2, 2, 8)
+    model.set("ln1b", array.array("f", struct.pack("<16I", *special)))     # ties, infinity, NaN, …
+    model.save(tmp_path / "model.bin", 5)
+    data = (tmp_path / "model.bin").read_bytes()
+    assert data[:1024] == header(20240326, 5, 7, 131, 2, 2, 8, 256)
+    halves = array.array("H", data[1024:])
+    exact = array.array("I", as_bytes(tensors(model)))
+    assert len(halves) == len(exact)
+    for whole, half in zip(exact, halves):
+        low, high = whole & 0xFFFF, whole >> 16
+        nearest = high + (low > 0x8000 or (low == 0x8000 and high & 1))
+        nan = whole & 0x7FFFFFFF > 0x7F800000
+        assert half & 0x7FFF > 0x7F80 if nan else half == nearest, hex(whole)
+    loaded = as_bytes(tensors(GPT2.load(tmp_path / "model.bin")))
+    assert loaded == array.array("I", [half << 16 for half in halves]).tobytes()
+
+
+@pytest.fixture(scope="module")
+def good_files(tmp_path_factory):
+    """By kind, a good file and what opens it."""
+    folder = tmp_path_factory.mktemp("good")
+    shards(folder, range(40))
+    model = lively(7, 5, 2, 2, 8)
+    progress = ctypes.byref(GPT2Progress())
+    LIB.gpt2_checkpoint(str(folder), model.handle, None, progress, 0, 0, 0)
+    (folder / "tokenizer.bin").write_bytes(header(20240328, 2, 3, 0) + b"\1a\0\2bc")
+    return {"shard": (folder / "train_000.bin", lambda path: Loader(path, 1, 4, 100)),
+            "model": (folder / "model_00000000.bin", GPT2.load),
+            "state": (folder / "state_00000000_00000.bin",
+                      lambda path: LIB.gpt2_restore(os.path.dirname(path), 0, model.handle, None, progress)),
+            "tokenizer": (folder / "tokenizer.bin", lambda path: train_gpt2.Tokenizer.load(path, LIB))}
+
+
+@pytest.mark.parametrize("kind", ["shard", "model", "state", "tokenizer"])
+@pytest.mark.parametrize("damage", [
+    lambda good: damaged(good, 0, 7), lambda good: damaged(good, 1, 9), lambda good: damaged(good, 2, -1),
+    lambda good: damaged(good, 2, 2**31 - 1), lambda good: damaged(good, 2, 0), lambda good: good[:-1],
+    lambda good: good[:1023], lambda good: good[:1026], lambda good: b""],
+    ids=["magic", "version", "negative", "huge", "zero", "cut", "header", "half", "empty"])
+def test_a_damaged_file_is_refused_by_its_name(good_files, tmp_path, kind, damage):
+    good, opens = good_files[kind]
+    opens(str(good))
+    bad = tmp_path / good.name
+    bad.write_bytes(damage(good.read_bytes()))
+    with refused(bad):
+        opens(str(bad))
+
+
+def test_initial_values_are_gpt2s():
+    model = GPT2(GPT2Config(max_T=128, V=200, L=3, NH=2, C=48), seed=3)
+    values = tensors(model)
+    for name in MATRICES:
+        used = values[name][:200 * 48] if name == "wte" else values[name]
+        deviation = 0.02 / math.sqrt(6) if "proj" in name else 0.02
+        assert statistics.pstdev(used) == pytest.approx(deviation, rel=0.05)
+        assert abs(statistics.fmean(used)) < 4 * deviation / math.sqrt(len(used))
+        assert sum(abs(v) < deviation for v in used) / len(used) == pytest.approx(0.683, abs=0.03)
+    assert not any(values["wte"][200 * 48:])
+    assert all(set(values[name]) == {float(name in SCALES)} for name in set(TENSORS) - set(MATRICES))
+    again, other = (tensors(GPT2(model.config, seed)) for seed in (3, 4))
+    assert as_bytes(again) == as_bytes(values)
+    assert len({values["wte"][0], values["wpe"][0], other["wte"][0]}) == 3
+
+
+# --- A run, by either front end -----------------------------------------------------------------------------
+V = 97
+FLAGS = {
+    "binary": "-b 3 -t 19 -d 114 -x 8 -k linear -l 1e-3 -u 2 -q 0.1 -c 0.1 -v 3 -m 5 -s 4 -g 7 -n 4",
+    "driver": "--batch-size 3 --seq-len 19 --total-batch-size 114 --steps 8 --schedule linear --lr 1e-3"
+              " --warmup 2 --final-lr-frac 0.1 --weight-decay 0.1 --val-every 3 --val-batches 5"
+              " --sample-every 4 --sample-tokens 7 --checkpoint-every 4",
+}
+
+
+def make_data(folder, config=GPT2Config(24, V, 2, 3, 39)):
+    """Shards in folder/data, and a model for them."""
+    draw = random.Random(1)
+    for name, sizes in (("train", (500, 333)), ("val", (400,))):
+        shards(folder / "data", *([draw.randrange(V) for _ in range(size)] for size in sizes), name=name)
+    GPT2(config, seed=9).save(folder / "model.bin")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("run"))
+
+
+def command(front, data, flags, out=None, resume=False):
+    """A run on the data, with FLAGS and then those that are given."""
+    if front == "binary":
+        words = [BINARY, "-i", data / "data" / "train_*.bin", "-j", data / "data" / "val_*.bin",
+                 "-e", data / "model.bin", *(["-o", out, "-y", int(resume)] if out else [])]
+    else:
+        words = [sys.executable, HERE / "train_gpt2.py", "--data", data / "data", "--out", out,
+                 *(["--resume"] if resume else ["--init", data / "model.bin"])]
+    return [str(word) for word in [*words, *FLAGS[front].split(), *flags.split()]]
+
+
+def outputs(folder):
+    """What both front ends must write alike."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.json"}
+
+
+@pytest.fixture(scope="module")
+def whole_runs(data):
+    """By front end, what an uninterrupted run shows, and its directory."""
+    found = {}
+    for front, threads in (("binary", "2"), ("driver", "1")):
+        shown = run(*command(front, data, "", data / front), OMP_NUM_THREADS=threads).stdout
+        found[front] = shown, data / front
+    return found
+
+
+def test_both_front_ends_write_the_same_bytes_on_one_thread_or_two(whole_runs):
+    by_binary, by_driver = (outputs(folder) for _, folder in whole_runs.values())
+    assert sorted(by_binary) == sorted(by_driver) == [
+        "DONE_00000004", "DONE_00000008", "main.log", "model_00000004.bin", "model_00000008.bin",
+        "state_00000004_00000.bin", "state_00000008_00000.bin"]
+    assert [name for name in by_binary if by_driver[name] != by_binary[name]] == []
+
+
+def test_a_run_logs_and_shows_every_step(whole_runs):
+    (shown, folder), (shown_by_driver, _) = whole_runs.values()
+    lines = (folder / "main.log").read_text().splitlines()
+    trained = [re.fullmatch(r"s:(\d+) trl:(\d\.\d{4}) lr:(0\.\d{6}) norm:\d+\.\d\d", line) for line in lines]
+    validated = [re.fullmatch(r"s:(\d+) tel:\d\.\d{4}", line) for line in lines]
+    assert all(a or b for a, b in zip(trained, validated))
+    assert [int(match[1]) for match in trained if match] == list(range(8))
+    assert [int(match[1]) for match in validated if match] == [0, 3, 6, 8]
+    rates = [float(match[3]) for match in trained if match]
+    assert rates == [pytest.approx(llmc_lr("linear", step, 8, 2, 1e-3, 0.1), abs=6e-7) for step in range(8)]
+    line = r"^step (\d)/8 \| loss \d\.\d+ \| lr \S+ \| norm \S+ \| .* tok/s \| .*% of ceiling \| .* left$"
+    assert re.findall(line, shown, re.M) == list("12345678")
+    assert len(re.findall(r"^---\n(\d+ ){7}\n---$", shown, re.M)) == 2     # samples
+    line = r"^step 8/8 \| .* left \| loss \d\.\d+ \| lr \S+ \| norm \S+ \| .* tok/s \| \d+% of peak$"
+    assert re.search(line, shown_by_driver, re.M) and "\r" not in shown_by_driver
+
+
+@pytest.mark.parametrize("first, then", list(itertools.product(FLAGS, FLAGS)))
+def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(data, whole_runs, tmp_path, first, then):
+    whole = outputs(whole_runs[first][1])
+    for name in ("DONE_00000004", "model_00000004.bin", "state_00000004_00000.bin"):
+        (tmp_path / name).write_bytes(whole[name])
+    (tmp_path / "main.log").write_bytes(whole["main.log"].partition(b"s:4 ")[0])
+    run(*command(then, data, "", tmp_path, resume=True))
+    resumed = outputs(tmp_path)
+    assert [name for name in whole if resumed[name] != whole[name]] == []
+
+
+@pytest.mark.parametrize("front, flags, kept", [
+    ("binary", "-n 1 -nk 2", [7, 8]), ("binary", "-n 1 -nk 2 -nm 3", [3, 6, 7, 8]),
+    ("binary", "-n 3", [3, 6, 8]), ("driver", "--checkpoint-every 1 --keep 2", [7, 8]),
+    ("driver", "--checkpoint-every 0", [8])])
+def test_old_checkpoints_go_when_they_are_to(data, tmp_path, front, flags, kept):
+    run(*command(front, data, flags, tmp_path / "run"))
+    names = ("DONE_{:08}", "model_{:08}.bin", "state_{:08}_00000.bin")
+    expected = {name.format(step) for name in names for step in kept}
+    assert set(outputs(tmp_path / "run")) == expected | {"main.log"}
+
+
+def test_a_checkpoint_counts_where_it_is_whole_and_fits(data, whole_runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_runs["binary"][1], folder)
+    pattern = str(data / "data" / "train_*.bin")
+    whole = GPT2.load(folder / "model_00000008.bin")
+
+    def restore(B=3, T=19, pattern=pattern, seed=42, step=8, model=whole):
+        loader = Loader(pattern, B, T, V, True, seed)
+        LIB.gpt2_restore(str(folder), step, model.handle, loader.handle, ctypes.byref(GPT2Progress()))
+
+    restore(B=2)                     # another B may be
+    with refused("T 19", "has 18"):
+        restore(T=18)
+    with refused("833 tokens", 400):
+        restore(pattern=pattern.replace("train", "val"))
+    with refused("seed 42", 43):
+        restore(seed=43)
+    with refused("state_00000008", "does not fit"):
+        restore(model=lively(4, 5, 1, 1, 4))
+    with refused("state_00000005"):
+        restore(step=5)
+    assert LIB.gpt2_newest(str(folder)) == 8
+    (folder / "DONE_00000008").rename(folder / "DONE_00000008.tmp")
+    assert (LIB.gpt2_newest(str(folder)), LIB.gpt2_newest(str(tmp_path / "none"))) == (4, -1)
+    with refused("none"):
+        LIB.gpt2_checkpoint(str(tmp_path / "none"), whole.handle, None, ctypes.byref(GPT2Progress()), 1, 0, 0)
+
+
+def test_the_binary_overfits_one_batch(data):
+    flags = "-a 1 -b 2 -t 16 -d 32 -x 80 -l 1e-2 -u 0 -k constant -c 0 -v 0 -s 0 -g 0 -n 0"
+    losses = re.findall(r"\| loss (\d+\.\d+)", run(*command("binary", data, flags)).stdout)
+    assert len(losses) == 80 and float(losses[-1]) < 0.01
+
+
+@pytest.mark.parametrize("flag, column", [("-sl", 0), ("-sg", 1)])
+def test_an_outlier_is_skipped_and_changes_no_parameter(tmp_path, flag, column):
+    make_data(tmp_path, GPT2Config(4, V, 1, 1, 4))
+    flags = f"-b 2 -t 4 -d 8 -x 150 {flag} 0.7 -n 1 -v 0 -g 0"
+    shown = run(*command("binary", tmp_path, flags, tmp_path / "run")).stdout
+    lines = re.findall(r"^step \d+/150 \| loss (\S+) \|.* norm (\S+) \|.*?(, skipped)?$", shown, re.M)
+    values = [float(line[column]) for line in lines]
+    skipped = [bool(line[2]) for line in lines]
+    models = [(tmp_path / "run" / f"model_{step:08}.bin").read_bytes() for step in range(1, 151)]
+    assert not any(skipped[:128]) and any(skipped)
+    assert skipped[1:] == [models[i] == models[i - 1] for i in range(1, 150)]
+    for i in range(128, 150):
+        z = (values[i] - statistics.fmean(values[i - 128:i])) / statistics.pstdev(values[i - 128:i])
+        assert skipped[i] == (z > 0.7) or abs(z - 0.7) < 0.01     # what is shown is rounded
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@both_front_ends
+def test_an_interrupted_run_saves_and_says_how_to_resume(data, tmp_path, front, number):
+    out = tmp_path / "run"
+    log = out / "main.log"
+    flags = {"binary": "-x 1000000 -v 0 -g 0",
+             "driver": "--steps 1000000 --val-every 0 --sample-tokens 0"}[front]
+    with open(tmp_path / "shown", "w") as shown, open(tmp_path / "errors", "w") as errors:
+        process = subprocess.Popen(command(front, data, flags, out), stdout=shown, stderr=errors)
+        while not log.exists() or "trl" not in log.read_text():
+            assert process.poll() is None, (tmp_path / "errors").read_text()
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 130
+    assert "Traceback" not in (tmp_path / "errors").read_text()
+    last = (tmp_path / "shown").read_text().splitlines()[-1]
+    done = LIB.gpt2_newest(str(out))
+    assert f"after step {done}" in last and log.read_text().splitlines()[-1].startswith(f"s:{done - 1} trl")
+    assert ("-y 1" if front == "binary" else f"--resume --out {out}") in last
+    flags = flags.replace("1000000", str(done + 2))
+    assert "resumed" in run(*command(front, data, flags, out, resume=True)).stdout
+    assert LIB.gpt2_newest(str(out)) == done + 2
+
+
+# --- Mistakes on the command lines --------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory):
+    """A folder with good files and bad ones."""
+    folder = make_data(tmp_path_factory.mktemp("mistakes"))
+    good = (folder / "model.bin").read_bytes()
+    for name, contents in {"text.txt": b"To be, or not to be. " * 99, "empty.txt": b"",
+                           "cut.bin": good[:-1], "version.bin": damaged(good, 1, 1)}.items():
+        (folder / name).write_bytes(contents)
+    (folder / "nothing").mkdir()
+    for name, tokens in {"large": [V] * 200, "few": [1] * 16, "cut": [1] * 99, "table": [1] * 99}.items():
+        shards(folder / name, tokens)
+    shards(folder / "val", [1] * 99, name="val")
+    os.truncate(folder / "cut" / "train_000.bin", 1100)
+    (folder / "table" / "tokenizer.bin").write_bytes(header(20240328, 2, V, 0) + b"\x05abc")
+    driver(*"--data data --init model.bin --steps 2 --batch-size 2 --seq-len 8 --out run".split(), cwd=folder)
+    shutil.copytree(folder / "run", folder / "unreadable")
+    (folder / "unreadable" / "run.json").write_text("{not json")
+    return folder
+
+
+def cases(status, table):
+    """The mistakes of a table. The message must have what is after =>, or else the last word (of a path)."""
+    lines = [line.partition(" => ") for line in re.split(r" *[|\n] *", table.strip())]
+    return [pytest.param(words, status, expected or re.split("[ /]", words)[-1], id=words)
+            for words, _, expected in lines]
+
+
+def told(done, front, *words):
+    """A front end said one sentence about a mistake; argparse says the usage before it."""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 or (done.returncode == 2 and front == "driver"), done.stderr
+    one_sentence(lines[-1], "train_gpt2", *words)
+
+
+@pytest.mark.parametrize("flags, status, expected", cases(2, """
+    -zz 1 => -zz is not a flag | b 2 => b is not a flag | -b => -b needs a value | -b x | -b 2x | -b 2.5
+    -b 0 | -b -3 | -b nan | -b inf | -b 1e300 | -l x | -l -1 | -x -2 | -d 17 | -d 8 => multiple | -k foo
+    -n 1 => -o | -y 1 => -o""") + cases(1, """
+    -e d5 | -e {f}/none.bin | -e {f}/text.txt | -e {f}/cut.bin | -e {f}/version.bin | -e {f} => regular file
+    -e {f}/data/val_000.bin | -i {f}/none*.bin | -i {f}/text.txt | -i {f}/large/train_000.bin
+    -i {f}/cut/train_000.bin | -i {f}/few/* => 16 tokens | -i {f}/table/train* => tokenizer.bin
+    -j {f}/none*.bin | -j {f}/large/train_000.bin | -t 25 | -o {f}/text.txt | -o {f}/text.txt/run
+    -l 1e10 -x 9 => diverged | --check {f}/none.bin | --check {f}/text.txt
+    --check {r}/tiny_reference.bin"""))
+def test_a_mistake_gets_one_sentence_from_the_binary(mistakes, flags, status, expected):
+    base = "-e {f}/model.bin -i {f}/data/train*.bin -j {f}/data/val*.bin -b 2 -t 8 -x 2 -g 0 "
+    words = [word.format(f=mistakes, r=REFERENCES) for word in (base + flags).split()]
+    told(binary(*words, status=status), "binary", expected)
+
+
+NEW_RUN = ("--data {f}/data --init {f}/model.bin --batch-size 2 --seq-len 8 --steps 2 --sample-tokens 0"
+           " --out {t}/run ")
+
+
+@pytest.mark.parametrize("words, status, expected", cases(2, """
+    --steps -1 | --steps x | --steps 2.5 | --steps => --steps | --lr nan | --batch-size 0 | --final-lr-frac 2
+    --unknown 1 => --unknown | --model d5 | --schedule foo | --tokenizer foo
+    sample {f}/model.bin --tokens x | sample {f}/model.bin --temperature -1 | prepare {f}/text.txt => --out
+    prepare {f}/text.txt --out {t} --val-fraction 2 | check => REFERENCE""") + cases(1, """
+    --data {f}/none.txt | --data {f}/nothing | --data {f}/empty.txt | --data {f}/val
+    --data {f}/few => 16 tokens | --data {f}/cut => train_000.bin | --data {f}/large => train_000.bin
+    --data {f}/table => tokenizer.bin | --data {f}/text.txt => 256 | --val-data {f}/none*.bin
+    --data {f}/text.txt --val-data {f}/val/* => --val-data | --seq-len 25 | --total-batch-size 17
+    --layers 3 => --layers | --model d2 => --model | --init {f}/none.bin | --init {f}/text.txt
+    --init {f} => regular file | --init {f}/cut.bin | --init scratch --heads 5
+    --init scratch --heads 1 --channels 99999
+    --init scratch --heads 1 --channels 65536 --layers 4096 => memory
+    --out {f}/text.txt | --out {f}/run => --resume | --lr 1e30 --steps 9 => diverged
+    --resume => no run | --resume --out {f}/nothing | --resume --out {f}/run --data {f}/few => other data
+    --resume --out {f}/run --seed 1 => seed | --resume --out {f}/run --seq-len 4 => T 8
+    --resume --out {f}/run --steps 1 => --steps 1 | --resume --out {f}/unreadable => run.json
+    sample => no run | sample {f}/nothing | sample {f}/none.bin | sample {f}/text.txt
+    prepare {f}/none.txt --out {t}/out => none.txt | prepare {f}/nothing --out {t}/out => nothing
+    prepare {f}/text.txt --out {f}/text.txt | check {f}/none_reference.bin => none_model.bin
+    check {f}/text.txt => --model | check {f}/text.txt --model {r}/odd_model.bin => text.txt
+    check {r}/tiny_reference.bin --model {r}/odd_model.bin => tiny_reference.bin"""))
+def test_a_mistake_gets_one_sentence_from_the_driver(mistakes, tmp_path, words, status, expected):
+    if words.startswith("--") and "--resume" not in words:
+        words = NEW_RUN + words
+    words = [word.format(f=mistakes, t=tmp_path, r=REFERENCES) for word in words.split()]
+    told(driver(*words, status=status, cwd=tmp_path), "driver", expected)
+
+
+def test_a_library_that_is_missing_or_none_gets_one_sentence(mistakes):
+    for name in ("none.so", "text.txt"):
+        done = driver("sample", status=1, GPT2_LIBRARY=str(mistakes / name))
+        told(done, "driver", name, "run `make`")
+
+
+def test_flags_for_gpus_and_hellaswag_get_a_notice(data):
+    done = run(*command("binary", data, "-x 1 -n 0 -f 1 -w 1 -ge 0 -z 1 -r 0 -lg 7 -h 1"))
+    for flag, notice in zip("-f -w -ge -z -r -lg -h".split(), done.stderr.splitlines()):
+        one_sentence(notice, flag)
+    assert "step 1/1" in done.stdout and len(done.stderr.splitlines()) == 7
+
+
+def test_help_lists_every_flag():
+    shown = binary("--help").stdout
+    flags = "-i -j -e -o -n -nk -nm -y -b -t -d -x -k -l -u -q -c -sl -sg -v -m -s -g -h -a --check".split()
+    assert [flag for flag in flags if f"\n  {flag} " not in shown] == []
+    assert all(name in driver("--help").stdout for name in ("train", "sample", "prepare", "check"))
+    shown = driver("train", "--help").stdout
+    assert [name for name in train_gpt2.DEFAULTS if f"--{name.replace('_', '-')} " not in shown] == []
+
+
+# --- The driver: text in, text out --------------------------------------------------------------------------
+TEXT = "ROMEO:\nWhat light? It is the east – and Juliet is the sun.\n" * 40
+SMALL = ("--layers 1 --heads 1 --channels 16 --context 16 --batch-size 2 --steps 3 --val-batches 2"
+         " --val-every 2 --sample-tokens 30").split()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What a run on a text showed, and its directory."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return driver("--data", "text.txt", *SMALL, cwd=folder).stdout, folder / "runs" / "1"
+
+
+def test_a_run_directory_has_all_of_a_run(trained):
+    shown, folder = trained
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "DONE_00000003", "main.log", "model_00000003.bin", "run.json", "state_00000003_00000.bin",
+        "tokenizer.bin", "tokens"]
+    settings = json.loads((folder / "run.json").read_text())
+    assert set(settings) == set(train_gpt2.DEFAULTS)
+    assert (settings["channels"], settings["steps"], settings["seed"]) == (16, 3, 42)
+    table = header(20240328, 2, 256, 0) + b"".join(bytes([1, value]) for value in range(256))
+    assert (folder / "tokenizer.bin").read_bytes() == table
+    train, val = (tokens_of(folder / "tokens" / f"{split}_000000.bin") for split in ("train", "val"))
+    assert bytes(train + val) == TEXT.encode() and len(val) == pytest.approx(0.1 * len(train + val), abs=3)
+    said = ("a sample", "validation loss", "sample runs/1", "--resume --out runs/1")
+    assert [words for words in said if words not in shown] == []
+
+
+def test_sample_writes_text(trained):
+    _, folder = trained
+    first, again, other, coldest = (
+        driver("sample", *flags.split(), "--prompt", "ROMEO:", cwd=folder.parents[1]).stdout
+        for flags in ("", "runs/1 --seed 42", "--seed 3", "--temperature 0 --tokens 9"))
+    assert first == again != other and first.startswith("ROMEO:") and len(first.encode()) > 300
+    expected = bytes(GPT2.load(folder / "model_00000003.bin").generate(list(b"ROMEO:"), 9, temperature=0))
+    assert coldest == "ROMEO:" + expected.decode(errors="replace") + "\n"
+
+
+def test_a_terminal_gets_a_line_that_is_redrawn(trained, tmp_path):
+    ours, theirs = pty.openpty()
+    words = [sys.executable, HERE / "train_gpt2.py", "--data", trained[1].parents[1] / "text.txt", *SMALL]
+    process = subprocess.Popen([str(word) for word in words], stdout=theirs, cwd=tmp_path)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):     # the end of a terminal
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    assert process.wait(timeout=60) == 0 and re.search(rb"\rstep 3/3 \| .*\x1b\[K", shown)
+
+
+@pytest.mark.parametrize("fraction, size", [(0.1, 100), (0.5, 1000), (0.97, 50)])
+def test_prepare_takes_files_and_folders(tmp_path, fraction, size):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train_000099.bin").write_bytes(b"of an earlier time")
+    texts = {"texts/a.txt": "–" * 50, "texts/b.txt": "second\n" * 20, "c.text": "third"}
+    for name, text in {**texts, "texts/other.md": "not this one"}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    driver("prepare", "texts", "c.text", "--out", "out", "--val-fraction", fraction, "--shard-tokens", size,
+           cwd=tmp_path)
+    train, val = ([tokens_of(path) for path in sorted((tmp_path / "out").glob(f"{split}_*.bin"))]
+                  for split in ("train", "val"))
+    expected = [byte for text in texts.values() for byte in [0, *text.encode()]]     # end-of-text before each
+    assert sum(train + val, []) == expected
+    assert all(len(shard) == size for split in (train, val) for shard in split[:-1])
+    assert sum(map(len, val)) == pytest.approx(fraction * len(expected), abs=4)
+    assert val[0][0] & 0xC0 != 0x80  # no character is cut in two
+
+
+def test_gpt2s_tokenizer_comes_from_tiktoken(tmp_path):
+    (tmp_path / "text.txt").write_text("abc" * 20)
+    (tmp_path / "tiktoken.py").write_text(
+        "class Encoding:\n"
+        "    decode_single_token_bytes = staticmethod(lambda i: b'<%d>' % i)\n"
+        "    encode_ordinary = staticmethod(lambda text: [50000 + ord(letter) for letter in text])\n"
+        "get_encoding = {'gpt2': Encoding()}.get\n")
+    prepare = functools.partial(driver, *"prepare text.txt --tokenizer gpt2 --out out".split(), cwd=tmp_path,
+                                PYTHONPATH=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
+    prepare()
+    assert set(tokens_of(tmp_path / "out" / "train_000000.bin")) == {50097, 50098, 50099}
+    table = (tmp_path / "out" / "tokenizer.bin").read_bytes()
+    assert table[:1028] == header(20240328, 2, 50257, 50256) + b"\x03<0>"
+    (tmp_path / "tiktoken.py").write_text("raise ImportError")
+    told(prepare(status=1), "driver", "pip install tiktoken", "--tokenizer bytes")
+    (tmp_path / "tiktoken.py").write_text("def get_encoding(name):\n    raise RuntimeError('no\\nroute')")
+    told(prepare(status=1), "driver", "network", "--tokenizer bytes")
+
+
+def test_tiktokens_own_tokens_come_and_go(tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+    if not os.path.exists(os.path.join(folder, hashlib.sha1(url.encode()).hexdigest())):
+        pytest.skip("tiktoken has not cached GPT-2's vocabulary")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    driver("prepare", "text.txt", "--tokenizer", "gpt2", "--out", "out", "--val-fraction", 0, cwd=tmp_path)
+    tokens = tokens_of(tmp_path / "out" / "train_000000.bin")
+    assert tokens == tiktoken.get_encoding("gpt2").encode_ordinary(TEXT)
+    assert train_gpt2.Tokenizer.load(str(tmp_path / "out" / "tokenizer.bin"), LIB).decode(tokens) == TEXT
+
+
+def test_the_binary_prints_text_where_there_is_a_tokenizer(tmp_path):
+    make_data(tmp_path)
+    pieces = b"".join(bytes([len(piece)]) + piece for piece in (b"<%d>" % i for i in range(V)))
+    (tmp_path / "data" / "tokenizer.bin").write_bytes(header(20240328, 2, V, 5) + pieces)
+    shown = run(*command("binary", tmp_path, "-x 1 -n 0")).stdout
+    assert re.search(r"^---\n(<\d+>){7}\n---$", shown, re.M)
+
+
+# --- The default text ---------------------------------------------------------------------------------------
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine in GitHub's place: the text that it serves, and the requests so far."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            state.requests.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(state.text)
+
+        def log_message(self, *_):
+            pass
+
+    state = type("State", (), {"text": b"not Shakespeare", "requests": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GPT2_TINYSHAKESPEARE_URL", f"http://127.0.0.1:{httpd.server_port}/input.txt")
+        monkeypatch.delenv("GPT2_OFFLINE")
+        yield state
+        httpd.shutdown()
+
+
+def test_without_shakespeare_python_has_english(tmp_path, server):
+    cache = tmp_path / "dev" / "data"
+    shutil.copy(HERE / "train_gpt2.py", tmp_path)     # the cache is beside it
+
+    def said(**environment):
+        shown = run(sys.executable, "train_gpt2.py", *SMALL, cwd=tmp_path, **environment).stdout
+        return "\n".join(line for line in shown.splitlines() if line.startswith("text:"))
+
+    one_sentence(said(), "Python's help texts from the standard library", "not tiny Shakespeare from GitHub",
+                 "sha256", "pip")
+    assert server.requests == ["/input.txt"] and os.listdir(cache) == ["python_topics.txt"]
+    one_sentence(said(GPT2_OFFLINE="1"), "help texts from dev/data/python_topics.txt", "GPT2_OFFLINE")
+    (cache / "tinyshakespeare.txt").write_text("To bee")
+    one_sentence(said(GPT2_OFFLINE="1"), "help texts", "dev/data/tinyshakespeare.txt: its sha256")
+    assert server.requests == ["/input.txt"]
+
+
+def test_shakespeare_is_fetched_once_and_kept(tmp_path, server, monkeypatch, capsys):
+    server.text = TEXT.encode()
+    name, title, origin, _, fetch = train_gpt2.DEFAULT_TEXTS[0]
+    ours = (name, title, origin, hashlib.sha256(server.text).hexdigest(), fetch)
+    monkeypatch.setattr(train_gpt2, "DEFAULT_TEXTS", [ours])
+    monkeypatch.setattr(train_gpt2, "HERE", str(tmp_path))
+    for origin in ("GitHub", "tinyshakespeare.txt"):
+        path = tmp_path / "dev" / "data" / name
+        assert train_gpt2.default_text() == str(path) and path.read_bytes() == server.text
+        one_sentence(capsys.readouterr().out, "tiny Shakespeare from", origin)
+    assert server.requests == ["/input.txt"]
+
+
+# --- Against PyTorch ----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def maker():
+    """The module that made the references, with an independent GPT-2 in float64."""
+    pytest.importorskip("torch")
+    sys.path.insert(0, str(REFERENCES))
+    return importlib.import_module("make_reference")
+
+
+def agrees(maker, shape, theirs_of):
+    """Our results for a random model and batch are those of theirs_of(r, weights, x, y)."""
+    import torch
+    max_T, V, L, NH, hs, B, T = shape
+    r = maker.Reference(seed=1, version=3, max_T=max_T, V=V, L=L, NH=NH, C=NH * hs, B=B, T=T,
+                        weight_std=min(0.2, 1 / math.sqrt(NH * hs)))
+    weights = maker.draw_weights(r, torch.Generator().manual_seed(1))
+    x, y = token_rows(B, T, V)
+    model = GPT2(GPT2Config(max_T, V, L, NH, r.C))
+
+    def padded(name, tensor):
+        numbers = tensor.flatten().tolist()
+        return numbers + [0.0] * (r.Vp * r.C - len(numbers) if name == "wte" else 0)
+
+    for name, weight in weights.items():
+        model.set(name, padded(name, weight))
+    theirs = theirs_of(r, weights, torch.tensor(x), torch.tensor(y))
+    assert len(theirs) == 18
+    all_within(1e-5, results(model, x, y), {name: padded(name, tensor) for name, tensor in theirs.items()})
+
+
+@pytest.mark.parametrize("shape", [
+    (1, 1, 1, 1, 1, 1, 1), (7, 2, 3, 5, 1, 3, 7), (50, 127, 2, 3, 5, 2, 48), (49, 128, 1, 1, 64, 3, 49),
+    (97, 129, 2, 2, 16, 1, 97), (130, 300, 1, 4, 80, 1, 130), (128, 1700, 1, 1, 80, 2, 128),
+    (9, 300, 4, 7, 3, 21, 3)])
+def test_odd_shapes_agree_with_torch(maker, shape):
+    agrees(maker, shape, lambda r, weights, x, y: maker.run(maker.GPT2(r, weights), x, y))
+
+
+def test_a_model_agrees_with_transformers(maker):
+    transformers = pytest.importorskip("transformers")
+    agrees(maker, (33, 200, 2, 3, 12, 2, 31), functools.partial(maker.run_transformers, transformers))
+
+
+# --- GPT-2 itself -------------------------------------------------------------------------------------------
+@pytest.mark.skipif("GPT2_QUICK" in os.environ, reason="slow, and GPT2_QUICK is set")
+def test_d12_takes_a_step_in_both_front_ends_alike(tmp_path):
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if free < 4e9 or shutil.disk_usage(tmp_path).free < 3e9:
+        pytest.skip("it takes 4 GB of memory and 3 GB of disk")
+    draw = random.Random(1)
+    for split in ("train", "val"):
+        shards(tmp_path / "data", [draw.randrange(50257) for _ in range(300)], name=split)
+    options = {"OMP_NUM_THREADS": str(os.cpu_count()), "cwd": tmp_path}
+    binary("-e", "d12", "-i", "data/train_*", "-j", "data/val_*", "-o", "binary",
+           *"-b 4 -t 64 -x 1 -c 0.1 -v 1 -m 1 -g 0".split(), **options)
+    driver("--model", "d12", "--data", "data", "--out", "driver", "--val-batches", 1, "--sample-tokens", 0,
+           *"--batch-size 4 --seq-len 64 --steps 1 --lr 3e-4 --warmup 0 --final-lr-frac 1".split(),
+           "--val-every", 1, **options)
+    logs = [(tmp_path / front / "main.log").read_text() for front in ("binary", "driver")]
+    shutil.rmtree(tmp_path / "driver")     # 1.5 GB
+    assert logs[0] == logs[1]
+    before, after = (float(loss) for loss in re.findall(r"tel:(\S+)", logs[0]))
+    assert before == pytest.approx(math.log(50257), abs=0.4) and after != before
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    assert most < 2.7e9              # parameters, gradients and moments are 2.0e9 bytes
