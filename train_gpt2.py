@@ -474,7 +474,7 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
         cut = min(wanted, len(text))
         while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:     # in the middle of a UTF-8 character
             cut -= 1
-        wanted -= cut
+        wanted = wanted - cut if cut == len(text) else 0     # what comes after a cut is for validation
         if len(files) > 1:
             (train if cut else val).append(tokenizer.end)
         train += tokenizer.encode(text[:cut].decode(errors="surrogateescape"))
