@@ -55,8 +55,13 @@ $(VENV)/bin/pytest:
 test: all $(VENV)/bin/pytest
 	$(VENV)/bin/python -m pytest -q test_gpt2.py
 
+# TORCH names a Python that has PyTorch, for the comparison; without one, this project is timed alone.
+TORCH ?= $(PYTHON)
 bench: all
-	$(PYTHON) dev/bench/bench.py
+	mkdir -p build
+	$(CC) $(CFLAGS) -o build/kernels dev/bench/kernels.c -lm
+	$(PYTHON) dev/bench/bench.py --torch $(TORCH)
+	build/kernels
 
 clean:
 	rm -f train_gpt2 libgpt2.so train_gpt2cu libgpt2cu.so

@@ -777,8 +777,8 @@ MODELS = ("d2", "d4", "d6", "d12", "d24", "d36", "d48")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 # Every setting of a run: its flag, its default, its type or choices, and what it is. run.json keeps them. The
-# defaults are the default job: on tiny Shakespeare, of the shapes and batches that fit into two minutes on two
-# cores, few channels, a short context and many small batches came out best.
+# defaults are the default job: on tiny Shakespeare, of what fits into two minutes on two cores, few channels, a
+# short context and many small batches came out best.
 SETTINGS = {
     "the text": [
         ("data", None, str, "text file, folder of .txt, folder or quoted glob of .bin shards (Shakespeare)"),

@@ -7,7 +7,8 @@
 Each side runs in a process of its own, and they take turns, a step each, so that a machine whose speed drifts
 drifts for both; what is compared is the median of the ratios. FLOPs of a step are B T (6 P + 6 L T C), P the
 parameters without padding, attention counted causally, for both sides. The ceiling is what the processor does
-in multiply-adds alone, measured before every step. Then dev/bench/kernels.c times each kernel against its bound.
+in multiply-adds alone, measured before every step. dev/bench/kernels.c then times each kernel against its
+bound.
 
 What it refuses to be: a test. Nothing here passes or fails.
 """
@@ -75,8 +76,8 @@ def pytorch(shape, mode):
             self.fcproj = nn.Linear(4 * C, C)
 
         def forward(self, x):
-            heads = (part.view(B, T, NH, C // NH).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(C, 2))
-            att = F.scaled_dot_product_attention(*heads, is_causal=True)
+            qkv = (part.view(B, T, NH, C // NH).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(C, 2))
+            att = F.scaled_dot_product_attention(*qkv, is_causal=True)
             x = x + self.attproj(att.transpose(1, 2).reshape(B, T, C))
             return x + self.fcproj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
 
@@ -121,8 +122,9 @@ def worker(side, shape):
     step, parameters = ours(shape) if side == "ours" else pytorch(shape, side)
     for _ in sys.stdin:
         times, ceiling = step()
-        answer = {"times": [b - a for a, b in zip(times, times[1:])], "ceiling": ceiling, "parameters": parameters,
-                  "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024     # its peak so far, in bytes
+        answer = {"times": [b - a for a, b in zip(times, times[1:])], "ceiling": ceiling,
+                  "parameters": parameters, "memory": memory}
         print(json.dumps(answer), flush=True)
 
 
@@ -132,8 +134,8 @@ class Side:
     def __init__(self, side, name, python):
         self.side = side
         self.answers = []
-        self.process = subprocess.Popen([python, os.path.abspath(__file__), "--worker", side, "--shape", name],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [python, os.path.abspath(__file__), "--worker", side, "--shape", name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self):
         self.process.stdin.write("\n")
@@ -148,11 +150,12 @@ class Side:
 
 
 def report(name, sides, ceiling):
-    """Prints a row for each side of a shape; the ratio is of each pair of steps, its median."""
+    """Prints a row for each side of a shape; ratio: its time over ours, the median over pairs of steps."""
     L, NH, C, V, context, B, T = SHAPES[name]
     for side in sides:
         seconds = statistics.median(side.total())
-        forward, backward, update = (statistics.median(answer["times"][i] for answer in side.answers) for i in range(3))
+        parts = zip(*(answer["times"] for answer in side.answers))
+        forward, backward, update = (statistics.median(part) for part in parts)
         flops = B * T * (6 * side.answers[0]["parameters"] + 6 * L * T * C)
         ratio = statistics.median(a / b for a, b in zip(side.total(), sides[0].total()))
         print(f"{name:13} {side.side:8} {seconds * 1e3:9.1f} {forward * 1e3:9.1f} {backward * 1e3:9.1f}"
@@ -167,8 +170,8 @@ def has_torch(python):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", help="only the shapes whose name contains this")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side (5), after two not timed")
-    parser.add_argument("--torch", metavar="PYTHON", default=sys.executable, help="interpreter that has torch")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, after two others (5)")
+    parser.add_argument("--torch", metavar="PYTHON", default=sys.executable, help="one that has torch")
     parser.add_argument("--modes", default="eager,compile", help="PyTorch's (eager,compile)")
     parser.add_argument("--worker", metavar="SIDE", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -177,8 +180,8 @@ def main():
     modes = args.modes.split(",") if has_torch(args.torch) else []
     if not modes:
         print("PyTorch is not installed here: this project alone (pip install torch, or --torch PYTHON)")
-    print(f"{'shape':13} {'side':8} {'ms/step':>9} {'forward':>9} {'backward':>9} {'update':>8} {'GFLOP/s':>8} {'ceiling':>7}"
-          f" {'tokens/s':>9} {'GB':>6} {'ratio':>6}")
+    print(f"{'shape':13} {'side':8} {'ms/step':>9} {'forward':>9} {'backward':>9} {'update':>8}"
+          f" {'GFLOP/s':>8} {'ceiling':>7} {'tokens/s':>9} {'GB':>6} {'ratio':>6}")
     for name in SHAPES:
         if args.shape and args.shape not in name:
             continue

@@ -1,0 +1,135 @@
+/* Times each kernel of train_gpt2.c against what bounds it: multiply-adds, or bytes to and from memory.
+
+     make bench          builds and runs it after the comparison of whole steps
+     ./kernels [B T]     at other sizes than 4 x 64; the model is GPT-2 124M's shape
+
+   What it refuses to be: a test. It includes train_gpt2.c, to call the functions that the library keeps to
+   itself, runs each seven times after one run for nothing, and shows the median. Both ceilings are measured here,
+   in the same minute. */
+#define GPT2_NO_MAIN
+#include "../../train_gpt2.c"
+
+enum { RUNS = 7, L3 = 64 << 20 };
+static double flop_ceiling, byte_ceiling;
+
+static int by_size(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Runs CODE until RUNS times are there, and leaves their median, in seconds, in `median`. */
+#define TIME(CODE)                                                                                           \
+    double times[RUNS + 1], median;                                                                          \
+    for (int run = 0; run <= RUNS; run++) {                                                                  \
+        const double start = seconds();                                                                      \
+        CODE;                                                                                                \
+        times[run] = seconds() - start;                                                                      \
+    }                                                                                                        \
+    qsort(times + 1, RUNS, sizeof *times, by_size);                                                          \
+    median = times[1 + RUNS / 2]
+
+/* A row of the table: the larger of the two bounds is the one that counts. */
+static void row(const char *name, double median, double flops, double bytes) {
+    const double by_flops = flops / flop_ceiling, by_bytes = bytes / byte_ceiling;
+    const double bound = by_flops > by_bytes ? by_flops : by_bytes;
+    printf("%-34s %9.3f ms %8.1f GFLOP/s %7.1f GB/s   %5.1f%% of its bound, %s\n", name, median * 1e3,
+           flops / median * 1e-9, bytes / median * 1e-9, 100 * bound / median,
+           by_flops > by_bytes ? "FLOPs" : "bytes");
+}
+
+/* The three products of a linear layer with N rows, C channels in and OC out. */
+static void linear(const Workspace *ws, const char *what, size_t N, size_t C, size_t OC) {
+    float *inp = floats(N * C), *w = floats(OC * C), *out = floats(N * OC), *b = floats(OC);
+    const double flops = 2.0 * (double)N * (double)C * (double)OC;
+    const double bytes = 4.0 * (double)(N * C + OC * C + N * OC);
+    char name[64];
+    {
+        TIME(linear_forward(ws, out, inp, w, b, N, C, OC, 0));
+        snprintf(name, sizeof name, "%s %zu x %zu x %zu forward", what, N, OC, C);
+        row(name, median, flops, bytes);
+    }
+    {
+        TIME(linear_backward_input(ws, inp, out, w, N, C, OC));
+        row("  d-input", median, flops, bytes);
+    }
+    {
+        TIME(linear_backward_weight(ws, w, b, out, inp, N, C, OC, 1));
+        row("  d-weight and d-bias", median, flops, bytes);
+    }
+    free(inp);
+    free(w);
+    free(out);
+    free(b);
+}
+
+int main(int argc, char **argv) {
+    const size_t B = argc > 2 ? strtoul(argv[1], NULL, 10) : 4;
+    const size_t T = argc > 2 ? strtoul(argv[2], NULL, 10) : 64;
+    const size_t C = 768, NH = 12, V = 50257, Vp = 50304, N = B * T, chunk = min(N, 256);
+    const double NC_bytes = 4.0 * (double)(N * C);
+    Workspace ws = {.threads = omp_get_max_threads()};
+    ws.own_floats = attention_floats(T, C / NH);
+    ws.pack_a = floats((size_t)ws.threads * MC * KC);
+    ws.pack_b = floats((size_t)NC * KB);
+    ws.own = floats((size_t)ws.threads * ws.own_floats);
+    float *from = floats(L3), *to = floats(L3);
+    {
+        TIME(_Pragma("omp parallel for") for (size_t i = 0; i < L3; i++) to[i] = from[i] + 1);
+        byte_ceiling = 2.0 * 4 * L3 / median;
+    }
+    flop_ceiling = gpt2_ceiling();
+    printf("%s: %.1f GFLOP/s, %.1f GB/s; B %zu, T %zu\n", gpt2_device(), flop_ceiling * 1e-9,
+           byte_ceiling * 1e-9, B, T);
+    linear(&ws, "qkv", N, C, 3 * C);
+    linear(&ws, "attproj", N, C, C);
+    linear(&ws, "fc", N, C, 4 * C);
+    linear(&ws, "fcproj", N, 4 * C, C);
+    linear(&ws, "classifier", chunk, C, V);
+
+    float *a = floats(N * 4 * C), *b = floats(N * 4 * C), *c = floats(N * 4 * C);
+    float *w = floats(4 * C), *stats = floats(2 * N);
+    const double causal = 2.0 * (double)(B * T) * (double)T * (double)C;     /* 2 products, half of T x T */
+    {
+        TIME(attention_forward(&ws, b, a, B, T, C, NH));
+        row("attention forward", median, causal, 4 * NC_bytes);
+    }
+    {
+        TIME(attention_backward(&ws, c, b, a, B, T, C, NH));
+        row("attention backward", median, 2.5 * causal, 7 * NC_bytes);
+    }
+    {
+        TIME(layernorm_forward(b, stats, stats + N, a, w, w, N, C));
+        row("layer norm forward", median, 8.0 * (double)(N * C), 2 * NC_bytes);
+    }
+    {
+        TIME(layernorm_backward(c, w, w + C, b, a, w + 2 * C, stats, stats + N, N, C, 1));
+        row("layer norm backward", median, 20.0 * (double)(N * C), 6 * NC_bytes);
+    }
+    {
+        TIME(gelu_forward(b, a, N * 4 * C));
+        row("GELU forward", median, 25.0 * 4 * (double)(N * C), 8 * NC_bytes);
+    }
+    {
+        TIME(gelu_backward(c, b, a, N * 4 * C));
+        row("GELU backward", median, 32.0 * 4 * (double)(N * C), 16 * NC_bytes);
+    }
+    float *logits = floats(chunk * Vp), *losses = floats(chunk);
+    int32_t *targets = calloc(chunk, sizeof *targets);
+    {
+        TIME(crossentropy(losses, logits, targets, chunk, V, Vp, 1));
+        row("softmax, loss and its gradient", median, 25.0 * (double)(chunk * V), 8.0 * (double)(chunk * V));
+    }
+    const GPT2Config config = {.max_T = 1024, .V = 50257, .L = 12, .NH = 12, .C = 768};
+    GPT2 *model = gpt2_create(&config);
+    float zero = 0;
+    gpt2_set(model, 0, GPT2_GRAD, 0, 1, &zero);
+    {
+        TIME(gpt2_set(model, 0, GPT2_GRAD, 0, 1, &zero); gpt2_grad_norm(model));
+        row("gradient norm, 124M", median, 2.0 * (double)model->count, 4.0 * (double)model->count);
+    }
+    {
+        TIME(gpt2_set(model, 0, GPT2_GRAD, 0, 1, &zero); gpt2_update(model, 1e-4, 0.9, 0.95, 1e-8, 0.1, 0));
+        row("AdamW, 124M", median, 14.0 * (double)model->count, 28.0 * (double)model->count);
+    }
+    return 0;
+}
