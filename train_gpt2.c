@@ -791,8 +791,8 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, int train) {
     m->chunk = even_pieces(N, ((size_t)1 << 24) / m->Vp + 1, MR, 1);     /* logits: about 64 MB at most */
     m->ws.own_floats = round_up(attention_floats(T, m->C / m->NH), 16);
     const size_t sizes[] = {
-        N, N, 3 * BTC, BTC, BTC, N, N, 4 * BTC, BTC,     /* ln1_mean … residual1 */
-        BTC, N, N, N, N, BTC, 4 * BTC, m->chunk * m->Vp,            /* residual_last … logits */
+        N, N, 3 * BTC, BTC, BTC, N, N, 4 * BTC, BTC,         /* ln1_mean … residual1 */
+        BTC, N, N, N, N, BTC, 4 * BTC, m->chunk * m->Vp,     /* residual_last … logits */
         G, G, 4 * G, threads * MC * KC, (size_t)NC * KB, threads * m->ws.own_floats,
     };
     _Static_assert(sizeof sizes == ACTIVATIONS * sizeof *sizes &&
@@ -807,11 +807,12 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, int train) {
         m->act_memory = floats(total);
         m->act_count = m->act_memory ? total : 0;
     }
+    if (!m->act_memory) return -1;
     const Activations a = acts_at(m, 0);
     m->ws.pack_a = a.pack_a;
     m->ws.pack_b = a.pack_b;
     m->ws.own = a.own;
-    return m->act_memory ? 0 : -1;
+    return 0;
 }
 
 GPT2 *gpt2_create(const GPT2Config *config) {
