@@ -1846,7 +1846,7 @@ int main(int argc, char **argv) {
        They take another count only from the environment, and before main. If exec fails, so be it. */
     const int set = getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY");
     char *self = set ? NULL : realpath("/proc/self/exe", NULL);
-    if (self && !setenv("GOMP_SPINCOUNT", "1000", 1)) execv(self, argv);
+    if (self && !setenv("GOMP_SPINCOUNT", "10000", 1)) execv(self, argv);
     free(self);
     parse(argc, argv);
     if (*text("--check")) return check();
