@@ -261,17 +261,15 @@ static inline vf vexp(vf x) {
 /* --- Matrix product ----------------------------------------------------------------------------------------
    C = A·B after Goto & van de Geijn (2008, "Anatomy of High-Performance Matrix Multiplication"). A tile of MR
    × NR results stays in registers while k runs; a step of k takes MR values of A and NR of B, so both are
-   first packed into panels in which these lie side by side: A in panels of MR rows, B in panels of NR
-   columns.
+   first packed into panels in which these lie side by side: A in panels of MR rows, B in panels of NR columns.
 
      registers   MR × NV sums, NV vectors of B, a broadcast of A: 6 × 2 fill 16 registers, 12 × 2 fill 32
-     L1          a panel of B: KC × NR floats are three quarters of 32 KiB
-     L2          a block of A: MC × KC floats, packed by the thread that uses it
-     L3          a block of B: KB × NC floats, packed by all threads together
+     L1          a panel of B: KC × NR floats are three quarters of 32 KiB, packed by the thread that uses it
+     L2 and L3   a block of A: MC × KB floats at most, packed by all threads, and read once for every panel
 
-   Rows and columns have strides, so that one function serves the three products of a linear layer. GPT-2's
-   sizes are multiples of NR (8, 16, 32); a tile at an edge is computed whole, in a buffer. Threads share out
-   blocks of C, and a sum over k runs in the same order whoever takes it: the bits do not depend on them. */
+   Rows and columns have strides, so that one function serves the three products of a linear layer. NR columns
+   of C are a thread's unit of work; a sum over k runs in the same order whoever takes it, so that the bits do
+   not depend on the threads. A tile at an edge is computed whole, in a buffer. dev/doc/gemm.md has figures. */
 enum {
     NV = 2,
     NR = NV * LANES,
@@ -282,19 +280,23 @@ enum {
 #endif
     KC = 6144 / NR,
     KB = 4 * KC,
-    MC = 132,
-    NC = 1536,
+    MC = 1056,
+    GROUP = 48,                           /* rows of A that a thread packs at a time: whole cache lines */
 };
 
 typedef struct {
     const float *p;
-    size_t row, col;                      /* element (i, j) is p[i * row + j * col] */
+    size_t row, col;                      /* element (i, j) is p[i * row + j * col]; row or col is 1 */
 } Matrix;
+
+static Matrix from(Matrix m, size_t row, size_t col) {
+    return (Matrix){m.p + row * m.row + col * m.col, m.row, m.col};
+}
 
 typedef struct {
     int threads;
-    float *pack_a;                        /* (threads, MC, KC) */
-    float *pack_b;                        /* (NC, KB) */
+    float *pack_a;                        /* (MC, KB) */
+    float *pack_b;                        /* (threads, KC, NR) */
     float *own;                           /* (threads, own_floats) for attention */
     size_t own_floats;
 } Workspace;
@@ -303,8 +305,8 @@ typedef struct {
 #ifdef __clang__
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
 #else
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (v4i){i, j, k, l})
 typedef int32_t v4i __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (v4i){i, j, k, l})
 #endif
 static inline void transpose4(float *dst, size_t step, const float *src, size_t stride) {
     v4 a, b, c, d;
@@ -323,37 +325,39 @@ static inline void transpose4(float *dst, size_t step, const float *src, size_t 
 }
 
 /* Packs `lines` lines of kc floats into panels of R: dst[panel][k][r] = src[(panel * R + r) * line + k *
-   step], 0 where there is no line. One of line and step is 1. Inlined, so that R is a constant. */
+   step], 0 where there is no line. Inlined, so that R is a constant. */
 static inline __attribute__((always_inline))
 void pack(float *dst, const float *src, size_t line, size_t step, size_t lines, size_t kc, size_t R) {
-    const size_t group = round_up(16, R);     /* where lines lie side by side, read whole cache lines */
     size_t first = 0;
     if (line == 1)
-        for (; first + group <= lines; first += group)
+        for (size_t group; first + R <= lines; first += group) {
+            group = first + GROUP <= lines ? GROUP : R;
             for (size_t k = 0; k < kc; k++)
                 for (size_t r = 0; r < group; r += R)
                     memcpy(dst + (first + r) * kc + k * R, src + k * step + first + r, R * sizeof *dst);
+        }
     for (; first < lines; first += R) {
         const float *s = src + first * line;
         float *d = dst + first * kc;
-        size_t n = min(R, lines - first), r = 0;
+        const size_t n = min(R, lines - first), fours = step == 1 && n >= 4 ? n : 0;
         if (n < R) memset(d, 0, R * kc * sizeof *d);
-        for (; step == 1 && r + 4 <= n; r += 4) {
-            size_t k = 0;
+        for (size_t at = 0; at < fours; at += 4) {
+            size_t r = min(at, n - 4), k = 0;     /* the last four lines may be in two fours */
             for (; k + 4 <= kc; k += 4) transpose4(d + k * R + r, R, s + r * line + k, line);
             for (; k < kc; k++)
                 for (size_t i = r; i < r + 4; i++) d[k * R + i] = s[i * line + k];
         }
-        for (; r < n; r++)
+        for (size_t r = fours; r < n; r++)
             for (size_t k = 0; k < kc; k++) d[k * R + r] = s[r * line + k * step];
     }
 }
 
 /* The hot loop: c (MR,NR) = a (kc,MR)ᵀ · b (kc,NR), plus c itself if add, plus a row of bias if not NULL. The
-   loops over constants are unrolled, so that the sums stay in registers. */
+   loops over constants are unrolled, so that the sums stay in registers; c is fetched while they run. */
 static inline void kernel(float *c, size_t ldc, const float *a, const float *b, size_t kc, const float *bias,
                           int add) {
     vf sum[MR][NV] = {{{0}}};
+    for (size_t i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1);
     for (size_t k = 0; k < kc; k++, a += MR, b += NR) {
         vf row[NV];
 #pragma GCC unroll 8
@@ -374,57 +378,89 @@ static inline void kernel(float *c, size_t ldc, const float *a, const float *b, 
         }
 }
 
-/* c (M,N) = packed a · packed b over kc terms; a_panel floats lie between panels of a, b_panel of b. */
-static void block(float *c, size_t ldc, const float *a, size_t a_panel, const float *b, size_t b_panel,
-                  size_t M, size_t N, size_t kc, const float *bias, int add) {
-    for (size_t j = 0; j < N; j += NR, b += b_panel)
-        for (size_t i = 0; i < M; i += MR) {
-            const float *panel = a + i / MR * a_panel;
-            float *to = c + i * ldc + j, tile[MR * NR];
-            if (i + MR <= M && j + NR <= N) {
-                kernel(to, ldc, panel, b, kc, bias ? bias + j : NULL, add);
-                continue;
-            }
-            kernel(tile, NR, panel, b, kc, NULL, 0);
-            for (size_t r = 0; r < min(MR, M - i); r++)
-                for (size_t s = 0; s < min(NR, N - j); s++)
-                    to[r * ldc + s] =
-                        tile[r * NR + s] + (add ? to[r * ldc + s] : 0) + (bias ? bias[j + s] : 0);
+/* The same for a tile of which C has only M rows and N columns. */
+static void kernel_at_edge(float *c, size_t ldc, const float *a, const float *b, size_t kc, const float *bias,
+                           int add, size_t M, size_t N) {
+    float tile[MR * NR];
+    kernel(tile, NR, a, b, kc, NULL, 0);
+    for (size_t i = 0; i < min(MR, M); i++)
+        for (size_t j = 0; j < min(NR, N); j++) {
+            const float before = (add ? c[i * ldc + j] : 0) + (bias ? bias[j] : 0);
+            c[i * ldc + j] = before + tile[i * NR + j];
         }
 }
 
-/* The size of pieces of n, multiples of unit and about `most` at most, their number a multiple of `parts`:
-   256 rows on two threads make two pieces, and not one and a rest. */
-static size_t even_pieces(size_t n, size_t most, size_t unit, size_t parts) {
-    size_t pieces = round_up((n + most - 1) / most, parts);
+/* Asks for a part of the cache lines of a panel of B. With few rows the use of a panel is so short that
+   waiting for the next one took 5 to 9 % of the time (256 rows, 768 channels). */
+static inline void prefetch(Matrix b, size_t kc, size_t part, size_t parts) {
+    const size_t lines = kc * NR / 16;
+    for (size_t i = lines * part / parts; i < lines * (part + 1) / parts; i++) {
+        const size_t k = b.col == 1 ? i / (NR / 16) : i / NR * 16, j = b.col == 1 ? i % (NR / 16) * 16 : i % NR;
+        __builtin_prefetch(from(b, k, j).p);
+    }
+}
+
+/* The size of pieces of n, multiples of unit and about `most` at most, as even as can be. */
+static size_t even_pieces(size_t n, size_t most, size_t unit) {
+    const size_t pieces = (n + most - 1) / most;
     return round_up((n + pieces - 1) / pieces, unit);
+}
+
+/* A thread's share of gemm. *taken counts the units that threads took, of all blocks: a thread takes the next
+   one before it starts on one, and so one more than it does. */
+static void gemm_share(const Workspace *ws, size_t thread, size_t *taken, float *c, size_t ldc, Matrix a,
+                       Matrix b, size_t M, size_t N, size_t K, const float *bias, int add) {
+    const size_t threads = (size_t)ws->threads, units = (N + NR - 1) / NR;
+    const size_t mc = even_pieces(M, MC, MR), kc = even_pieces(K, KC, 1), kb = KB / KC * kc;
+    float *panel = ws->pack_b + thread * KC * NR;
+    size_t before = 0;                    /* units taken in earlier blocks */
+    for (size_t m = 0; m < M; m += mc)
+        for (size_t k = 0; k < K; k += kb, before += units + threads) {
+            const size_t rows = min(mc, M - m), depth = min(kb, K - k), high = round_up(rows, MR);
+            for (size_t i = thread * GROUP; i < rows; i += threads * GROUP)
+                for (size_t l = 0; l < depth; l += kc) {
+                    const size_t terms = min(kc, depth - l);
+                    pack(ws->pack_a + l * high + i * terms, from(a, m + i, k + l).p, a.row, a.col,
+                         min(GROUP, rows - i), terms, MR);
+                }
+            if (threads > 1) {
+#pragma omp barrier
+            }
+            size_t next, unit = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED) - before;
+            for (; unit < units; unit = next) {
+                next = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED) - before;
+                const size_t j = unit * NR, columns = min(NR, N - j);
+                for (size_t l = 0; l < depth; l += kc) {
+                    const size_t terms = min(kc, depth - l);
+                    const int adds = add || k + l > 0, more = l + kc < depth;
+                    const float *pack_a = ws->pack_a + l * high, *row = bias && k + l == 0 ? bias + j : NULL;
+                    const Matrix coming = more ? from(b, k + l + kc, j) : from(b, k, min(next, units - 1) * NR);
+                    pack(panel, from(b, k + l, j).p, b.col, b.row, columns, terms, NR);
+                    for (size_t i = 0; i < rows; i += MR, pack_a += MR * terms) {
+                        float *to = c + (m + i) * ldc + j;
+                        prefetch(coming, terms, i / MR, high / MR);
+                        if (i + MR <= rows && columns == NR)
+                            kernel(to, ldc, pack_a, panel, terms, row, adds);
+                        else
+                            kernel_at_edge(to, ldc, pack_a, panel, terms, row, adds, rows - i, columns);
+                    }
+                }
+            }
+            if (threads > 1) {
+#pragma omp barrier
+            }
+        }
 }
 
 /* c (M,N), rows ldc apart, = a (M,K) · b (K,N), plus c itself if add, plus a row of bias (N) if not NULL. */
 static void gemm(const Workspace *ws, float *c, size_t ldc, Matrix a, Matrix b, size_t M, size_t N, size_t K,
                  const float *bias, int add) {
-    const size_t mc = even_pieces(M, MC, MR, (size_t)ws->threads), nc = even_pieces(N, NC, NR, 1);
-    const size_t kc = even_pieces(K, KC, 1, 1), kb = KB / KC * kc;
+    size_t taken = 0;
+    if (ws->threads == 1)                 /* attention: a parallel region of one would cost 1 µs */
+        gemm_share(ws, 0, &taken, c, ldc, a, b, M, N, K, bias, add);
+    else
 #pragma omp parallel num_threads(ws->threads)
-    for (size_t j = 0; j < N; j += nc)
-        for (size_t k = 0; k < K; k += kb) {
-            const size_t columns = min(nc, N - j), depth = min(kb, K - k), wide = round_up(columns, NR);
-#pragma omp for schedule(static)
-            for (size_t p = 0; p < columns; p += NR)
-                for (size_t i = 0; i < depth; i += kc)
-                    pack(ws->pack_b + i * wide + p * min(kc, depth - i),
-                                 b.p + (k + i) * b.row + (j + p) * b.col, b.col, b.row,
-                                 min(NR, columns - p), min(kc, depth - i), NR);
-#pragma omp for schedule(dynamic)
-            for (size_t m = 0; m < M; m += mc)
-                for (size_t i = 0; i < depth; i += kc) {
-                    const size_t terms = min(kc, depth - i), rows = min(mc, M - m);
-                    float *pack_a = ws->pack_a + (size_t)omp_get_thread_num() * MC * KC;
-                    pack(pack_a, a.p + m * a.row + (k + i) * a.col, a.row, a.col, rows, terms, MR);
-                    block(c + m * ldc + j, ldc, pack_a, MR * terms, ws->pack_b + i * wide, NR * terms, rows,
-                          columns, terms, bias && k + i == 0 ? bias + j : NULL, add || k + i > 0);
-                }
-        }
+        gemm_share(ws, (size_t)omp_get_thread_num(), &taken, c, ldc, a, b, M, N, K, bias, add);
 }
 
 /* --- Layers ------------------------------------------------------------------------------------------------
@@ -605,16 +641,13 @@ static void crossentropy(float *losses, float *logits, const int32_t *targets, s
    its queries. */
 enum { QUERIES = 96 };
 
-static size_t attention_floats(size_t T, size_t hs) {
-    return round_up(T, NR) * round_up(hs, NR) + 2 * QUERIES * T;
-}
+/* What a thread has for itself: two strips of scores, and room to pack another or its queries. */
+static size_t attention_floats(size_t T, size_t hs) { return QUERIES * (2 * T + round_up(T + hs, MR)); }
 
-/* What a thread has for itself: room to pack, and two strips of scores after it. */
 static Workspace attention_workspace(const Workspace *ws, size_t T) {
-    const size_t thread = (size_t)omp_get_thread_num(), room = ws->own_floats - 2 * QUERIES * T;
+    const size_t thread = (size_t)omp_get_thread_num();
     float *own = ws->own + thread * ws->own_floats;
-    return (Workspace){
-        .threads = 1, .pack_a = ws->pack_a + thread * MC * KC, .pack_b = own, .own = own + room};
+    return (Workspace){1, own + 2 * QUERIES * T, ws->pack_b + thread * KC * NR, own, 0};
 }
 
 /* p (rows,T): the softmax of the scores of queries q … q + rows of one head, qkv (T,3C) */
@@ -788,12 +821,12 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, int train) {
     m->B = B;
     m->T = T;
     m->layers = train ? m->L : 1;
-    m->chunk = even_pieces(N, ((size_t)1 << 24) / m->Vp + 1, MR, 1);     /* logits: about 64 MB at most */
+    m->chunk = even_pieces(N, ((size_t)1 << 24) / m->Vp + 1, MR);     /* logits: about 64 MB at most */
     m->ws.own_floats = round_up(attention_floats(T, m->C / m->NH), 16);
     const size_t sizes[] = {
         N, N, 3 * BTC, BTC, BTC, N, N, 4 * BTC, BTC,         /* ln1_mean … residual1 */
         BTC, N, N, N, N, BTC, 4 * BTC, m->chunk * m->Vp,     /* residual_last … logits */
-        G, G, 4 * G, threads * MC * KC, (size_t)NC * KB, threads * m->ws.own_floats,
+        G, G, 4 * G, (size_t)MC * KB, threads * KC * NR, threads * m->ws.own_floats,
     };
     _Static_assert(sizeof sizes == ACTIVATIONS * sizeof *sizes &&
                        sizeof(Activations) == ACTIVATIONS * sizeof(float *),
