@@ -926,13 +926,13 @@ def test_a_checkpoint_counts_where_it_is_whole_and_fits(data, whole_runs, tmp_pa
         LIB.gpt2_restore(str(folder), step, model.handle, loader.handle, ctypes.byref(GPT2Progress()))
 
     restore(B=2)                     # another B may be
-    with refused("T 19", "has 18"):
+    with refused("T 19", "this one, 18"):
         restore(T=18)
     with refused("833 tokens", 400):
         restore(pattern=pattern.replace("train", "val"))
     with refused("seed 42", 43):
         restore(seed=43)
-    with refused("state_00000008", "does not fit"):
+    with refused("state_00000008", "another model"):
         restore(model=lively(4, 5, 1, 1, 4))
     with refused("state_00000005"):
         restore(step=5)

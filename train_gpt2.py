@@ -68,6 +68,11 @@ class GPT2Config(ctypes.Structure):
         return "GPT2Config(%s)" % ", ".join(f"{name}={getattr(self, name)}" for name, _ in self._fields_)
 
 
+class GPT2Size(ctypes.Structure):
+    """The shards, tokens and batches of a loader."""
+    _fields_ = [("values", ctypes.c_int64 * 3)]
+
+
 class GPT2Progress(ctypes.Structure):
     """What a run has to remember beyond model and loader."""
     _fields_ = [("step", ctypes.c_int64), ("rng", ctypes.c_uint64), ("seen", ctypes.c_int64 * 2),
@@ -98,23 +103,25 @@ class CString(ctypes.c_char_p):
 
 
 # Section 1 of train_gpt2.c documents these. Result and arguments: p pointer (to a model, a loader, an array,
-# a struct), s str, c bytes, i int, l int64, u uint64, f float, d double, - none. !: NULL or < 0 is a failure.
+# a struct), s str, c bytes, i int, l int64, u uint64, f float, d double, C GPT2Config, S GPT2Size, L pointer
+# to int64, - none. !: NULL or < 0 is a failure.
 C_TYPES = {"p": ctypes.c_void_p, "s": CString, "c": ctypes.c_char_p, "i": ctypes.c_int, "l": ctypes.c_int64,
-           "u": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "-": None}
+           "u": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "C": GPT2Config, "S": GPT2Size,
+           "L": ctypes.POINTER(ctypes.c_int64), "-": None}
 C_FUNCTIONS = """
     c  gpt2_error()             c  gpt2_device()              d  gpt2_ceiling()
     i! gpt2_descriptor(sp)      i! gpt2_config_check(p)       l! gpt2_tensor(pipp)
-    l  gpt2_parameters(p)       d  gpt2_flops_per_token(pi)   -  gpt2_config(pp)
+    l  gpt2_parameters(p)       d  gpt2_flops_per_token(pi)   C  gpt2_config(p) 
     p! gpt2_create(p)           i! gpt2_init(pu)              -  gpt2_free(p)
     p! gpt2_load(s)             i! gpt2_save(psi)             i! gpt2_check(psdp)
     i! gpt2_get(piillp)         i! gpt2_set(piillp)           i! gpt2_logits(ppiiip)
     i! gpt2_forward(pppiifp)    i! gpt2_backward(p)           -  gpt2_zero_grad(p)
-    f  gpt2_grad_norm(p)        i! gpt2_update(pdddddd)       l  gpt2_updates(p)
+    f  gpt2_grad_norm(p)        i! gpt2_update(pdddddd)       L  gpt2_updates(p)
     f! gpt2_lr(slllff)          d  gpt2_zscore(pid)           i! gpt2_next(pplfip)
-    p! gpt2_loader_open(siiiiu) -  gpt2_loader_close(p)       i! gpt2_loader_next(ppp)
-    -  gpt2_loader_size(pppp)   -  gpt2_loader_reset(p)       i! gpt2_evaluate(pplp)
+    p! gpt2_loader_open(siiiiu) -  gpt2_loader_close(p)       p! gpt2_loader_next(p)
+    S  gpt2_loader_size(p)      -  gpt2_loader_reset(p)       i! gpt2_evaluate(pplp)
     i! gpt2_checkpoint(sppplll) i! gpt2_restore(slppp)        l  gpt2_newest(s)
-    p! gpt2_tokenizer_load(s)   -  gpt2_tokenizer_free(p)     -  gpt2_set_updates(pl)
+    p! gpt2_tokenizer_load(s)   -  gpt2_tokenizer_free(p)
 """
 
 
@@ -211,9 +218,8 @@ class GPT2(Owner):
 
     def _own(self, lib, handle):
         self.lib, self.handle, self.free = lib, handle, lib.gpt2_free
-        self.config = GPT2Config()
+        self.config = lib.gpt2_config(handle)
         config = ctypes.byref(self.config)
-        lib.gpt2_config(handle, config)
         self.num_parameters = lib.gpt2_parameters(config)
         self.shapes = {}                     # of the tensors by name, in the order of the model file
         for index in range(TENSORS):
@@ -256,7 +262,7 @@ class GPT2(Owner):
     @property
     def updates(self):
         """How many updates were made."""
-        return self.lib.gpt2_updates(self.handle)
+        return self.lib.gpt2_updates(self.handle)[0]
 
     def evaluate(self, loader, batches):
         """Mean loss, in nats per token, over the loader's first batches (over all, if it has fewer)."""
@@ -318,16 +324,14 @@ class Loader(Owner):
         self.lib = library(device)
         self.free = self.lib.gpt2_loader_close
         self.handle = self.lib.gpt2_loader_open(pattern, B, T, V, shuffle, seed)
-        self.x = (ctypes.c_int32 * T * B)()
-        self.y = (ctypes.c_int32 * T * B)()
-        sizes = (ctypes.c_int64 * 3)()
-        self.lib.gpt2_loader_size(self.handle, *(ctypes.byref(sizes, 8 * i) for i in range(3)))
-        self.shards, self.tokens, self.batches = sizes     # all shards' tokens; batches in an epoch
+        self.rows = ctypes.c_int32 * T * B
+        # of all shards: their number, their tokens, the batches in an epoch
+        self.shards, self.tokens, self.batches = self.lib.gpt2_loader_size(self.handle).values
 
     def next(self):
         """The next x and y (B,T), in memory that the next call overwrites. Wraps round for ever."""
-        self.lib.gpt2_loader_next(self.handle, self.x, self.y)
-        return self.x, self.y
+        address = self.lib.gpt2_loader_next(self.handle)
+        return self.rows.from_address(address), self.rows.from_address(address + ctypes.sizeof(self.rows))
 
     def reset(self):
         """Back to the first batch."""
