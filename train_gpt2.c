@@ -1608,7 +1608,7 @@ static int check(void) {
    take another count only from the environment, and before main. If exec fails, so be it. */
 static void spin_less(char **argv) {
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
-    if (!setenv("GOMP_SPINCOUNT", "10000", 1)) execvp(argv[0], argv);
+    if (!setenv("GOMP_SPINCOUNT", "10000", 1)) execv("/proc/self/exe", argv);
 }
 
 int main(int argc, char **argv) {
