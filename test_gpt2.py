@@ -445,6 +445,18 @@ def raw_forward(model, x, y, B, T):
     return loss.value
 
 
+def test_half_made_gradients_are_refused():
+    model = lively(8, 5, 1, 1, 4)
+    model.forward([[0, 1, 2]], [[1, 2, 3]])
+    with refused("half made", "gpt2_backward"):
+        model.get("wte", "grad")
+    with refused("half made", "gpt2_backward"):
+        model.update(lr=0.1)
+    assert math.isnan(LIB.gpt2_grad_norm(model.handle))
+    model.backward()
+    assert model.grad_norm() > 0 and any(model.get("lnfb", "grad"))
+
+
 def test_a_batch_that_does_not_fit_is_refused():
     model = lively(8, 5, 1, 1, 4)
     for B, T in ((0, 4), (4, 0), (-1, 4), (4, -1), (1, 9), (0, 0)):

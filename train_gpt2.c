@@ -760,8 +760,8 @@ static int tensor_copy(GPT2 *m, int t, int kind, int64_t first, int64_t count, f
     if (kind < GPT2_PARAM || kind > GPT2_MOMENT2 || first < 0 || count < 0 || first > size - count)
         return gpt2_fail("tensor %d, kind %d: elements %lld + %lld asked for, it has %lld, in kinds 0 to 3",
                          t, kind, (wide)first, (wide)count, (wide)size);
-    float *memory = whole_memory(m, kind), *part = memory + m->start[t] + first;
-    if (!memory) return -1;
+    float *memory = whole_memory(m, kind), *part = memory ? memory + m->start[t] + first : NULL;
+    if (!part) return -1;
     if (out) memcpy(out, part, (size_t)count * sizeof *out);
     if (in) memcpy(part, in, (size_t)count * sizeof *in);
     if (in && kind == GPT2_GRAD) m->grads_empty = 0, m->norm = NAN;
@@ -1282,8 +1282,8 @@ int gpt2_evaluate(GPT2 *model, GPT2Loader *l, int64_t batches, float *loss) {
     double sum = 0;
     gpt2_loader_reset(l);
     for (int64_t i = 0; i < count; i++) {
-        const int32_t *x = gpt2_loader_next(l), *y = x + (uint64_t)l->B * l->at.T;
-        if (!x || gpt2_forward(model, x, y, l->B, (int)l->at.T, 0, loss)) return -1;
+        const int32_t *x = gpt2_loader_next(l);
+        if (!x || gpt2_forward(model, x, x + (size_t)l->B * l->at.T, l->B, (int)l->at.T, 0, loss)) return -1;
         sum += *loss;
     }
     *loss = (float)(sum / (double)count);
