@@ -1495,9 +1495,10 @@ static struct { const char *name, *value; int kind, least; const char *help; } f
     {"-g", "64", WHOLE, 0, "tokens in a sample"},
     {"-a", "0", WHOLE, 0, "1: overfit one batch"},
     {"--check", "", TEXT, 0, "compare the model of -e with this saved reference, and stop"},
-    {"-f", "", NOT_HERE, 0, ""}, {"-w", "", NOT_HERE, 0, ""}, {"-ge", "", NOT_HERE, 0, ""},
-    {"-z", "", NOT_HERE, 0, ""}, {"-r", "", NOT_HERE, 0, ""}, {"-lg", "", NOT_HERE, 0, ""},
-    {"-h", "", NOT_HERE, 0, "HellaSwag, not yet built; -f -w -ge -z -r -lg, for GPUs only: ignored"},
+    {"-h", "", NOT_HERE, 0, "HellaSwag, not yet built"}, {"-f", "", NOT_HERE, 0, "for GPUs only"},
+    {"-w", "", NOT_HERE, 0, "for GPUs only"},            {"-ge", "", NOT_HERE, 0, "for GPUs only"},
+    {"-z", "", NOT_HERE, 0, "for GPUs only"},            {"-r", "", NOT_HERE, 0, "for GPUs only"},
+    {"-lg", "", NOT_HERE, 0, "for GPUs only"},
 };
 enum { FLAGS = sizeof flags / sizeof *flags };
 
@@ -1532,7 +1533,7 @@ static void parse(int argc, char **argv) {
         const int k = flag_find(argv[i]), kind = k < FLAGS ? flags[k].kind : TEXT;
         char *value = argv[i + 1], *end = value;
         if (k == FLAGS || !value) die(k == FLAGS ? "%s is not a flag" : "%s needs a value", argv[i]);
-        if (kind == NOT_HERE) fprintf(stderr, "train_gpt2: %s is ignored, see --help\n", argv[i]);
+        if (kind == NOT_HERE) fprintf(stderr, "train_gpt2: %s is ignored: %s\n", argv[i], flags[k].help);
         const double x = kind >= WHOLE ? strtod(value, &end) : 0;
         const int good = end != value && !*end && isfinite(x) && x >= flags[k].least;
         if (kind >= WHOLE && !(good && (kind == REAL || (x == floor(x) && x < 0x1p31))))
@@ -1643,8 +1644,7 @@ int main(int argc, char **argv) {
     printf("%s; %lld tokens, %lld shards; steps %lld to %lld of %lld tokens, %lld micro-batches of %d x %d\n",
            newest >= 0 ? "resumed" : text("-e"), (wide)data.tokens, (wide)data.shards, begin, steps, total,
            micro_batches, B, T);
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
+    signal(SIGINT, on_signal), signal(SIGTERM, on_signal);
     const double began = seconds();
     for (wide step = begin;; step++) {
         const int last = step >= steps;
