@@ -111,7 +111,7 @@ C_TYPES = {"p": ctypes.c_void_p, "s": CString, "c": ctypes.c_char_p, "i": ctypes
 C_FUNCTIONS = """
     c  gpt2_error()             c  gpt2_device()              d  gpt2_ceiling()
     i! gpt2_descriptor(sp)      i! gpt2_config_check(p)       l! gpt2_tensor(pipp)
-    l  gpt2_parameters(p)       d  gpt2_flops_per_token(pi)   C  gpt2_config(p) 
+    l  gpt2_parameters(p)       d  gpt2_flops_per_token(pi)   C  gpt2_config(p)
     p! gpt2_create(p)           i! gpt2_init(pu)              -  gpt2_free(p)
     p! gpt2_load(s)             i! gpt2_save(psi)             i! gpt2_check(psdp)
     i! gpt2_get(piillp)         i! gpt2_set(piillp)           i! gpt2_logits(ppiiip)
@@ -324,14 +324,17 @@ class Loader(Owner):
         self.lib = library(device)
         self.free = self.lib.gpt2_loader_close
         self.handle = self.lib.gpt2_loader_open(pattern, B, T, V, shuffle, seed)
-        self.rows = ctypes.c_int32 * T * B
+        self.x = (ctypes.c_int32 * T * B)()
+        self.y = (ctypes.c_int32 * T * B)()
         # of all shards: their number, their tokens, the batches in an epoch
         self.shards, self.tokens, self.batches = self.lib.gpt2_loader_size(self.handle).values
 
     def next(self):
         """The next x and y (B,T), in memory that the next call overwrites. Wraps round for ever."""
-        address = self.lib.gpt2_loader_next(self.handle)
-        return self.rows.from_address(address), self.rows.from_address(address + ctypes.sizeof(self.rows))
+        batch = self.lib.gpt2_loader_next(self.handle)     # copied: x and y may outlive the loader
+        ctypes.memmove(self.x, batch, ctypes.sizeof(self.x))
+        ctypes.memmove(self.y, batch + ctypes.sizeof(self.x), ctypes.sizeof(self.y))
+        return self.x, self.y
 
     def reset(self):
         """Back to the first batch."""
@@ -591,7 +594,8 @@ def describe(error):
     """An exception as a part of a sentence."""
     error = getattr(error, "reason", error)     # of urllib's, the cause
     if isinstance(error, OSError) and error.strerror:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
+        hint = "; check its name" if isinstance(error, FileNotFoundError) else ""
+        return f"{os.fsdecode(error.filename)}: {error.strerror}{hint}" if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 
