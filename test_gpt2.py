@@ -709,11 +709,11 @@ def test_descriptors_are_the_sizes_of_gpt2(name, shape, parameters):
 
 
 # --- Generation ---------------------------------------------------------------------------------------------
-def draws(model, tokens, n, temperature, top_k=0):
+def draws(model, tokens, n, temperature, top_k=0, top_p=1.0):
     """n tokens to follow the same ones."""
     rng = ctypes.c_uint64(1)
     ids = (ctypes.c_int32 * len(tokens))(*tokens)
-    place = (model.handle, ids, len(tokens), temperature, top_k, ctypes.byref(rng))
+    place = (model.handle, ids, len(tokens), temperature, top_k, top_p, ctypes.byref(rng))
     return [LIB.gpt2_next(*place) for _ in range(n)]
 
 
@@ -721,7 +721,8 @@ def test_temperature_0_takes_the_likeliest():
     model = lively(12, 31, 2, 2, 8)
     text = [5]
     for token in model.generate(text.copy(), 20, temperature=0):
-        last = model.logits([text[-12:]]).tolist()[0][-1]     # only the last max_T tokens count
+        first = max(len(text) - 12 + 5, 0) // 6 * 6     # max_T is 12: past it, the last 7 to 12 tokens count
+        last = model.logits([text[first:]]).tolist()[0][-1]
         assert token == last.index(max(last))
         text.append(token)
     assert draws(model, text, 9, 0) == draws(model, text, 9, 1e-6) == draws(model, text, 9, 1.0, top_k=1)
@@ -733,6 +734,44 @@ def test_top_k_allows_the_k_likeliest():
     for k in (2, 5, 31, 99):
         likeliest = sorted(range(31), key=lambda i: -last[i])[:k]
         assert set(draws(model, [3, 1, 4], 800, 1.0, k)) == set(likeliest)
+
+
+def test_top_p_allows_the_fewest_that_have_the_share():
+    model = lively(12, 31, 2, 2, 8, spread=0.1)
+    weights = [math.exp(logit) for logit in model.logits([[3, 1, 4]]).tolist()[0][-1]]
+    likeliest = sorted(range(31), key=lambda i: -weights[i])
+
+    def fewest(count, share):
+        total, chosen = sum(weights[i] for i in likeliest[:count]), []
+        while sum(weights[i] for i in chosen) < share * total:
+            chosen.append(likeliest[len(chosen)])
+        return set(chosen)
+
+    for top_k, top_p in ((0, 0.1), (0, 0.5), (0, 0.93), (9, 0.5), (9, 0.99)):
+        assert set(draws(model, [3, 1, 4], 900, 1.0, top_k, top_p)) == fewest(top_k or 31, top_p)
+    assert set(draws(model, [3, 1, 4], 50, 1.0, 0, 0.0)) == {likeliest[0]}
+
+
+def test_kept_keys_and_values_change_nothing():
+    """Texts that begin alike or not, a batch and a changed parameter between them: the last token's logits are
+    those of a model that computes all anew."""
+    kept, anew = lively(24, 41, 2, 2, 16), lively(24, 41, 2, 2, 16)
+    generator = random.Random(1)
+    text = []
+    for turn in range(120):
+        event = generator.randrange(8)
+        if event == 0 or len(text) == 24:
+            del text[generator.randrange(len(text) + 1):]
+        elif event == 1:
+            assert kept.forward([[1, 2, 3]], [[2, 3, 4]], train=False) > 0
+        elif event == 2:
+            for model in (kept, anew):
+                model.set("wpe", [math.sin(turn * i) for i in range(24 * 16)])
+        text += [generator.randrange(41) for _ in range(min(generator.choice((1, 1, 1, 5)), 24 - len(text)))]
+        ours = (ctypes.c_float * 41)()
+        LIB.gpt2_logits(kept.handle, train_gpt2.token_rows([text])[0], 1, len(text), 1, ours)
+        theirs = anew.logits([text]).tolist()[0][-1]
+        assert list(ours) == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -1148,7 +1187,7 @@ def test_sample_writes_text(trained):
     first, again, other, coldest = (
         driver("sample", *flags.split(), "--prompt", "ROMEO:", cwd=folder.parents[1]).stdout
         for flags in ("", "runs/1 --seed 42", "--seed 3", "--temperature 0 --tokens 9"))
-    assert first == again != other and first.startswith("ROMEO:") and len(first.encode()) > 300
+    assert first == again != other and first.startswith("ROMEO:")
     expected = bytes(GPT2.load(folder / "model_00000003.bin").generate(list(b"ROMEO:"), 9, temperature=0))
     assert coldest == "ROMEO:" + expected.decode(errors="replace") + "\n"
 

@@ -50,9 +50,12 @@ int gpt2_set(GPT2 *model, int tensor, int kind, int64_t first, int64_t count, co
    gpt2_backward that must follow. To accumulate n micro-batches, give each the scale 1/n. */
 int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, float grad_scale, float *loss);
 int gpt2_backward(GPT2 *model);
+const float *gpt2_losses(GPT2 *model);           /* (B,T), of the last gpt2_forward's tokens, or NULL */
 void gpt2_zero_grad(GPT2 *model);
 
-/* Logits of every position, out (B,T,V); with last_only of each sequence's last position, out (B,V). */
+/* Logits of every position, out (B,T,V); with last_only of each sequence's last position, out (B,V). With
+   last_only and B = 1 the model keeps keys and values of all positions: while it is not used or changed in
+   another way, a sequence that begins like the one before costs only what is new in it. */
 int gpt2_logits(GPT2 *model, const int32_t *x, int B, int T, int last_only, float *out);
 
 /* One AdamW step (Loshchilov & Hutter 2019, algorithm 2): gradients clipped to a global norm of max_norm (0:
@@ -96,9 +99,11 @@ int gpt2_evaluate(GPT2 *model, GPT2Loader *loader, int64_t batches, float *loss)
    (constant, decay with the square root in the last fifth), down to final_frac · lr. -1 on failure. */
 float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac);
 
-/* The token after `tokens`, of which the last max_T count. temperature 0 takes the likeliest, top_k 0 allows
-   all. *rng is the sampler's state. -1 on failure. */
-int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, uint64_t *rng);
+/* The token after `tokens`. temperature 0 takes the likeliest; it is one of the top_k likeliest (0: of all) and
+   of the fewest that have a share of top_p together. *rng is the sampler's state. Of more than max_T tokens
+   the first do not count, a multiple of max_T / 2 of them, so that keys and values can be kept. -1 on failure. */
+int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, float top_p,
+              uint64_t *rng);
 
 /* Decode table: token i is bytes[at[i] + 1 …], bytes[at[i]] of them; `end` ends a text, -1 if none does. */
 typedef struct { int32_t V, end; int64_t *at; unsigned char *bytes; } GPT2Tokenizer;
@@ -385,11 +390,42 @@ static void gemm_share(const Workspace *ws, size_t *taken, float *c, size_t ldc,
         }
 }
 
+/* gemm of one row, which is a token that is generated: as fast as B can be read, which packing would slow down
+   to 40 %. A column of B in one piece is a dot product; else vectors of c gather rows of B. It fetches ahead,
+   since a head's keys and values lie apart: after 900 tokens that saves a sixth of the time of the next. */
+static void gemm_row(const Workspace *ws, float *c, const float *a, Matrix b, size_t N, size_t K,
+                     const float *bias, const float *add) {
+    enum { CHAINS = 4, AHEAD = 16 };      /* chains hide the latency of an addition */
+    const size_t step = b.row == 1 ? 1 : CHAINS * LANES;
+#pragma omp parallel for num_threads(ws->threads) if (ws->threads > 1)
+    for (size_t j = 0; j < N; j += step) {
+        const float *p = b.p + j * b.col;
+        vf sum[CHAINS] = {{0}};
+        if (step == 1) {
+            for (size_t k = 0; k < min(K, 128); k += 16) __builtin_prefetch(p + AHEAD * b.col + k);
+            for (size_t k = 0; k < K; k += CHAINS * LANES)
+                for (size_t i = 0, at = k; i < CHAINS && at < K; i++, at += LANES)
+                    sum[i] += vload(a + at, K - at) * vload(p + at, K - at);
+            sum[0] = (vf){vsum(sum[0] + sum[1] + (sum[2] + sum[3]))};
+        } else {
+            for (size_t k = 0; k < K; k++, p += b.row)
+                for (size_t i = 0; i < CHAINS && j + i * LANES < N; i++) {
+                    __builtin_prefetch(p + AHEAD * b.row + i * LANES);
+                    sum[i] += a[k] * vload(p + i * LANES, N - j - i * LANES);
+                }
+        }
+        for (size_t i = 0; i < min(step, N - j); i++)
+            c[j + i] = sum[i / LANES][i % LANES] + (bias ? bias[j + i] : 0) + (add ? add[j + i] : 0);
+    }
+}
+
 /* c (M,N) = a (M,K) · b (K,N) + bias (N) + add (M,N); bias, add and ldc as for kernel. */
 static void gemm(const Workspace *ws, float *c, size_t ldc, Matrix a, Matrix b, size_t M, size_t N, size_t K,
                  const float *bias, const float *add) {
     size_t taken = 0;
-    if (ws->threads == 1)                 /* attention: a parallel region of one would cost 1 µs */
+    if (M == 1 && a.col == 1)
+        gemm_row(ws, c, a.p, b, N, K, bias, add);
+    else if (ws->threads == 1)                 /* attention: a parallel region of one would cost 1 µs */
         gemm_share(ws, &taken, c, ldc, a, b, M, N, K, bias, add);
     else
 #pragma omp parallel num_threads(ws->threads)
@@ -575,19 +611,19 @@ static void attention_scores(const Workspace *ws, float *p, Matrix Q, Matrix K, 
     }
 }
 
-/* out (B,T,C) from qkv (B,T,3C) */
-static void attention_forward(const Workspace *ws, float *out, const float *qkv, size_t B, size_t T, size_t C,
-                              size_t NH) {
+/* out (B,T,C) from qkv (B,T,3C); with B = 1 only for the positions from `first` on, out (T - first, C) */
+static void attention_forward(const Workspace *ws, float *out, const float *qkv, size_t B, size_t first,
+                              size_t T, size_t C, size_t NH) {
     const size_t hs = C / NH;
 #pragma omp parallel for schedule(dynamic) num_threads(ws->threads)
     for (size_t head = 0; head < B * NH; head++) {
         const size_t at = head / NH * T * C + head % NH * hs, at3 = head / NH * T * 3 * C + head % NH * hs;
         const Matrix Q = {qkv + at3, 3 * C, 1}, K = from(Q, 0, C), V = from(Q, 0, 2 * C);
         const Workspace own = attention_workspace(ws, T);
-        for (size_t q = 0; q < T; q += QUERIES) {
+        for (size_t q = first; q < T; q += QUERIES) {
             const size_t rows = min(QUERIES, T - q);
             attention_scores(&own, own.own, Q, K, q, rows, T, hs, 1 / sqrtf((float)hs));
-            gemm(&own, out + at + q * C, C, (Matrix){own.own, T, 1}, V, rows, hs, q + rows, NULL, NULL);
+            gemm(&own, out + at + (q - first) * C, C, (Matrix){own.own, T, 1}, V, rows, hs, q + rows, NULL, NULL);
         }
     }
 }
@@ -632,8 +668,9 @@ typedef union {
     float *all[GPT2_TENSORS];
 } Tensors;
 
-/* Each layer has its own from residual1 on. Outputs of layer norm and GELU are not kept: cheap to remake. */
-enum { SHARED = 13, ACTIVATIONS = 18 };
+/* Layers share the first ones. From residual1 on each has its own to train, from qkv on, which has the keys and
+   values, to generate, and none to evaluate. Outputs of layer norm and GELU are not kept: cheap to remake. */
+enum { TRAIN = 13, GENERATE = 17, EVALUATE = 18, ACTIVATIONS = 18 };
 typedef union {
     struct {
         float *losses, *x, *mean, *rstd;  /* (B, T): x the inputs, as int32; mean, rstd of the last ln */
@@ -642,7 +679,7 @@ typedef union {
         float *dresidual, *dln, *dwide;   /* gradients: (B, T, C); (B, T, C) of ln; (B, T, 4C) of fc, qkv */
         float *pack_a, *pack_b, *own;     /* see Workspace */
         float *residual1, *residual2;     /* (B, T, C) the residual stream before attention, before MLP */
-        float *qkv, *att, *fc;            /* (B, T, 3C), (B, T, C), (B, T, 4C) before GELU */
+        float *att, *fc, *qkv;            /* (B, T, C), (B, T, 4C) before GELU, (B, T, 3C) */
     };
     float *all[ACTIVATIONS];
 } Activations;
@@ -656,9 +693,11 @@ struct GPT2 {
     int grads_empty;                      /* gradients count as 0: the next backward pass overwrites them */
     int backward_due;                     /* gpt2_forward has added the classifier's part of a gradient */
     float norm;                           /* of the gradients, NaN if not known */
-    size_t B, T, chunk;                   /* of the activations; chunk rows at a time are classified */
+    size_t B, T, chunk;                   /* of the last forward pass; chunk rows at a time are classified */
+    size_t cached;                        /* tokens in x whose keys and values are in qkv */
+    int act_own;                          /* the first activation of which each layer has its own */
     size_t act_start[ACTIVATIONS + 1];    /* of each activation, for layer 0, and the end */
-    size_t act_step;                      /* from a layer's to the next one's; 0 if they share a place */
+    size_t act_step;                      /* from a layer's to the next one's */
     float *act_memory;
     size_t act_count;                     /* floats there */
     Workspace ws;
@@ -688,26 +727,26 @@ static Tensors tensors(const GPT2 *m, int kind, size_t l) {
 static Activations acts(const GPT2 *m, size_t l) {
     Activations a;
     for (int i = 0; i < ACTIVATIONS; i++)
-        a.all[i] = m->act_memory + m->act_start[i] + (i < SHARED ? 0 : l * m->act_step);
+        a.all[i] = m->act_memory + m->act_start[i] + (i < m->act_own ? 0 : l * m->act_step);
     return a;
 }
 
-/* Lays out the activations for B × T tokens: to train, or to evaluate with one layer's place for all. */
-static int acts_layout(GPT2 *m, size_t B, size_t T, int train) {
-    const size_t N = B * T, BTC = N * m->C, G = train ? BTC : 0, threads = (size_t)m->ws.threads;
+/* Lays out the activations for B × T tokens, to TRAIN, GENERATE or EVALUATE. */
+static int acts_layout(GPT2 *m, size_t B, size_t T, int own) {
+    const size_t N = B * T, BTC = N * m->C, G = own == TRAIN ? BTC : 0, threads = (size_t)m->ws.threads;
     if ((double)N * (double)m->C * (double)m->L > 1e15)
         return gpt2_fail("a batch of %zu x %zu tokens fits no memory; use a smaller one", B, T);
-    m->B = B, m->T = T;
+    m->act_own = own;
     m->chunk = even_pieces(N, ((size_t)1 << 24) / m->Vp + 1, MR);     /* logits: about 64 MB at most */
     m->ws.own_floats = round_up(attention_floats(T, m->C / m->NH), 16);
     const size_t sizes[] = {
         N, N, N, N, BTC, 4 * BTC, m->chunk * m->Vp, G, G, 4 * G,                /* losses … dwide */
         (size_t)MC * KB, threads * KC * NR, threads * m->ws.own_floats,         /* pack_a, pack_b, own */
-        BTC, BTC, 3 * BTC, BTC, 4 * BTC,                                        /* residual1 … fc */
+        BTC, BTC, BTC, 4 * BTC, 3 * BTC,                                        /* residual1 … qkv */
     };
     _Static_assert(sizeof sizes == sizeof(Activations), "one size for each activation");
     for (int i = 0; i < ACTIVATIONS; i++) m->act_start[i + 1] = m->act_start[i] + round_up(sizes[i], 16);
-    m->act_step = train ? m->act_start[ACTIVATIONS] - m->act_start[SHARED] : 0;
+    m->act_step = m->act_start[ACTIVATIONS] - m->act_start[own];
     /* residual1 comes first in a layer's, so that G floats more make room for the one after the last layer */
     const size_t total = m->act_start[ACTIVATIONS] + (m->L - 1) * m->act_step + G;
     if (total > m->act_count) {
@@ -765,6 +804,7 @@ static int tensor_copy(GPT2 *m, int t, int kind, int64_t first, int64_t count, f
     if (out) memcpy(out, part, (size_t)count * sizeof *out);
     if (in) memcpy(part, in, (size_t)count * sizeof *in);
     if (in && kind == GPT2_GRAD) m->grads_empty = 0, m->norm = NAN;
+    if (in && kind == GPT2_PARAM) m->cached = 0;
     return 0;
 }
 
@@ -782,26 +822,33 @@ static int tokens_check(const GPT2 *m, const char *what, const int32_t *tokens, 
     return 0;
 }
 
-/* Embedding, blocks and the last layer norm, whose output is left in the activation ln. */
-static int forward_blocks(GPT2 *m, const int32_t *x, int batch, int length, int train) {
-    const size_t B = (size_t)batch, T = (size_t)length, N = B * T, C = m->C;
+/* Embedding, blocks and the last layer norm, whose output is left in the activation ln. To GENERATE (B = 1)
+   begins with the first token of which the keys and values are not kept. Returns the rows, -1 on failure. */
+static int64_t forward_blocks(GPT2 *m, const int32_t *x, int batch, int length, int own) {
+    const size_t B = (size_t)batch, T = (size_t)length, C = m->C;
+    size_t first = 0;
     if (batch < 1 || length < 1 || length > m->config.max_T)
         return gpt2_fail("batch is %d x %d tokens, expected sequences of 1 to %d, the model's context", batch,
                          length, m->config.max_T);
     if (m->backward_due && !m->grads_empty)
         return gpt2_fail("a gradient is half added; call gpt2_backward after gpt2_forward");
     m->backward_due = 0;
-    if (tokens_check(m, "x", x, N) || acts_layout(m, B, T, train)) return -1;
+    m->B = B, m->T = T;
+    if (own != GENERATE) m->cached = 0;
+    if (tokens_check(m, "x", x, B * T)) return -1;
+    if (!m->cached && acts_layout(m, B, own == GENERATE ? (size_t)m->config.max_T : T, own)) return -1;
     const Workspace *ws = &m->ws;
     Tensors p = tensors(m, GPT2_PARAM, 0);
     Activations a = acts(m, 0);
-    memcpy(a.x, x, N * sizeof *x);
-    encoder_forward(a.residual1, x, p.wte, p.wpe, N, T, C);
+    while (first + 1 < T && first < m->cached && x[first] == ((int32_t *)a.x)[first]) first++;
+    const size_t N = B * T - first;
+    memcpy(a.x, x, B * T * sizeof *x);
+    encoder_forward(a.residual1, x + first, p.wte, p.wpe + first * C, N, T, C);
     for (size_t l = 0; l < m->L; l++) {
         p = tensors(m, GPT2_PARAM, l), a = acts(m, l);
         layernorm_forward(a.ln, a.mean, a.rstd, a.residual1, p.ln1w, p.ln1b, N, C);
-        linear_forward(ws, a.qkv, a.ln, p.qkvw, p.qkvb, NULL, N, C, 3 * C);
-        attention_forward(ws, a.att, a.qkv, B, T, C, m->NH);
+        linear_forward(ws, a.qkv + first * 3 * C, a.ln, p.qkvw, p.qkvb, NULL, N, C, 3 * C);
+        attention_forward(ws, a.att, a.qkv, B, first, T, C, m->NH);
         linear_forward(ws, a.residual2, a.att, p.attprojw, p.attprojb, a.residual1, N, C, C);
         layernorm_forward(a.ln, a.mean, a.rstd, a.residual2, p.ln2w, p.ln2b, N, C);
         linear_forward(ws, a.fc, a.ln, p.fcw, p.fcb, NULL, N, C, 4 * C);
@@ -809,13 +856,15 @@ static int forward_blocks(GPT2 *m, const int32_t *x, int batch, int length, int 
         linear_forward(ws, acts(m, l + 1).residual1, a.gelu, p.fcprojw, p.fcprojb, a.residual2, N, 4 * C, C);
     }
     layernorm_forward(a.ln, a.mean, a.rstd, acts(m, m->L).residual1, p.lnfw, p.lnfb, N, C);
-    return 0;
+    m->cached = own == GENERATE ? T : 0;
+    return (int64_t)N;
 }
 
 int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, float grad_scale, float *loss) {
     const int train = grad_scale != 0;
     if (train && !memory_of(m, GPT2_GRAD)) return -1;
-    if (forward_blocks(m, x, B, T, train) || tokens_check(m, "y", y, m->B * m->T)) return -1;
+    const int64_t rows_done = forward_blocks(m, x, B, T, train ? TRAIN : EVALUATE);
+    if (rows_done < 0 || tokens_check(m, "y", y, m->B * m->T)) return -1;
     const size_t N = m->B * m->T, C = m->C, V = m->V, Vp = m->Vp;
     const Matrix wte = {m->memory[GPT2_PARAM], C, 1};
     float *dwte = m->memory[GPT2_GRAD];
@@ -873,12 +922,15 @@ int gpt2_backward(GPT2 *m) {
 }
 
 int gpt2_logits(GPT2 *m, const int32_t *x, int B, int T, int last_only, float *out) {
-    if (forward_blocks(m, x, B, T, 0)) return -1;
-    const size_t every = last_only ? m->T : 1, C = m->C;
+    const int64_t rows = forward_blocks(m, x, B, T, last_only && B == 1 ? GENERATE : EVALUATE);
+    if (rows < 0) return -1;
+    const size_t every = last_only ? (size_t)rows / m->B : 1, C = m->C;
     const Matrix ln = {acts(m, 0).ln + (every - 1) * C, every * C, 1}, wte_t = {m->memory[GPT2_PARAM], 1, C};
-    gemm(&m->ws, out, m->V, ln, wte_t, m->B * m->T / every, m->V, C, NULL, NULL);
+    gemm(&m->ws, out, m->V, ln, wte_t, (size_t)rows / every, m->V, C, NULL, NULL);
     return 0;
 }
+
+const float *gpt2_losses(GPT2 *m) { return m->act_memory ? acts(m, 0).losses : NULL; }
 
 /* --- AdamW -------------------------------------------------------------------------------------------------
    Shared out in pieces of a fixed size: neither a sum nor the end of a vector loop depends on the threads. */
@@ -923,6 +975,7 @@ int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, doub
             }
     }
     gpt2_zero_grad(m);
+    m->cached = 0;
     return 0;
 }
 
@@ -1302,32 +1355,49 @@ float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup,
     return (float)(lr * (final_frac + (1.0 - final_frac) * left));
 }
 
-static int descending(const void *a, const void *b) {
-    const float x = *(const float *)a, y = *(const float *)b;
-    return (x < y) - (x > y);
+/* Of the weights that are not below `least`: their number and sum. */
+typedef struct { double number, sum; } Mass;
+static Mass mass_from(const float *weights, size_t n, float least) {
+    double number = 0, sum = 0;
+#pragma omp simd reduction(+ : number, sum)
+    for (size_t i = 0; i < n; i++) number += weights[i] >= least, sum += weights[i] >= least ? weights[i] : 0;
+    return (Mass){number, sum};
 }
 
-int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, uint64_t *rng) {
+/* The largest value that so many weights, with so large a sum, are not below; found bit by bit, since floats
+   from 0 on are ordered as their bits are. Sorting GPT-2's 50257 took as long as a fifth of the model. */
+static float least_weight(const float *weights, size_t n, double number, double sum) {
+    union { uint32_t bits; float value; } least = {0}, higher;
+    for (uint32_t bit = 1u << 30; bit; bit >>= 1) {
+        higher.bits = least.bits | bit;
+        const Mass mass = mass_from(weights, n, higher.value);
+        if (mass.number >= number && mass.sum >= sum) least = higher;
+    }
+    return least.value;
+}
+
+int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, float top_p,
+              uint64_t *rng) {
     const GPT2Config c = gpt2_config(model);
-    const size_t V = (size_t)c.V, k = temperature > 0 ? min(top_k > 0 ? (size_t)top_k : V, V) : 1;
-    const int T = (int)(n < c.max_T ? n : c.max_T);
-    const double scale = temperature > 0 ? 1 / (double)temperature : 1;
-    float *logits = memory(2 * V * sizeof *logits), *sorted = logits + V;
-    if (!logits || gpt2_logits(model, tokens + (n - T), 1, T, 1, logits)) return free(logits), -1;
-    memcpy(sorted, logits, V * sizeof *sorted);
-    qsort(sorted, V, sizeof *sorted, descending);
-    const double top = sorted[0], least = sorted[k - 1];
-    double sum = 0;
-    for (size_t i = 0; i < V; i++) sum += logits[i] >= least ? exp((logits[i] - top) * scale) : 0;
-    double draw = sum * uniform_at(0, (*rng)++);
-    int token = -1;
-    for (size_t i = 0; i < V && draw >= 0; i++)
-        if (logits[i] >= least) {         /* the token in whose share of the sum the draw falls */
-            draw -= exp((logits[i] - top) * scale);
-            token = (int)i;
-        }
-    free(logits);
-    return token >= 0 ? token : gpt2_fail("the model's logits are not numbers: it has diverged");
+    const size_t V = (size_t)c.V, over = n > c.max_T ? (size_t)(n - c.max_T) : 0;
+    const int64_t first = (int64_t)round_up(over, c.max_T > 1 ? (size_t)c.max_T / 2 : 1);
+    float *weights = memory(V * sizeof *weights);     /* logits at first */
+    if (!weights || gpt2_logits(model, tokens + first, 1, (int)(n - first), 1, weights))
+        return free(weights), -1;
+    int top = 0;
+    for (int i = 1; i < c.V; i++) top = weights[i] > weights[top] ? i : top;
+    if (temperature > 0) {
+        const double highest = weights[top];
+        for (size_t i = 0; i < V; i++) weights[i] = (float)exp((weights[i] - highest) / (double)temperature);
+        float least = top_k > 0 ? least_weight(weights, V, fmin(top_k, c.V), 0) : 0;
+        if (top_p < 1) least = fmaxf(least, least_weight(weights, V, 1, top_p * mass_from(weights, V, least).sum));
+        double draw = mass_from(weights, V, least).sum * uniform_at(0, (*rng)++);
+        for (int i = 0; i < c.V && draw >= 0; i++)     /* top: the token in whose share the draw falls */
+            if (weights[i] >= least) draw -= weights[i], top = i;
+    }
+    const int diverged = !isfinite(weights[top]);
+    free(weights);
+    return diverged ? gpt2_fail("the model's logits are not numbers: it has diverged") : top;
 }
 
 GPT2Tokenizer *gpt2_tokenizer_load(const char *path) {
@@ -1582,7 +1652,7 @@ static void sample(GPT2 *model, const GPT2Tokenizer *t, uint64_t *rng, wide leng
     tokens[0] = V == 256 ? '\n' : end;
     printf("---\n");
     for (wide n = 1; n <= length && !interrupted; n++) {
-        const int token = tokens[n] = gpt2_next(model, tokens, n, 1, 0, rng);
+        const int token = tokens[n] = gpt2_next(model, tokens, n, 1, 0, 1, rng);
         must(token >= 0);
         if (t && token < t->V) fwrite(t->bytes + t->at[token] + 1, 1, t->bytes[t->at[token]], stdout);
         else printf("%d ", token);

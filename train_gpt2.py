@@ -36,6 +36,7 @@ import datetime
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -117,7 +118,7 @@ C_FUNCTIONS = """
     i! gpt2_get(piillp)         i! gpt2_set(piillp)           i! gpt2_logits(ppiiip)
     i! gpt2_forward(pppiifp)    i! gpt2_backward(p)           -  gpt2_zero_grad(p)
     f  gpt2_grad_norm(p)        i! gpt2_update(pdddddd)       L  gpt2_updates(p)
-    f! gpt2_lr(slllff)          d  gpt2_zscore(pid)           i! gpt2_next(pplfip)
+    f! gpt2_lr(slllff)          d  gpt2_zscore(pid)           i! gpt2_next(pplfifp)
     p! gpt2_loader_open(siiiiu) -  gpt2_loader_close(p)       p! gpt2_loader_next(p)
     S  gpt2_loader_size(p)      -  gpt2_loader_reset(p)       i! gpt2_evaluate(pplp)
     i! gpt2_checkpoint(sppplll) i! gpt2_restore(slppp)        l  gpt2_newest(s)
@@ -277,15 +278,17 @@ class GPT2(Owner):
         self.lib.gpt2_logits(self.handle, x, B, T, 0, out)
         return view
 
-    def generate(self, tokens, n, temperature=1.0, top_k=0, rng=42):
-        """Yields n token ids that continue `tokens` (at least one; the last max_T count). Temperature 0 takes
-        the likeliest, top_k 0 allows all. rng: a seed, or a ctypes.c_uint64 to draw from and to advance."""
+    def generate(self, tokens, n, temperature=1.0, top_k=0, top_p=1.0, rng=42):
+        """Yields n token ids that continue `tokens` (at least one; of more than max_T, the last max_T / 2 or
+        more count). Temperature 0 takes the likeliest; a token is one of the top_k likeliest (0: of all) and
+        of the fewest that share top_p. rng: a seed, or a ctypes.c_uint64 to draw from and to advance."""
         if not isinstance(rng, ctypes.c_uint64):
             rng = ctypes.c_uint64(rng)
         text = array.array("i", tokens)
         for _ in range(n):
             address, length = text.buffer_info()
-            token = self.lib.gpt2_next(self.handle, address, length, temperature, top_k, ctypes.byref(rng))
+            token = self.lib.gpt2_next(self.handle, address, length, temperature, top_k, top_p,
+                                       ctypes.byref(rng))
             text.append(token)
             yield token
 
@@ -696,7 +699,7 @@ class Run:
         """Shows what the model writes by now. The sampler's state goes on, and into the checkpoints."""
         rng = ctypes.c_uint64.from_buffer(self.progress, GPT2Progress.rng.offset)
         self.live.say(f"step {self.progress.step}: a sample\n")
-        for text in sample_text(model, self.tokenizer, "", self.settings.sample_tokens, rng=rng):
+        for text in sample_text(model, self.tokenizer, self.settings.sample_tokens, rng):
             self.live.say(text, end="")
             if self.stop:
                 break
@@ -711,12 +714,42 @@ class Run:
         self.live.say(f"step {self.progress.step}: saved {self.saved}")
 
 
-def sample_text(model, tokenizer, prompt, n, temperature=0.8, top_k=0, rng=42):
-    """Yields n tokens after a prompt as text, piece by piece; without a tokenizer, as token ids."""
-    if tokenizer is None:
-        return (f"{token} " for token in model.generate([model.config.V - 1], n, temperature, top_k, rng))
-    tokens = tokenizer.encode(prompt) if prompt else [tokenizer.start]
-    return tokenizer.stream(model.generate(tokens, n, temperature, top_k, rng))
+def sample_text(model, tokenizer, n, rng):
+    """Yields n tokens as text, piece by piece; without a tokenizer, as token ids."""
+    start = tokenizer.start if tokenizer else model.config.V - 1
+    tokens = model.generate([start], n, temperature=0.8, rng=rng)
+    return tokenizer.stream(tokens) if tokenizer else (f"{token} " for token in tokens)
+
+
+def write_sample(model, tokenizer, context, args, seed):
+    """Prints the continuation of the token ids in `context` as it comes, and adds it to them. It ends after
+    args.tokens, at end-of-text, or before the text args.stop. Then a line on stderr says how fast it was."""
+    times = [time.perf_counter()]
+    begin, held = len(context), ""           # held back: what may be the beginning of args.stop
+
+    def tokens():
+        for token in model.generate(context, args.tokens, args.temperature, args.top_k, args.top_p, seed):
+            times.append(time.perf_counter())
+            if token == tokenizer.end:
+                break
+            context.append(token)
+            yield token
+
+    for piece in tokenizer.stream(tokens()):
+        held += piece
+        if args.stop and args.stop in held:
+            held = held.split(args.stop)[0]
+            break
+        free = max(len(held) - len(args.stop or "x") + 1, 0)
+        print(end=held[:free], flush=True)
+        held = held[free:]
+    print(held)
+    if len(times) > 2:
+        rate = (len(times) - 2) / (times[-1] - times[1])
+        print(f"({begin} tokens read in {times[1] - times[0]:.2f} s, then {rate:.1f} tokens/s)", file=sys.stderr)
+    if len(context) > model.config.max_T:
+        print(f"(past the model's context of {model.config.max_T} tokens, the last {model.config.max_T // 2} or"
+              " more counted)", file=sys.stderr)
 
 
 def train(model, train_loader, val_loader, settings, run):
@@ -995,12 +1028,30 @@ def sample_command(args):
         tokenizer = Tokenizer.load(table, lib)
     else:
         tokenizer = ByteTokenizer() if model.config.V == 256 else GPT2Tokenizer()
-    pieces = sample_text(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed)
-    print(end=args.prompt)
-    for text in pieces:
-        print(end=text, flush=True)
-    print()
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    context = list(tokenizer.encode(prompt)) or [tokenizer.start]
+    if args.interactive:
+        return converse(model, tokenizer, context, args)
+    for seed in range(args.seed, args.seed + args.num_samples):
+        print("---\n" if seed > args.seed else "", end=prompt)
+        write_sample(model, tokenizer, context[:], args, seed)
     return 0
+
+
+def converse(model, tokenizer, context, args):
+    """Writes after each line that is typed, and keeps all of it as context. Ctrl-C ends an answer, Ctrl-D all."""
+    import readline  # noqa: F401  (gives input() its line editing)
+    print("Type a line to go on from, as often as you like; Ctrl-C ends an answer, Ctrl-D ends.", file=sys.stderr)
+    for seed in itertools.count(args.seed):
+        try:
+            context += tokenizer.encode(input("> ") + "\n")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        try:
+            write_sample(model, tokenizer, context, args, seed)
+        except KeyboardInterrupt:
+            print()
 
 
 def prepare_command(args):
@@ -1061,9 +1112,13 @@ def make_parser():
         ("tokens", 400, COUNT0, "how much to write"),
         ("temperature", 0.8, REAL, "1 as learnt, 0 always the likeliest token"),
         ("top-k", 0, COUNT0, "choose among so many tokens; 0 for all"),
-        ("seed", 42, COUNT0, "another seed, another text")])
+        ("top-p", 1.0, FRACTION, "choose among the likeliest tokens that have this share together"),
+        ("seed", 42, COUNT0, "another seed, another text"),
+        ("num-samples", 1, COUNT, "how many texts, each with a seed of its own"),
+        ("stop", None, str, "end a text before this comes")])
     command.add_argument("model", metavar="RUN|MODEL", nargs="?", help="directory or file (newest runs/N)")
-    command.add_argument("--prompt", metavar="TEXT", default="", help="text to continue")
+    command.add_argument("--prompt", metavar="TEXT", default="", help="text to continue; - reads it from stdin")
+    command.add_argument("--interactive", action="store_true", help="go on from each line that you type")
 
     command = add("prepare", prepare_command, "turn texts into token shards for train --data", [
         ("tokenizer", "bytes", tuple(TOKENIZERS), "what a token is"),
