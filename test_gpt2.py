@@ -794,6 +794,95 @@ def test_a_seed_settles_the_text_also_in_parts():
     assert part + list(model.generate([1] + part, 30, rng=rng)) == first
 
 
+# --- HellaSwag ----------------------------------------------------------------------------------------------
+def example(index, label, context, completions):
+    """An example as llm.c's file has it."""
+    tokens = [len(context), *context]
+    for completion in completions:
+        tokens += [len(completion), *completion]
+    return struct.pack(f"<{5 + len(tokens)}H", 65535, 2 * (5 + len(tokens)), index, label, 4, *tokens)
+
+
+def hellaswag_file(path, V, n, longest, seed=1):
+    """A file of n random examples; what is in them."""
+    draw = random.Random(seed)
+    text = [([draw.randrange(V) for _ in range(draw.randrange(1, longest))],
+             [[draw.randrange(V) for _ in range(draw.randrange(1, 8))] for _ in range(4)], draw.randrange(4))
+            for _ in range(n)]
+    path.write_bytes(header(20240522, 1, n, 0) + b"".join(
+        example(i, label, context, completions) for i, (context, completions, label) in enumerate(text)))
+    return text
+
+
+def verdicts(text, nats):
+    """How often the right completion is best by its sum of nats(tokens) over its own tokens, and by the mean."""
+    right = [0, 0]
+    for context, completions, label in text:
+        sums = [sum(nats(context + completion)[-len(completion):]) for completion in completions]
+        means = [total / len(completion) for total, completion in zip(sums, completions)]
+        for k, scores in enumerate((sums, means)):
+            right[k] += scores.index(min(scores)) == label
+    return right
+
+
+def test_hellaswag_counts_the_likeliest_completions(tmp_path):
+    model = lively(24, 41, 2, 2, 16)
+    text = hellaswag_file(tmp_path / "h.bin", 41, 60, longest=40)     # some contexts lose their beginning
+
+    def nats(tokens):
+        tokens = tokens[-25:]
+        rows = model.logits([tokens[:-1]]).tolist()[0]
+        return [math.log(sum(map(math.exp, row))) - row[token] for row, token in zip(rows, tokens[1:])]
+
+    # a context is cut for the longest completion of its example
+    cut = [(context[-(25 - max(map(len, completions))):], completions, label)
+           for context, completions, label in text]
+    expected = verdicts(cut, nats)
+    assert 5 < expected[0] != expected[1]
+    assert list(model.hellaswag(tmp_path / "h.bin", 0, 999)) == [*expected, 60]
+    parts = [model.hellaswag(tmp_path / "h.bin", first, 25) for first in (0, 25, 50)]
+    assert [sum(part[k] for part in parts) for k in (0, 1)] == expected
+
+
+def test_hellaswag_agrees_with_torch_on_50_examples(maker, tmp_path):
+    import torch
+    r = maker.Reference(seed=1, version=3, max_T=64, V=131, L=2, NH=2, C=32, B=1, T=1)
+    weights = maker.draw_weights(r, torch.Generator().manual_seed(1))
+    theirs = maker.GPT2(r, weights)
+    model = GPT2(GPT2Config(64, 131, 2, 2, 32))
+    for name, weight in weights.items():
+        numbers = weight.flatten().tolist()
+        model.set(name, numbers + [0.0] * ((256 - 131) * 32 if name == "wte" else 0))
+    text = hellaswag_file(tmp_path / "h.bin", 131, 50, longest=50)
+
+    def nats(tokens):
+        x, y = torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]])
+        with torch.no_grad():
+            logits = theirs(x, y)[0]
+        return torch.nn.functional.cross_entropy(logits[0], y[0], reduction="none").tolist()
+
+    assert list(model.hellaswag(tmp_path / "h.bin", 0, 50)) == [*verdicts(text, nats), 50]
+
+
+def test_a_damaged_hellaswag_file_is_refused(tmp_path):
+    model, path = lively(24, 41, 1, 2, 8), tmp_path / "h.bin"
+    hellaswag_file(path, 41, 3, longest=9)
+    whole = path.read_bytes()
+    for at, value in ((0, 1), (1, 11), (1, 5000), (3, 4), (4, 3), (5, 0), (5, 60000), (6 + whole[1034], 0)):
+        broken = bytearray(whole)
+        broken[1024 + 2 * at:1026 + 2 * at] = struct.pack("<H", value)
+        path.write_bytes(broken)
+        with refused(path):
+            model.hellaswag(path, 0, 3)
+    for size in (1023, 1030, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with refused(path):
+            model.hellaswag(path, 0, 3)
+    hellaswag_file(path, 99, 3, longest=9)
+    with refused("expected 0 to 40"):
+        model.hellaswag(path, 0, 3)
+
+
 # --- Files and initial values -------------------------------------------------------------------------------
 def test_a_model_file_is_a_header_and_the_tensors_in_order(tmp_path):
     model = lively(7, 131, 2, 3, 9)
@@ -1136,11 +1225,23 @@ def test_a_library_that_is_missing_or_none_gets_one_sentence(mistakes):
         told(done, "driver", name, "run `make`")
 
 
-def test_flags_for_gpus_and_hellaswag_get_a_notice(data):
-    done = run(*command("binary", data, "-x 1 -n 0 -f 1 -w 1 -ge 0 -z 1 -r 0 -lg 7 -h 1"))
-    for flag, notice in zip("-f -w -ge -z -r -lg -h".split(), done.stderr.splitlines()):
+def test_flags_for_gpus_get_a_notice(data):
+    done = run(*command("binary", data, "-x 1 -n 0 -f 1 -w 1 -ge 0 -z 1 -r 0 -lg 7"))
+    for flag, notice in zip("-f -w -ge -z -r -lg".split(), done.stderr.splitlines()):
         one_sentence(notice, flag)
-    assert "step 1/1" in done.stdout and len(done.stderr.splitlines()) == 7
+    assert "step 1/1" in done.stdout and len(done.stderr.splitlines()) == 6
+
+
+def test_the_binary_evaluates_hellaswag(data, tmp_path):
+    told(run(*command("binary", data, "-x 1 -n 0 -h 1"), status=1, cwd=tmp_path), "binary", "hellaswag_val.bin")
+    folder = tmp_path / "dev" / "data" / "hellaswag"
+    folder.mkdir(parents=True)
+    model = GPT2.load(data / "model.bin")
+    hellaswag_file(folder / "hellaswag_val.bin", model.config.V, 40, longest=9)
+    by_sum, by_length, _ = model.hellaswag(folder / "hellaswag_val.bin", 0, 30)
+    done = run(*command("binary", data, "-x 1 -n 0 -v 1 -h 30", out=tmp_path / "run"), cwd=tmp_path)
+    assert f"HellaSwag {by_sum / 30:.4f}, by length {by_length / 30:.4f}\n" in done.stdout
+    assert f"s:0 eval:{by_length / 30:.4f}\n" in (tmp_path / "run" / "main.log").read_text()
 
 
 def test_help_lists_every_flag():

@@ -38,6 +38,9 @@ enum { GPT2_PARAM, GPT2_GRAD, GPT2_MOMENT1, GPT2_MOMENT2 };     /* the kinds of 
 const char *gpt2_error(void);
 /* --- the model (section 2) --- */
 GPT2 *gpt2_create(const GPT2Config *config);     /* all parameters 0; see gpt2_init, gpt2_load */
+/* The same with the fp32 parameters that follow 1024 bytes in an open file, mapped, so that several processes
+   share them; changes stay in memory. Whoever shortens the file ends the process: replace it, as we do. */
+GPT2 *gpt2_create_mapped(const GPT2Config *config, int file);
 void gpt2_free(GPT2 *model);                     /* this one and its like allow NULL */
 GPT2Config gpt2_config(const GPT2 *model);
 /* Copies `count` elements from `first` on of a tensor (an index of gpt2_tensor) of a kind, out or in. */
@@ -95,6 +98,11 @@ GPT2Size gpt2_loader_size(const GPT2Loader *loader);
 /* Mean loss of the loader's first `batches` batches, or of an epoch's if that has fewer. */
 int gpt2_evaluate(GPT2 *model, GPT2Loader *loader, int64_t batches, float *loss);
 
+/* HellaSwag (Zellers et al. 2019): of `count` examples from `first` on, adds to right[0] those whose right
+   completion is the likeliest of four, and to right[1] those for which it is so by the mean over its tokens.
+   Returns how many examples the file has. */
+int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t count, int64_t right[2]);
+
 /* Learning rate of a step of 0…steps-1: warm-up from lr/warmup, then "cosine", "linear", "constant", or "wsd"
    (constant, decay with the square root in the last fifth), down to final_frac · lr. -1 on failure. */
 float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac);
@@ -148,6 +156,7 @@ int gpt2_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));   
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -688,6 +697,7 @@ struct GPT2 {
     GPT2Config config;
     size_t C, NH, L, V, Vp;
     float *memory[4];                     /* of each kind; NULL until needed */
+    void *mapped;                         /* the file in which the parameters are, or NULL */
     size_t start[GPT2_TENSORS + 1];       /* of each tensor in a memory, and the end */
     int64_t updates;
     int grads_empty;                      /* gradients count as 0: the next backward pass overwrites them */
@@ -759,7 +769,11 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, int own) {
     return m->act_memory ? 0 : -1;
 }
 
-GPT2 *gpt2_create(const GPT2Config *config) {
+static size_t mapped_bytes(const GPT2 *m) { return 1024 + m->start[GPT2_TENSORS] * sizeof(float); }
+
+GPT2 *gpt2_create(const GPT2Config *config) { return gpt2_create_mapped(config, -1); }
+
+GPT2 *gpt2_create_mapped(const GPT2Config *config, int file) {
     GPT2 *m = gpt2_config_check(config) ? NULL : malloc(sizeof *m);
     if (!m) return NULL;
     *m = (GPT2){.config = *config, .C = (size_t)config->C, .NH = (size_t)config->NH, .L = (size_t)config->L,
@@ -767,14 +781,18 @@ GPT2 *gpt2_create(const GPT2Config *config) {
                 .ws.threads = omp_get_max_threads()};
     for (int i = 0; i < GPT2_TENSORS; i++)
         m->start[i + 1] = m->start[i] + (size_t)gpt2_tensor(config, i, NULL, NULL);
-    if (memory_of(m, GPT2_PARAM)) return m;
+    void *at = file < 0 ? NULL : mmap(NULL, mapped_bytes(m), PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
+    if (at && at != MAP_FAILED) m->mapped = at, m->memory[GPT2_PARAM] = (float *)at + 256;
+    if (memory_of(m, GPT2_PARAM) && at != MAP_FAILED) return m;
+    if (at) gpt2_fail("no memory to map a model of %zu MB", mapped_bytes(m) >> 20);
     gpt2_free(m);
     return NULL;
 }
 
 void gpt2_free(GPT2 *m) {
     if (!m) return;
-    for (int kind = 0; kind < 4; kind++) free(m->memory[kind]);
+    if (m->mapped) munmap(m->mapped, mapped_bytes(m));
+    for (int kind = m->mapped ? GPT2_GRAD : GPT2_PARAM; kind < 4; kind++) free(m->memory[kind]);
     free(m->act_memory);
     free(m);
 }
@@ -1120,7 +1138,8 @@ int gpt2_init(GPT2 *model, uint64_t seed) {
 }
 
 /* --- Files: 256 int32, little-endian, the first a magic number, the second a version; then the data ----- */
-enum { MAGIC_MODEL = 20240326, MAGIC_REFERENCE, MAGIC_TABLE, MAGIC_SHARD = 20240520, MAGIC_STATE = 20260601 };
+enum { MAGIC_MODEL = 20240326, MAGIC_REFERENCE, MAGIC_TABLE, MAGIC_SHARD = 20240520,
+       MAGIC_CHOICE = 20240522, MAGIC_STATE = 20260601 };
 typedef struct { FILE *f; const char *path; wide size; int32_t header[256]; } File;
 typedef char Path[8192];                  /* more than a system takes: it refuses one that was cut off here */
 
@@ -1202,8 +1221,8 @@ GPT2 *gpt2_load(const char *path) {
     if (!fits)
         gpt2_fail("model '%s' has version %d, context %d, V %d, L %d, NH %d, C %d, %lld bytes, expected "
                   "version 3 or 5, a shape, its size", path, h[1], h[2], h[3], h[4], h[5], h[6], in.size);
-    GPT2 *model = fits ? gpt2_create(&c) : NULL;
-    const int failed = model && tensors_copy(model, GPT2_PARAM, &in, bf16, 0);
+    GPT2 *model = !fits ? NULL : bf16 ? gpt2_create(&c) : gpt2_create_mapped(&c, fileno(in.f));
+    const int failed = model && bf16 && tensors_copy(model, GPT2_PARAM, &in, bf16, 0);
     fclose(in.f);
     if (!failed) return model;
     gpt2_free(model);
@@ -1341,6 +1360,65 @@ int gpt2_evaluate(GPT2 *model, GPT2Loader *l, int64_t batches, float *loss) {
     }
     *loss = (float)(sum / (double)count);
     return 0;
+}
+
+/* Scores an example of `size` uint16: 65535, its bytes, its index, the right completion, CHOICES, then length and
+   tokens of the context and of each completion. x has room for 2 CHOICES max_T tokens. Returns 1 if it is none. */
+enum { CHOICES = 4 };
+static int choose(GPT2 *model, const uint16_t *e, size_t size, int32_t *x, int64_t right[2]) {
+    const size_t max_T = (size_t)gpt2_config(model).max_T, context = e[5];
+    size_t begin[CHOICES + 1] = {6 + context}, most = 0, bad = e[4] != CHOICES || e[3] >= CHOICES;
+    for (size_t i = 0; i < CHOICES && !bad; i++) {
+        const size_t length = begin[i] < size ? e[begin[i]] : 0;
+        begin[i + 1] = begin[i] + 1 + length;
+        most = length > most ? length : most;
+        bad = !length || begin[i + 1] > size || length > max_T;
+    }
+    if (bad || !context) return 1;
+    const size_t kept = min(context, max_T + 1 - most), T = kept + most - 1;     /* of the context, its end */
+    for (size_t i = 0; i < CHOICES; i++)
+        for (size_t t = 0; t <= T; t++) {
+            const size_t at = t < kept ? 6 + context - kept + t : begin[i] + 1 + t - kept;
+            const int32_t token = at < begin[i + 1] ? e[at] : 0;     /* rows end in padding */
+            if (t < T) x[i * T + t] = token;
+            if (t > 0) x[(CHOICES + i) * T + t - 1] = token;
+        }
+    float loss;
+    if (gpt2_forward(model, x, x + CHOICES * T, CHOICES, (int)T, 0, &loss)) return -1;
+    double least[2] = {INFINITY, INFINITY};
+    size_t best[2] = {0};
+    for (size_t i = 0; i < CHOICES; i++) {
+        double sum = 0;
+        const size_t length = e[begin[i]];
+        for (size_t t = kept - 1; t < kept - 1 + length; t++) sum += gpt2_losses(model)[i * T + t];
+        const double score[2] = {sum, sum / (double)length};
+        for (int k = 0; k < 2; k++)
+            if (score[k] < least[k]) least[k] = score[k], best[k] = i;
+    }
+    for (int k = 0; k < 2; k++) right[k] += best[k] == e[3];
+    return 0;
+}
+
+int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t count, int64_t right[2]) {
+    File in;
+    if (file_open(&in, path, "HellaSwag file", MAGIC_CHOICE)) return -1;
+    uint16_t *e = memory(1 << 16);        /* an example: its number of bytes is a uint16 */
+    int32_t *x = memory(2 * CHOICES * (size_t)gpt2_config(model).max_T * sizeof *x);
+    const int64_t examples = in.header[2];
+    int failed = !e || !x;
+    for (int64_t i = 0; i < examples && i < first + count && !failed; i++) {
+        failed = file_read(&in, e, 12);
+        int wrong = e[0] != 65535 || e[1] < 12;
+        failed = failed || wrong || file_read(&in, e + 6, e[1] - 12u);
+        if (!failed && i >= first) failed = choose(model, e, e[1] / 2, x, right), wrong = failed > 0;
+        if (failed && wrong)
+            gpt2_fail("example %lld of '%s' is not a context and 4 completions of 1 to %d tokens", (wide)i, path,
+                      gpt2_config(model).max_T);
+    }
+    free(e);
+    free(x);
+    fclose(in.f);
+    return failed ? -1 : examples;
 }
 
 float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac) {
@@ -1538,6 +1616,7 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
 #ifndef GPT2_NO_MAIN
 /* === 4. main ==============================================================================================
    The flags are karpathy/llm.c's, so that its launch scripts work with the binary's name changed. */
+#define HELLASWAG "dev/data/hellaswag/hellaswag_val.bin"
 enum { TEXT, NOT_HERE, WHOLE, REAL };     /* kinds; `least` is the least value of a number */
 static struct { const char *name, *value; int kind, least; const char *help; } flags[] = {
     {"-i", "dev/data/tinyshakespeare/tiny_shakespeare_train.bin", TEXT, 0, "training shards, a glob"},
@@ -1565,10 +1644,10 @@ static struct { const char *name, *value; int kind, least; const char *help; } f
     {"-g", "64", WHOLE, 0, "tokens in a sample"},
     {"-a", "0", WHOLE, 0, "1: overfit one batch"},
     {"--check", "", TEXT, 0, "compare the model of -e with this saved reference, and stop"},
-    {"-h", "", NOT_HERE, 0, "HellaSwag, not yet built"}, {"-f", "", NOT_HERE, 0, "for GPUs only"},
-    {"-w", "", NOT_HERE, 0, "for GPUs only"},            {"-ge", "", NOT_HERE, 0, "for GPUs only"},
-    {"-z", "", NOT_HERE, 0, "for GPUs only"},            {"-r", "", NOT_HERE, 0, "for GPUs only"},
-    {"-lg", "", NOT_HERE, 0, "for GPUs only"},
+    {"-h", "0", WHOLE, 0, "1: HellaSwag when validating, from " HELLASWAG "; more: so many examples"},
+    {"-f", "", NOT_HERE, 0, "for GPUs only"},  {"-w", "", NOT_HERE, 0, "for GPUs only"},
+    {"-ge", "", NOT_HERE, 0, "for GPUs only"}, {"-z", "", NOT_HERE, 0, "for GPUs only"},
+    {"-r", "", NOT_HERE, 0, "for GPUs only"},  {"-lg", "", NOT_HERE, 0, "for GPUs only"},
 };
 enum { FLAGS = sizeof flags / sizeof *flags };
 
@@ -1726,6 +1805,14 @@ int main(int argc, char **argv) {
             must(!gpt2_evaluate(model, val, whole("-m"), &loss));
             printf("val loss %.4f\n", loss);
             fprintf(log, "s:%lld tel:%.4f\n", step, loss);
+        }
+        if (whole("-h") && (last || due("-v", step))) {
+            int64_t right[2] = {0}, most = whole("-h") > 1 ? whole("-h") : INT32_MAX;
+            const int64_t examples = gpt2_hellaswag(model, HELLASWAG, 0, most, right);
+            must(examples >= 0);
+            const double n = (double)(most < examples ? most : examples);
+            printf("HellaSwag %.4f, by length %.4f\n", (double)right[0] / n, (double)right[1] / n);
+            fprintf(log, "s:%lld eval:%.4f\n", step, (double)right[1] / n);
         }
         if (whole("-g") && (last || (step && due("-s", step))))
             sample(model, tokenizer, &progress.rng, whole("-g"));

@@ -163,7 +163,7 @@ C_FUNCTIONS = """
     p! gpt2_loader_open(siiiiu) -  gpt2_loader_close(p)       p! gpt2_loader_next(p)
     S  gpt2_loader_size(p)      -  gpt2_loader_reset(p)       i! gpt2_evaluate(pplp)
     i! gpt2_checkpoint(sppplll) i! gpt2_restore(slppp)        l  gpt2_newest(s)
-    p! gpt2_tokenizer_load(s)   -  gpt2_tokenizer_free(p)
+    p! gpt2_tokenizer_load(s)   -  gpt2_tokenizer_free(p)     l! gpt2_hellaswag(psllp)
 """
 
 
@@ -311,6 +311,13 @@ class GPT2(Owner):
         loss = ctypes.c_float()
         self.lib.gpt2_evaluate(self.handle, loader.handle, batches, ctypes.byref(loss))
         return loss.value
+
+    def hellaswag(self, path, first, count):
+        """Of so many examples in a file of HellaSwag's (Zellers et al. 2019): how many have the right completion
+        as the likeliest of four, how many by the mean over its tokens; and how many the file has."""
+        right = (ctypes.c_int64 * 2)()
+        examples = self.lib.gpt2_hellaswag(self.handle, path, first, count, right)
+        return (*right, examples)
 
     def logits(self, x):
         """Logits (B,T,V) of tokens x (B,T), as a float32 memoryview."""
