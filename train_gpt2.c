@@ -405,6 +405,7 @@ static void gemm_share(const Workspace *ws, size_t *taken, float *c, size_t ldc,
 static void gemm_row(const Workspace *ws, float *c, const float *a, Matrix b, size_t N, size_t K,
                      const float *bias, const float *add) {
     enum { CHAINS = 4, AHEAD = 16 };      /* chains hide the latency of an addition */
+    (void)ws;                             /* unused without OpenMP */
     const size_t step = b.row == 1 ? 1 : CHAINS * LANES;
 #pragma omp parallel for num_threads(ws->threads) if (ws->threads > 1)
     for (size_t j = 0; j < N; j += step) {
