@@ -1462,6 +1462,69 @@ def test_a_model_agrees_with_transformers(maker):
     agrees(maker, (33, 200, 2, 3, 12, 2, 31), functools.partial(maker.run_transformers, transformers))
 
 
+# --- A layer of one's own, as dev/doc/layers.md shows it ----------------------------------------------------
+DOC = HERE / "dev" / "doc"
+needs_tools = pytest.mark.skipif(not all(map(shutil.which, ("cc", "make", "git", "python3"))),
+                                 reason="the document's commands need cc, make, git and python3")
+
+
+@pytest.fixture
+def workshop(tmp_path):
+    """A folder with copies of what the document's commands take."""
+    (tmp_path / "dev" / "doc").mkdir(parents=True)
+    for name in ("train_gpt2.c", "train_gpt2.py", "Makefile", "dev/doc/layers.md", "dev/doc/own_layer.c"):
+        shutil.copy(HERE / name, tmp_path / name)
+    return tmp_path
+
+
+def shown_commands(*beginnings):
+    """The document's commands that begin so, as a script."""
+    lines = (DOC / "layers.md").read_text().splitlines()
+    found = [line[4:] for line in lines if line.startswith(tuple("    " + word for word in beginnings))]
+    assert len(found) == len(beginnings), found
+    return "\n".join(["set -e", *found])
+
+
+def test_layers_md_names_functions_that_exist_and_shows_the_layer_that_is_tested():
+    text, own = ((DOC / name).read_text() for name in ("layers.md", "own_layer.c"))
+    source = (HERE / "train_gpt2.c").read_text() + own
+    names = {*re.findall(r"`(\w+)\(\)`", text), *re.findall(r"\b[a-z]\w*_(?:forward|backward)\w*", text)}
+    assert len(names) > 25
+    assert [name for name in names if not re.search(rf"^\w[\w *]*\b{name}\(", source, re.M)] == []
+    assert "QUERIES = 96" in text and "QUERIES = 96" in source
+    layer = own[own.index("/* Swish"):own.index("/* === 2. ")].strip()
+    assert layer in re.sub(r"^\+", "", text, flags=re.M)
+
+
+@needs_tools
+def test_the_layer_of_ones_own_compiles_and_passes_and_a_wrong_one_does_not(workshop):
+    script = shown_commands("mkdir -p build", "cc ", "build/own_layer")
+    example = workshop / "dev" / "doc" / "own_layer.c"
+    right = example.read_text()
+    assert all(f"     {line}\n" in right for line in script.splitlines()[1:])
+    rows = run("sh", "-c", script, cwd=workshop).stdout.splitlines()
+    assert len(rows) == 5 and all(re.fullmatch(r".+ \d\.\de-0\d  ok", row) for row in rows)
+    shown = re.findall(r"^    (.+) \d\.\de-0\d  ok$", (DOC / "layers.md").read_text(), re.M)
+    assert [row[:22] for row in rows] == shown
+    example.write_text(right.replace("sigma + b * bend", "sigma + bend"))
+    rows = run("sh", "-c", script, cwd=workshop, status=1).stdout.splitlines()
+    assert [row[:4] for row in rows if row.endswith("NOT OK")] == ["dinp"] * 2
+
+
+@needs_tools
+def test_the_diff_in_layers_md_applies_and_the_model_with_it_is_right_and_learns(workshop):
+    environment = {"cwd": workshop, "MAKEFLAGS": "", "GIT_CEILING_DIRECTORIES": str(workshop.parent),
+                   "GPT2_LIBRARY": str(workshop / "libgpt2.so")}
+    run("sh", "-c", shown_commands("sed -n '/^```diff/", "make"), **environment)
+    shown = run("sh", "-c", shown_commands("sed -n '/^```python/"), **environment).stdout
+    assert re.findall(r"^(\w+) +gradient", shown, re.M) == [*TENSORS, "swish"]
+    run(sys.executable, "train_gpt2.py", "--data", "dev/doc/layers.md", "--out", "run", "--sample-tokens", 20,
+        *"--layers 2 --heads 2 --channels 32 --context 32 --batch-size 4 --steps 50 --warmup 5".split(),
+        "--val-batches", 2, **environment)
+    losses = [float(loss) for loss in re.findall(r"trl:(\S+)", (workshop / "run" / "main.log").read_text())]
+    assert losses[0] == pytest.approx(math.log(256), abs=0.3) and max(losses[-5:]) < losses[0] - 0.8
+
+
 # --- GPT-2 itself -------------------------------------------------------------------------------------------
 @pytest.mark.skipif("GPT2_QUICK" in os.environ, reason="slow, and GPT2_QUICK is set")
 def test_d12_takes_a_step_in_both_front_ends_alike(tmp_path):
