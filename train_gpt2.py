@@ -33,7 +33,6 @@ import codecs
 import collections
 import ctypes
 import datetime
-import errno
 import fcntl
 import functools
 import glob
@@ -69,7 +68,7 @@ def clock(seconds):
 
 
 class Progress:
-    """The line that says how far something long is: redrawn on a terminal, printed now and then into a file."""
+    """The line that says how far a long task is: redrawn on a terminal, printed now and then into a file."""
 
     def __init__(self):
         self.terminal = sys.stdout.isatty()
@@ -594,49 +593,50 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, answer, code, reason, headers, url)
 
 
-def receive(url, file, size, timeout):
-    """Appends to an open file what it lacks of a url, in one go. What is there stays if the server says that it
-    is of the version that it has now: by the ETag, or else the date, that is kept beside the file as .tag."""
-    tag = read_file(file.name + ".tag").decode() if os.path.exists(file.name + ".tag") else ""
-    have = file.seek(0, os.SEEK_END) if tag else 0
-    headers = {"User-Agent": "train_gpt2.py", **({"Range": f"bytes={have}-", "If-Range": tag} if have else {})}
+def receive(url, part, size, timeout):
+    """Appends to the file `part` what it lacks of a url. Of another version of that than the part is, told by
+    its ETag or date, which is kept in part.tag, it takes the whole."""
+    tag = read_file(part + ".tag").decode() if os.path.exists(part + ".tag") else ""
+    have = os.path.getsize(part) if tag and os.path.exists(part) else 0
+    headers = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
+    request = urllib.request.Request(url, headers={"User-Agent": "train_gpt2.py", **headers})
     opener = urllib.request.build_opener(Redirects)     # with the environment's proxies
-    with opener.open(urllib.request.Request(url, headers=headers), timeout=timeout) as answer:
-        etag = answer.headers["ETag"] or "W/"           # W/ is weak: other bytes may have it, too
-        version = answer.headers["Last-Modified"] or "" if etag.startswith("W/") else etag
+    with opener.open(request, timeout=timeout) as answer:
+        version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"] or "")
         length = int(span[2]) if span else size if answer.length is None else answer.length
-        if answer.status != 206 or not span or int(span[1]) != have or version not in (tag, ""):
-            have = file.seek(0)
-            file.truncate()
-            replace_file(file.name + ".tag", version.encode())
-            if answer.status != 200:
-                raise OSError(f"the server sent something else than was asked for, status {answer.status}")
-        if length is None and not answer.chunked:
-            raise GPT2Error(f"{url} comes without its size, so that nothing tells whether all of it came")
-        if size not in (None, length):
-            file.truncate(0)
-            raise GPT2Error(f"{url} is {length:,} bytes long, expected {size:,}")
-        progress, before = Progress(), have
-        while have != length:
-            data = answer.read1(65536 if length is None else min(65536, length - have))
-            if not data and length is not None:
-                raise OSError(f"the connection ended after {have:,} of {length:,} bytes")
-            if not data:
-                break
-            have += file.write(data)
-            if progress.due():
-                rate = (have - before) / (progress.shown - progress.begun)
-                left = f" | {have / length:.0%}, {clock((length - have) / rate)} left" if length else ""
-                progress.show(f"{file.name} | {have / 1e6:,.1f} MB{left} | {rate / 1e6:.1f} MB/s")
-        progress.say("", end="")
+        if length is None:
+            raise GPT2Error(f"{url} comes without its size, so that nothing tells whether it is whole")
+        with open(part, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise GPT2Error(f"{part} is being written by another process; wait for that") from None
+            fits = span and int(span[1]) == have == os.path.getsize(part) and version in (tag, "")
+            if answer.status != 206 or not fits:
+                have = 0
+                file.truncate(0)
+                replace_file(part + ".tag", version.encode())
+            if answer.status != 200 and not have:
+                raise OSError("the server sent another part than was asked for")
+            progress, before = Progress(), have
+            while have < length:
+                data = answer.read1(min(65536, length - have))
+                if not data:
+                    raise OSError(f"the connection ended after {have:,} of {length:,} bytes")
+                have += file.write(data)
+                if progress.due():
+                    rate = (have - before) / (progress.shown - progress.begun)
+                    progress.show(f"{part}: {have / 1e6:,.1f} MB, {have / length:.0%}"
+                                  f" | {rate / 1e6:.1f} MB/s | {clock((length - have) / rate)} left")
+            progress.say("", end="")
 
 
 def download(url, path, sha256=None, size=None, timeout=30, tries=5):
     """Fetches a url as the file `path`, unless that is there and right. No file has that name before it is
     whole, and of the sha256 and size (bytes) that are given: until then it is path.part, with which the next
-    call goes on. `tries` failures in a row that brought nothing, such as `timeout` seconds without a byte, end
-    it with a GPT2Error. Urls of http, not https, are for hosts that a user named."""
+    call goes on. `tries` failures in a row that brought nothing, such as `timeout` seconds without a byte,
+    end it. Urls of http, not https, are for hosts that a user named."""
     part = path + ".part"
 
     def flaw(name):
@@ -647,55 +647,42 @@ def download(url, path, sha256=None, size=None, timeout=30, tries=5):
         return f"of sha256 {found}, expected {sha256}" if found != sha256 else None
 
     def advice():
-        kept = os.path.getsize(part) if os.path.exists(part) else 0
-        kept = f"the same command goes on from the {kept:,} bytes in {part}, " if kept else ""
-        return f"{kept}or fetch {url} by hand as {path}"
+        have = os.path.getsize(part) if os.path.exists(part) else 0
+        kept = f", which goes on with the {have:,} bytes in {part}" if have else ""
+        return f"try again{kept}, or fetch {url} by hand as {path}"
 
     if os.path.exists(path) and not flaw(path):
         return
     if os.environ.get("GPT2_OFFLINE"):
-        raise GPT2Error(f"{path} is missing, and GPT2_OFFLINE keeps off the network; unset it, {advice()}")
+        raise GPT2Error(f"{path} is missing, and GPT2_OFFLINE keeps off the network; unset it to {advice()}")
     if not re.match("https?://", url):
         raise GPT2Error(f"{url} is no place to download from, expected https://...")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(part, "ab") as file:
+    most = failures = 0
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.stat(part)                    # another process that finished it has renamed it
-        except (BlockingIOError, FileNotFoundError):
-            raise GPT2Error(f"{part} is being fetched by another process; wait for that") from None
-        most = failures = 0
-        try:
-            while True:
-                try:
-                    receive(url, file, size, timeout)
-                    break
-                except (OSError, http.client.HTTPException, ValueError) as error:
-                    failures = 1 if file.tell() > most else failures + 1
-                    most = max(most, file.tell())
-                    code = getattr(error, "code", 500)     # of HTTP; 4xx: in vain, but for these three
-                    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                    if failures >= tries or full or (code < 500 and code not in (408, 416, 429)):
-                        file.flush()
-                        raise GPT2Error(f"{url} does not come: {describe(error)}; {advice()}") from error
-                    if code == 416:          # the part is longer than the file: begin anew
-                        replace_file(part + ".tag")
-                time.sleep(2 ** (failures - 1))
-            file.flush()
-            wrong = flaw(part)
-            if wrong:
-                file.truncate(0)
-                raise GPT2Error(f"{url} is {wrong}; what came is deleted, try again, {advice()}")
-            os.replace(part, path)
+            time.sleep(2 ** failures - 1)
+            receive(url, part, size, timeout)
+            break
         except KeyboardInterrupt:
-            file.flush()
             print(f"\nstopped; {advice()}", file=sys.stderr)
             raise
-        finally:
-            if not os.path.exists(part) or not os.path.getsize(part):
-                for name in (part, part + ".tag"):
-                    if os.path.exists(name):
-                        os.remove(name)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            have = os.path.getsize(part) if os.path.exists(part) else 0
+            failures = 1 if have > most else failures + 1
+            most = max(most, have)
+            code = getattr(error, "code", 500)         # of HTTP; 416: the part is longer than the file
+            if failures >= tries or (code < 500 and code not in (408, 416, 429)):
+                raise GPT2Error(f"{url} does not come: {describe(error)}; {advice()}") from error
+            if code == 416:
+                replace_file(part + ".tag")
+            print(f"{describe(error)}; trying again in {2 ** failures - 1} s", file=sys.stderr)
+    wrong = flaw(part)
+    os.remove(part + ".tag")
+    if wrong:
+        os.remove(part)
+        raise GPT2Error(f"{url} is {wrong}; what came was deleted; {advice()}")
+    os.replace(part, path)
 
 
 def tiny_shakespeare():
@@ -800,8 +787,9 @@ class Live(Progress):
         rate = self.tokens_per_step / seconds
         left = clock((self.steps - done) * seconds)
         spent = clock(time.perf_counter() - self.begun)
-        self.show(f"step {done:{len(str(self.steps))}}/{self.steps} | {spent}, {left} left | loss {loss:.4f}"
-                  f" | lr {lr:.2e} | norm {norm:.2f} | {rate:,.0f} tok/s | {100 * rate / self.peak:.0f}% of peak")
+        self.show(f"step {done:{len(str(self.steps))}}/{self.steps} | {spent}, {left} left"
+                  f" | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
+                  f" | {rate:,.0f} tok/s | {100 * rate / self.peak:.0f}% of peak")
 
 
 def model_path(folder, step):
