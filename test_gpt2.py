@@ -39,6 +39,7 @@ import sys
 import tempfile
 import threading
 import time
+import xml.etree.ElementTree
 
 import pytest
 
@@ -1002,7 +1003,8 @@ def command(front, data, flags, out=None, resume=False):
 
 def outputs(folder):
     """What both front ends must write alike."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.json"}
+    drivers_own = ("run.json", "metrics.jsonl", "loss.svg", "best.bin")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in drivers_own}
 
 
 @pytest.fixture(scope="module")
@@ -1212,7 +1214,9 @@ NEW_RUN = ("--data {f}/data --init {f}/model.bin --batch-size 2 --seq-len 8 --st
     prepare {f}/none.txt --out {t}/out => none.txt | prepare {f}/nothing --out {t}/out => nothing
     prepare {f}/text.txt --out {f}/text.txt | check {f}/none_reference.bin => none_model.bin
     check {f}/text.txt => --model | check {f}/text.txt --model {r}/odd_model.bin => text.txt
-    check {r}/tiny_reference.bin --model {r}/odd_model.bin => tiny_reference.bin"""))
+    check {r}/tiny_reference.bin --model {r}/odd_model.bin => tiny_reference.bin
+    plot {f}/none | plot {f}/nothing => no losses | plot {f}/empty.txt => no losses | plot {f}/text.txt
+    plot {f}/run {f}/model.bin => model.bin | plot {f}/run --out {f}/nothing"""))
 def test_a_mistake_gets_one_sentence_from_the_driver(mistakes, tmp_path, words, status, expected):
     if words.startswith("--") and "--resume" not in words:
         words = NEW_RUN + words
@@ -1249,7 +1253,7 @@ def test_help_lists_every_flag():
     shown = binary("--help").stdout
     flags = "-i -j -e -o -n -nk -nm -y -b -t -d -x -k -l -u -q -c -sl -sg -v -m -s -g -h -a --check".split()
     assert [flag for flag in flags if f"\n  {flag} " not in shown] == []
-    assert all(name in driver("--help").stdout for name in ("train", "sample", "prepare", "check"))
+    assert all(name in driver("--help").stdout for name in ("train", "sample", "prepare", "plot", "check"))
     shown = driver("train", "--help").stdout
     assert [name for name in train_gpt2.DEFAULTS if f"--{name.replace('_', '-')} " not in shown] == []
 
@@ -1271,8 +1275,8 @@ def trained(tmp_path_factory):
 def test_a_run_directory_has_all_of_a_run(trained):
     shown, folder = trained
     assert sorted(path.name for path in folder.iterdir()) == [
-        "DONE_00000003", "main.log", "model_00000003.bin", "run.json", "state_00000003_00000.bin",
-        "tokenizer.bin", "tokens"]
+        "DONE_00000003", "best.bin", "loss.svg", "main.log", "metrics.jsonl", "model_00000003.bin",
+        "run.json", "state_00000003_00000.bin", "tokenizer.bin", "tokens"]
     settings = json.loads((folder / "run.json").read_text())
     assert set(settings) == set(train_gpt2.DEFAULTS)
     assert (settings["channels"], settings["steps"], settings["seed"]) == (16, 3, 42)
@@ -1364,6 +1368,206 @@ def test_the_binary_prints_text_where_there_is_a_tokenizer(tmp_path):
     (tmp_path / "data" / "tokenizer.bin").write_bytes(header(20240328, 2, V, 5) + pieces)
     shown = run(*command("binary", tmp_path, "-x 1 -n 0")).stdout
     assert re.search(r"^---\n(<\d+>){7}\n---$", shown, re.M)
+
+
+# --- Seeing a run -------------------------------------------------------------------------------------------
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def drawing(path):
+    """The words of a picture, and the points of each of its lines, in the order of drawing."""
+    root = xml.etree.ElementTree.parse(path).getroot()
+    names = {element.tag.rpartition("}")[2] for element in root.iter()}
+    assert names <= set("svg style rect path text polyline circle".split())     # no script
+    lines = [[tuple(map(float, point.split(","))) for point in line.get("points").split()]
+             for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert all(math.isfinite(value) for line in lines for point in line for value in point)
+    return [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")], lines
+
+
+def test_metrics_are_those_of_the_log_and_more(trained):
+    _, folder = trained
+    rows = metrics(folder)
+    lines = ["s:{step} tel:{val_loss:.4f}" if "val_loss" in row else
+             "s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}" for row in rows]
+    assert [line.format(**row) for line, row in zip(lines, rows)] == (
+        folder / "main.log").read_text().splitlines()
+    assert all(row["seconds"] > 0 for row in rows if "loss" in row)
+
+
+def test_a_run_is_drawn(trained):
+    words, lines = drawing(trained[1] / "loss.svg")
+    best = min(row["val_loss"] for row in metrics(trained[1]) if "val_loss" in row)
+    assert words[0] == f"runs/1: best validation loss {best:.4f} at step 3"
+    expected = {"training", "training, smoothed", "validation", "loss, nats per token", "learning rate",
+                "gradient norm", "step", "0", "1", "2", "3"}
+    assert expected <= set(words)
+    assert [len(line) for line in lines[3:]] == [3] * 6     # of loss and norm each step, smoothed; val, lr
+    assert "(prefers-color-scheme: dark)" in (trained[1] / "loss.svg").read_text()
+
+
+def test_curves_come_from_either_log_and_the_later_line_counts(tmp_path):
+    log = tmp_path / "main.log"
+    log.write_text("s:0 tel:5.5000\nnot a line\ns:0 trl:5.4000 lr:0.000040 norm:5.99\ns:250 eval:0.2950\n"
+                   "s:1 trl:nan lr:0.000080 norm:1.00\ns:1 trl:5.2000 lr:0.000080 norm:2.00\n\0\xff\n"
+                   "s:2 trl:5.")
+    expected = {"val_loss": [(0, 5.5)], "loss": [(0, 5.4), (1, 5.2)], "lr": [(0, 4e-5), (1, 8e-5)],
+                "norm": [(0, 5.99), (1, 2)], "eval": [(250, 0.295)]}
+    assert train_gpt2.read_curves(str(log)) == train_gpt2.read_curves(str(tmp_path)) == expected
+    (tmp_path / "metrics.jsonl").write_text('[1]\n{"step": 1, "loss": 5.20004, "lr": 8.00001e-05}\n{"step')
+    expected.update(loss=[(0, 5.4), (1, 5.20004)], lr=[(0, 4e-5), (1, 8.00001e-5)])
+    assert train_gpt2.read_curves(str(tmp_path)) == expected
+
+
+def test_plot_overlays_runs_and_logs_of_llmc(tmp_path, trained):
+    with open(tmp_path / "a<&\x01>.log", "w") as log:
+        for s in range(20000):
+            loss, norm = 3 + 800 / (s + 100), 99 if s == 7000 else 0.5
+            log.write(f"s:{s} trl:{loss:.4f} lr:0.000600 norm:{norm:.2f}\n")
+            if s % 250 == 0:
+                log.write(f"s:{s} tel:{loss:.4f}\n")
+    driver("plot", "a<&\x01>.log", trained[1], "--out", "both.svg", cwd=tmp_path)
+    words, lines = drawing(tmp_path / "both.svg")
+    assert words[0] == "2 runs" and "a<&?>.log: best validation loss 3.0403 at step 19,750" in words
+    assert any(word.startswith(f"{trained[1]}"[-60:]) for word in words) and "18,000" in words
+    assert max(map(len, lines)) < 1000 and (tmp_path / "both.svg").stat().st_size < 100_000
+    start, end = lines[5][0][1], lines[5][-1][1]     # the loss: the steep start is beyond the upper edge
+    assert start < 0 and 100 < end < 300
+    driver("plot", "a<&\x01>.log", cwd=tmp_path)
+    assert len(drawing(tmp_path / "loss.svg")[1]) == 9
+
+
+@pytest.mark.parametrize("points", [[(0, 0)], [(5, 3), (6, 3)], [(0, 1e-9), (9, 10**15 - 1)],
+                                    [(3, 0), (4, 7)], [(10**15 - 1, 2.5)], [(0, 1e-30), (1, 2e-30)]])
+def test_whatever_was_logged_is_drawn(tmp_path, points):
+    (tmp_path / "log").write_text("".join(f"s:{step} trl:{value} lr:{value} norm:{value}\n"
+                                          for step, value in points))
+    driver("plot", "log", cwd=tmp_path)
+    assert len(drawing(tmp_path / "loss.svg")[1]) == 8
+
+
+def test_a_run_begins_with_a_summary_and_ends_with_what_to_do_next(trained, tmp_path):
+    shown, folder = trained
+    shutil.copytree(folder.parents[1], tmp_path, dirs_exist_ok=True)
+    parameters = GPT2.load(folder / "best.bin").num_parameters
+    assert f"3 of 32 tokens, in batches of 2 x 16: {96 / len(TEXT.encode()) / 0.9:.2f} epochs" in shown
+    assert f"{parameters:,} parameters" in shown and f"{96 / parameters:.2f} tokens for each" in shown
+    assert re.search(r"^memory: \d+ MB needed of [\d,]+ MB$", shown, re.M)
+    assert re.search(r"^time:   about \d\d:\d\d for the other 1 steps", shown, re.M)
+    line = r"^3 steps, \d\d:\d\d, best validation loss \d\.\d{4} at step \d \(runs/1/best.bin\)$"
+    assert re.search(line, shown, re.M)
+    for title in ("write text", "train on", "compare"):
+        words = re.search(rf"^{title}: +python3 \S+ (.*)$", shown, re.M)[1].split()
+        driver(*(word.replace("ANOTHER_RUN", "runs/1/main.log") for word in words), cwd=tmp_path)
+    assert (tmp_path / "loss.svg").exists() and (tmp_path / "runs" / "1" / "DONE_00000006").exists()
+
+
+def test_the_memory_needed_is_about_what_a_run_takes(tmp_path):
+    if "LD_PRELOAD" in os.environ:
+        pytest.skip("a sanitizer takes memory of its own")
+    (tmp_path / "text.txt").write_text(TEXT * 9, encoding="utf-8")
+    flags = ("--data text.txt --layers 4 --heads 4 --channels 256 --context 64 --batch-size 32 --steps 2"
+             " --val-batches 1 --sample-tokens 0").split()
+    process = subprocess.Popen([sys.executable, HERE / "train_gpt2.py", *flags], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE)
+    shown = process.stdout.read()
+    process.stdout.close()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    needed = int(re.search(r"^memory: (\d+) MB needed", shown, re.M)[1])
+    assert process.returncode == 0 and needed == pytest.approx(usage.ru_maxrss / 1e3 - 30, rel=0.2)
+
+
+def test_too_little_memory_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt2, "memory_there", lambda: 10**5)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert train_gpt2.main(["--data", "text.txt", *SMALL]) == 0
+    assert re.search(r"memory: that does not fit.* --batch-size", capsys.readouterr().out)
+
+
+# --- Fine-tuning --------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a text, and a model of bytes."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "text.txt").write_text(TEXT * 9, encoding="utf-8")
+    GPT2(GPT2Config(32, 256, 1, 1, 48), seed=1).save(folder / "model.bin")
+    return folder
+
+
+def tune(base, out, flags):
+    """Fine-tunes base's model on its text. What is shown, the settings, and the run directory."""
+    shown = driver("--init", "model.bin", "--data", "text.txt", "--out", out, *flags.split(), cwd=base).stdout
+    return shown, json.loads((base / out / "run.json").read_text()), base / out
+
+
+def test_fine_tuning_fits_its_settings_to_model_and_text(base):
+    shown, s, folder = tune(base, "fits", "--sample-tokens 5")
+    tokens = len(tokens_of(folder / "tokens" / "train_000000.bin"))
+    assert (s["seq_len"], s["batch_size"], s["total_batch_size"]) == (32, 32, 1024)
+    assert s["steps"] == max(50, 2 * tokens // 1024) and s["val_every"] == s["steps"] // 10
+    assert s["lr"] == pytest.approx(3e-5 * 768 / 48, rel=0.05) and 0 < s["warmup"] < s["steps"] / 5
+    assert s["patience"] > 0 and "tuning: " in shown and "best validation loss" in shown
+    losses = [row["val_loss"] for row in metrics(folder) if "val_loss" in row]
+    assert len(losses) == 11 and losses[-1] < losses[0] - 0.1
+
+
+def test_fine_tuning_leaves_what_is_given(base):
+    flags = "--lr 0.5 --steps 2 --seq-len 8 --total-batch-size 64 --batch-size 4 --patience 0 --val-batches 1"
+    _, s, _ = tune(base, "given", flags)
+    assert f"--lr {s['lr']} --steps {s['steps']} --seq-len {s['seq_len']}" in flags
+    assert (s["total_batch_size"], s["batch_size"], s["patience"], s["val_batches"]) == (64, 4, 0, 1)
+
+
+def test_fine_tuning_takes_a_text_of_a_few_lines(base):
+    (base / "poem.txt").write_text(TEXT[:300], encoding="utf-8")
+    driver(*"--init model.bin --data poem.txt --out poem --steps 2 --sample-tokens 0".split(), cwd=base)
+
+
+def test_fine_tuning_refuses_a_tokenizer_that_is_not_the_models(base, tmp_path):
+    pieces = [bytes([value]) for value in range(256)]
+    train_gpt2.Tokenizer(pieces[::-1], 0).save(str(tmp_path / "tokenizer.bin"))
+    shutil.copy(base / "model.bin", tmp_path)
+    GPT2(GPT2Config(32, 97, 1, 1, 48)).save(tmp_path / "other.bin")
+    for name, word in (("model.bin", "model.bin"), ("other.bin", "--tokenizer bytes has 256")):
+        told(driver("--init", name, "--data", base / "text.txt", "--out", f"run_{name}", status=1, cwd=tmp_path),
+             "driver", "tokenizer", word)
+
+
+def test_patience_ends_a_run_that_gets_no_better(base):
+    shown, _, folder = tune(base, "patient", "--lr 0 --steps 100 --val-every 2 --patience 3")
+    assert "stopped early" in shown and LIB.gpt2_newest(str(folder)) == 6
+    assert [row["step"] for row in metrics(folder) if "val_loss" in row] == [0, 2, 4, 6]
+    assert (folder / "best.bin").read_bytes() == (base / "model.bin").read_bytes()
+    resume = functools.partial(driver, "--resume", "--out", folder)
+    assert "stopped early" in resume().stdout and LIB.gpt2_newest(str(folder)) == 6
+    shown = resume("--patience", 0, "--steps", 9, "--sample-tokens", 0).stdout
+    assert "at step 0 " in shown and LIB.gpt2_newest(str(folder)) == 9
+
+
+def test_the_best_model_is_kept_over_a_resumption(base):
+    flags = ("--lr 50 --schedule constant --warmup 1000 --steps 12 --val-every 2 --patience 0"
+             " --sample-tokens 0 --checkpoint-every 4 --keep ")
+    _, s, whole = tune(base, "whole", flags + "1")
+    _, _, parts = tune(base, "parts", flags + "0")
+    rows = {row["step"]: row["val_loss"] for row in metrics(whole) if "val_loss" in row}
+    step = min(rows, key=rows.get)
+    assert step == 2 and LIB.gpt2_newest(str(whole)) == 12     # at first it gets better, then worse
+    for later in (8, 12):
+        (parts / f"DONE_{later:08}").unlink()
+    shown = driver("--resume", "--out", parts).stdout
+    assert "resumed at step 4" in shown and f"{rows[2]:.4f} at step 2 ({parts}/best.bin)" in shown
+    curves, resumed = (train_gpt2.read_curves(str(folder)) for folder in (whole, parts))
+    assert all(resumed[name] == curves[name] for name in ("loss", "val_loss", "lr", "norm"))
+    assert len(metrics(parts)) > len(metrics(whole))
+    for folder in (whole, parts):
+        model = GPT2.load(folder / "best.bin")
+        loader = Loader(str(folder / "tokens" / "val_*.bin"), s["batch_size"], s["seq_len"], 256)
+        assert model.evaluate(loader, s["val_batches"]) == rows[2]
+    assert driver("sample", parts / "best.bin", "--tokens", 5).stdout.strip()
 
 
 # --- The default text ---------------------------------------------------------------------------------------

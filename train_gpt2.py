@@ -6,6 +6,7 @@
     python3 train_gpt2.py --resume                       goes on with the newest run
     python3 train_gpt2.py sample --prompt "ROMEO:"       writes text with the newest run's model
     python3 train_gpt2.py prepare texts/ --out shards    turns texts into token shards
+    python3 train_gpt2.py plot runs/1 runs/2             draws their curves into loss.svg
     python3 train_gpt2.py check tiny_reference.bin       holds logits, loss and gradients against a reference
     python3 train_gpt2.py train --help                   lists every setting of a run
 
@@ -14,8 +15,9 @@ What it is, to be read from top to bottom and to be edited:
      1. The library        libgpt2.so by ctypes: GPT2, Loader
      2. Tokens             tokenizers, token shards, from the one to the other
      3. The default text   Shakespeare, for those who bring none
-     4. Training           the live line, a run directory, the training loop
-     5. The commands       train, sample, prepare, check, and what each takes
+     4. Curves             what a run has logged, and its picture
+     5. Training           the live line, a run directory, the training loop
+     6. The commands       train, sample, prepare, plot, check, and what each takes
 
 What it refuses to be: a numerics library (all arithmetic is the C library's, and the binary ./train_gpt2
 makes the same calls in the same order), or something to install: Python 3.9 and its standard library do. Only
@@ -37,6 +39,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import html
 import http.client
 import itertools
 import json
@@ -46,6 +49,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -770,7 +774,141 @@ def describe(error):
 
 
 # ============================================================================================================
-# 4. Training
+# 4. Curves
+# ============================================================================================================
+METRICS = "metrics.jsonl"                    # in a run directory: a JSON object for each step and validation
+LOG_NAMES = {"s": "step", "trl": "loss", "tel": "val_loss"}     # what main.log, which is llm.c's, calls them
+PANELS = [                                   # heading, height, curves, and what its axis begins at
+    ("loss, nats per token", 300, ("loss", "val_loss"), None), ("learning rate", 80, ("lr",), 0),
+    ("gradient norm", 80, ("norm",), 0), ("HellaSwag accuracy", 80, ("eval",), None)]
+SVG_STYLE = """<style>
+rect { fill: #fff } svg { color: #1f2328 } path { stroke: #d8dee4 } .c1 { color: #0969da }
+.c2 { color: #bc4c00 } .c3 { color: #1a7f37 } .c4 { color: #8250df } .c5 { color: #cf222e }
+@media (prefers-color-scheme: dark) {
+rect { fill: #0d1117 } svg { color: #d1d7e0 } path { stroke: #2a3038 } .c1 { color: #58a6ff }
+.c2 { color: #f0883e } .c3 { color: #3fb950 } .c4 { color: #bc8cff } .c5 { color: #ff7b72 } }
+polyline { fill: none; stroke: currentColor; stroke-width: 1.8 } .raw { stroke-width: 1; opacity: .45 }
+text { font: 12px system-ui, sans-serif } text, circle { fill: currentColor } .title { font-size: 16px }
+.middle { text-anchor: middle } .end { text-anchor: end }
+</style>"""
+
+
+def read_curves(path):
+    """The curves of a main.log, a metrics.jsonl, or a run directory with both: by name, such as "val_loss",
+    points (step, value) in the order of the steps. Of a step that was made twice the later line counts. What
+    is not a line of such a file is skipped."""
+    files = [path]
+    if os.path.isdir(path):                  # main.log has the binary's steps too, metrics.jsonl more digits
+        files = [os.path.join(path, name) for name in ("main.log", METRICS) if name in os.listdir(path)]
+    curves = collections.defaultdict(dict)
+    for file in files:
+        with open(file, errors="replace") as text:
+            for line in iter(functools.partial(text.readline, 1000), ""):
+                pairs = re.findall(r'([a-z_]{1,20})"?: ?(\d{1,15}(?:\.\d+)?(?:e-\d\d)?)(?=[\s,}])', line)
+                values = {LOG_NAMES.get(name, name): float(value) for name, value in pairs}
+                step = values.pop("step", None)
+                for name in values if step is not None else ():
+                    curves[name][step] = values[name]
+    return {name: sorted(points.items()) for name, points in curves.items()}
+
+
+def thin(points):
+    """At most some hundred points: the lowest and the highest of each stretch."""
+    size = 1 + len(points) // 300
+    stretches = [sorted(points[i:i + size], key=lambda point: point[1]) for i in range(0, len(points), size)]
+    return [point for stretch in stretches for point in sorted({stretch[0], stretch[-1]})]
+
+
+def smooth(points):
+    """Some hundred means over a twenty-fifth of the points each, over fewer at the start, which is steep."""
+    half = len(points) // 50
+    return [(points[i][0], statistics.fmean(v for _, v in points[max(0, i - half):i + min(i, half) + 1]))
+            for i in range(0, len(points), 1 + len(points) // 200)]
+
+
+def ticks(low, high, most, least=0.0):
+    """Round numbers from low to high, no more than `most` and at least `least` apart, with their labels."""
+    unit = 10 ** math.floor(math.log10((high - low) / most))
+    unit = max(least, next(n * unit for n in (1, 2, 5, 10, 20) if n * unit * most >= high - low))
+    digits = max(0, -math.floor(math.log10(unit) + 1e-9))
+    whole = range(math.ceil(low / unit), int(high // unit) + 1)
+    return [(n * unit, f"{n * unit:,.{digits}f}") for n in whole]
+
+
+def draw_curves(runs, path):
+    """Writes an SVG, for light and dark, of the curves of runs (by name, as read_curves gives them). A run by
+    itself has a colour for training and one for validation, else each run has one."""
+    left, inside, y, alone = 80, 740, 56, len(runs) == 1     # where the panels begin, their width
+    steps = [step for curves in runs.values() for points in curves.values() for step, _ in points]
+    first, last = min(steps), max(*steps, min(steps) + 1)
+    parts = []
+
+    def across(step):
+        return 8 + (step - first) / (last - first) * (inside - 16)
+
+    def text(x, y, words, css=""):
+        words = "".join(letter if letter.isprintable() else "?" for letter in words)
+        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" class="{css}">{html.escape(words)}</text>')
+
+    def line(points, css, dots=False):
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline class="{css}" points="{joined}"/>')
+        parts.extend(f'<circle class="{css}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points if dots)
+
+    legend = [(f"c{alone:d} raw", "training"), (f"c{alone:d}", "training, smoothed"),
+              (f"c{2 * alone}", "validation")]
+    for i, (name, curves) in enumerate(runs.items()):
+        step, best = min(curves.get("val_loss", [(0, 0)]), key=lambda point: point[1])
+        title = name[-60:] + (f": best validation loss {best:.4f} at step {step:,.0f}" if best else "")
+        legend += [(f"c{1 + i % 5}", title)] * (not alone)
+    text(left, 30, title if alone else f"{len(runs)} runs", "title")
+    for i, (css, words) in enumerate(legend):
+        x, y = (left + inside / 3 * i, 56) if i < 3 else (left, y + 20)
+        line([(x, y - 4), (x + 22, y - 4)], css, dots=words == "validation")
+        text(x + 30, y, words)
+
+    for heading, height, names, low in PANELS:
+        shown = [(name, f"c{1 + (i + (alone and name == 'val_loss')) % 5}", curves[name])
+                 for i, curves in enumerate(runs.values()) for name in names if name in curves]
+        if not shown:
+            continue
+        # Much of a steep start and single outliers may be above the axis.
+        settled = sorted(value for _, _, points in shown
+                         for _, value in points[len(points) // 10 + (len(points) > 2):])
+        values = [value for _, _, points in shown for _, value in points]
+        high, low = settled[-1 - len(settled) // 200], min(values) if low is None else low
+        room = (high - low) / 20 or 1
+        high, low = min(max(values), high + 5 * room) + room, low and low - room
+        y += 46
+        text(left, y - 10, heading)
+        for value, label in ticks(low, high, 2 + height / 40):
+            at = y + (high - value) / (high - low) * height
+            parts.append(f'<path d="M{left} {at:.1f}h{inside}"/>')
+            text(left - 8, at + 4, label, "end")
+        for step, _ in ticks(first, last, 10, 1):
+            parts.append(f'<path d="M{left + across(step):.1f} {y}v{height}"/>')
+        parts.append(f'<svg x="{left}" y="{y}" width="{inside}" height="{height}">')     # cuts off the rest
+        for name, css, points in shown:
+            def place(points):
+                return [(across(step), (high - value) / (high - low) * height) for step, value in points]
+
+            noisy = name in ("loss", "norm")
+            line(place(thin(points)), css + " raw" * noisy, dots=name in ("val_loss", "eval"))
+            if noisy:
+                line(place(smooth(points)), css)
+        parts.append("</svg>")
+        y += height
+
+    for step, label in ticks(first, last, 10, 1):
+        text(left + across(step), y + 18, label, "middle")
+    text(left + inside / 2, y + 38, "step", "middle")
+    size = 'width="{0}" height="{1}" viewBox="0 0 {0} {1}"'.format(left + inside + 20, y + 50)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{SVG_STYLE}<rect {size}/>', *parts, "</svg>\n"]
+    replace_file(path, "\n".join(parts).encode())
+
+
+# ============================================================================================================
+# 5. Training
 # ============================================================================================================
 class Live(Progress):
     """The line that says how a training goes."""
@@ -783,8 +921,11 @@ class Live(Progress):
         self.recent = collections.deque(maxlen=50)     # seconds of the last steps
 
     def step(self, done, loss, lr, norm, seconds):
-        """Shows the step just made, if it is time to."""
+        """Shows the step just made, if it is time to, and after two how long all will take."""
         self.recent.append(seconds)
+        if len(self.recent) == 2 and done < self.steps:
+            self.say(f"time:   about {clock((self.steps - done) * sum(self.recent) / 2)} for the other"
+                     f" {self.steps - done:,} steps, by these two")
         if not (self.due() or len(self.recent) == 1 or done == self.steps):
             return
         seconds = sum(self.recent) / len(self.recent)
@@ -812,8 +953,11 @@ class Run:
         self.live = live
         self.progress = GPT2Progress(rng=settings.seed)
         self.stop = False
-        self.val_loss = None                 # the last one
         self.saved = None                    # the last model file
+        self.best_file = os.path.join(folder, "best.bin")     # the model of the lowest validation loss:
+        self.best = None                     # its step and loss
+        self.waited = 0                      # validations since then
+        self.drawn, self.drawing = time.perf_counter(), 0.0     # when the curves were, and how long it took
 
     def watch_signals(self):
         def stop(number, frame):
@@ -825,23 +969,42 @@ class Run:
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
 
-    def log(self, line):
-        with open(os.path.join(self.folder, "main.log"), "a") as file:
-            file.write(line + "\n")
+    def log(self, line, **values):
+        """Adds a line to main.log, and one with the values to metrics.jsonl."""
+        for name, text in (("main.log", line), (METRICS, json.dumps(values))):
+            with open(os.path.join(self.folder, name), "a") as file:
+                file.write(text + "\n")
+
+    def draw(self):
+        """Redraws the curves in loss.svg."""
+        begun = time.perf_counter()
+        curves = read_curves(self.folder)
+        if curves:
+            draw_curves({self.folder: curves}, os.path.join(self.folder, "loss.svg"))
+        self.drawn = time.perf_counter()
+        self.drawing = self.drawn - begun
 
     def trained(self, step, loss, lr, norm, seconds):
         """Notes a training step."""
         self.progress.step = step + 1
         self.lib.gpt2_zscore(ctypes.byref(self.progress), 0, loss)
         self.lib.gpt2_zscore(ctypes.byref(self.progress), 1, norm)
-        self.log(f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}")
+        self.log(f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}", step=step, loss=loss, lr=lr,
+                 norm=norm, seconds=seconds)
         self.live.step(step + 1, loss, lr, norm, seconds)
+        if time.perf_counter() - self.drawn > max(10, 100 * self.drawing):     # in 1 % of the time
+            self.draw()
 
-    def validated(self, step, loss):
-        """Notes a validation loss."""
-        self.val_loss = loss
-        self.log(f"s:{step} tel:{loss:.4f}")
-        self.live.say(f"step {step}: validation loss {loss:.4f}")
+    def validated(self, step, loss, model):
+        """Notes a validation loss, and keeps the model if there was no better one until this step."""
+        self.log(f"s:{step} tel:{loss:.4f}", step=step, val_loss=loss)
+        losses = read_curves(os.path.join(self.folder, METRICS)).get("val_loss", [])
+        losses = [point for point in losses if point[0] <= step]
+        self.best = min(losses, key=lambda point: point[1], default=None)
+        self.waited = sum(at > self.best[0] for at, _ in losses)
+        if self.waited == 0:
+            model.save(self.best_file)
+        self.live.say(f"step {step}: validation loss {loss:.4f}" + ", the best so far" * (self.waited == 0))
 
     def sample(self, model):
         """Shows what the model writes by now. The sampler's state goes on, and into the checkpoints."""
@@ -854,8 +1017,10 @@ class Run:
         self.live.say("\n")
 
     def checkpoint(self, model, loader):
-        """Saves all that going on needs."""
+        """Saves all that going on needs, unless it did so at this step."""
         s = self.settings
+        if self.saved == model_path(self.folder, self.progress.step):
+            return
         self.lib.gpt2_checkpoint(self.folder, model.handle, loader.handle, ctypes.byref(self.progress),
                                  s.checkpoint_every, s.keep, 0)
         self.saved = model_path(self.folder, self.progress.step)
@@ -901,28 +1066,27 @@ def write_sample(model, tokenizer, context, args, seed):
 
 
 def train(model, train_loader, val_loader, settings, run):
-    """The training loop, from the run's step to the last one or until run.stop. Step n begins when n steps
-    are done, with what is due then: checkpoint (first, so that a resumed run repeats the rest), validation,
-    sample. main() in train_gpt2.c makes the same calls in the same order, so that either goes on with the
-    other's runs, bit for bit."""
+    """The training loop, from the run's step to the last one, or until run.stop, or until so many validations
+    as --patience says brought nothing better. Step n begins when n steps are done, with what is due then:
+    checkpoint (first, so that a resumed run repeats the rest), validation, sample. main() in train_gpt2.c
+    makes the same calls in the same order, so that either goes on with the other's runs, bit for bit."""
     s = settings
     micro_batches = s.total_batch_size // (s.batch_size * s.seq_len)
-    first = run.progress.step
 
     def due(step, interval):
         return step == s.steps or (interval > 0 and step > 0 and step % interval == 0)
 
-    for step in range(first, s.steps + 1):
-        just_resumed = step == first and run.saved
-        if (due(step, s.checkpoint_every) or run.stop) and not just_resumed:
+    for step in range(run.progress.step, s.steps + 1):
+        if due(step, s.checkpoint_every) or run.stop:
             run.checkpoint(model, train_loader)
         if run.stop:
             break
         if val_loader and s.val_every and (due(step, s.val_every) or step == 0):
-            run.validated(step, model.evaluate(val_loader, s.val_batches))
+            run.validated(step, model.evaluate(val_loader, s.val_batches), model)
         if s.sample_tokens and due(step, s.sample_every):
             run.sample(model)
-        if step == s.steps:
+        if step == s.steps or 0 < s.patience <= run.waited:
+            run.checkpoint(model, train_loader)
             break
 
         begun = time.perf_counter()
@@ -940,7 +1104,7 @@ def train(model, train_loader, val_loader, settings, run):
 
 
 # ============================================================================================================
-# 5. The commands
+# 6. The commands
 # ============================================================================================================
 def number(kind, least, most=math.inf):
     """A type for argparse: an int or a float from least to most."""
@@ -980,7 +1144,7 @@ SETTINGS = {
         ("heads", 3, COUNT, "attention heads in a block"),
         ("channels", 96, COUNT, "width, a multiple of the heads"),
         ("context", 64, COUNT, "positions, at least --seq-len"),
-        ("init", "scratch", str, "scratch, or the model file to start from"),
+        ("init", "scratch", str, "scratch, or the model file to go on from, for which most defaults change"),
     ],
     "the training": [
         ("batch-size", 8, COUNT, "rows in a batch, B"),
@@ -998,6 +1162,7 @@ SETTINGS = {
     "what is shown and kept": [
         ("val-every", 1000, COUNT0, "steps between validations; 0 for none"),
         ("val-batches", 250, COUNT, "batches to validate on, at most"),
+        ("patience", 0, COUNT0, "stop after so many validations without a better one; 0 for never"),
         ("sample-every", 0, COUNT0, "steps between samples; 0 for one at the end"),
         ("sample-tokens", 400, COUNT0, "tokens in a sample; 0 for no samples"),
         ("checkpoint-every", 1000, COUNT0, "steps between checkpoints; 0 for one at the end"),
@@ -1047,9 +1212,10 @@ def open_run(args, given, lib):
     return folder, argparse.Namespace(**{**DEFAULTS, **saved, **given}), step
 
 
-def find_shards(settings, folder, lib):
+def find_shards(settings, folder, lib, V=None):
     """The globs of the training and the validation shards (None: there are none), and the tokenizer (None:
-    unknown). Text becomes shards in the run directory, unless it did so before the run was resumed."""
+    unknown). Text becomes shards in the run directory, unless it did so before the run was resumed. V: the
+    vocabulary that its tokenizer has to have, if a model says so."""
     data = settings.data or ""
     pattern = os.path.join(glob.escape(data), "*.bin") if os.path.isdir(data) else data
     if not data.endswith(".bin") and (os.path.isfile(data) or not glob.glob(pattern)):
@@ -1058,10 +1224,19 @@ def find_shards(settings, folder, lib):
         tokens = os.path.join(folder, "tokens")
         pattern = os.path.join(glob.escape(tokens), "*.bin")
         if not os.path.exists(os.path.join(tokens, TABLE)):
-            prepare([data or default_text()], tokens, TOKENIZERS[settings.tokenizer]())
+            tokenizer = TOKENIZERS[settings.tokenizer]()
+            if V not in (None, len(tokenizer.pieces)):
+                raise GPT2Error(f"{data}: --tokenizer {settings.tokenizer} has {len(tokenizer.pieces)} tokens,"
+                                f" expected the model's {V}; give shards of its own tokenizer's by --data")
+            prepare([data or default_text()], tokens, tokenizer)
     train_glob, val_glob = shard_globs(pattern, settings.val_data)
-    table = os.path.join(os.path.dirname(glob.glob(train_glob)[0]), TABLE)
-    return train_glob, val_glob, Tokenizer.load(table, lib) if os.path.exists(table) else None
+    return train_glob, val_glob, tokenizer_beside(glob.glob(train_glob)[0], lib)
+
+
+def tokenizer_beside(file, lib):
+    """The tokenizer whose table lies in a file's folder, or None."""
+    table = os.path.join(os.path.dirname(file), TABLE)
+    return Tokenizer.load(table, lib) if os.path.exists(table) else None
 
 
 def new_config(settings, given, lib):
@@ -1099,13 +1274,47 @@ def settle_batch(s, context):
                         " --batch-size times --seq-len")
 
 
+def fine_tuning(s, given, config, train, val):
+    """Fits the settings that were not given to a trained model and the shards: batches of 1,000 tokens, or of
+    what the smallest shard has, two epochs, ten validations. The wider a model, the lower its learning rate:
+    3e-5 for GPT-2's 768 channels."""
+    def choose(**values):
+        vars(s).update({name: value for name, value in values.items() if name not in given})
+
+    sizes = [max(1, os.path.getsize(path) // 2 - 513) for path in train + val]     # but for the last token
+    choose(seq_len=min(config.max_T, 256, *sizes))
+    choose(batch_size=max(1, min(1024, *sizes) // s.seq_len))
+    settle_batch(s, config.max_T)
+    choose(steps=min(max(50, 2 * sum(sizes[:len(train)]) // s.total_batch_size), 1000))
+    tenth = max(1, s.steps // 10)
+    choose(lr=float(f"{3e-5 * 768 / config.C:.1e}"), warmup=tenth, final_lr_frac=0.1, val_every=tenth,
+           val_batches=40, patience=3, sample_tokens=100)
+    print(f"tuning: learning rate {s.lr:g}, {s.warmup} steps of warm-up, a validation every {s.val_every},"
+          f" patience {s.patience}")
+
+
+def memory_needed(model, B, T):
+    """Bytes for training: parameters, gradients, two moments; the activations; a part of the logits."""
+    C, L, Vp = model.config.C, model.config.L, model.shapes["wte"][0]
+    parameters = sum(math.prod(shape) for shape in model.shapes.values())
+    return 4 * (4 * parameters + B * T * C * (10 * L + 12) + min(B * T * Vp, 2**24))
+
+
+def memory_there():
+    """Bytes that a program can have by now, where the system tells (Linux), else all that the machine has."""
+    try:
+        return 1024 * int(re.search(rb"MemAvailable: *(\d+)", read_file("/proc/meminfo"))[1])
+    except (OSError, TypeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def command_line(*words):
     """What to type to run this file with those words."""
     return " ".join(shlex.quote(word) for word in ("python3", os.path.relpath(__file__), *words))
 
 
 def train_command(args):
-    lib = library(args.device)
+    lib, memory = library(args.device), memory_there()
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
     for name in ("data", "val_data", "init"):
         if name in given and given[name] != "scratch":
@@ -1116,12 +1325,22 @@ def train_command(args):
     file = s.init if step is None else model_path(folder, step)
     model = None if file == "scratch" else open_model(file, given, args.device)
     config = model.config if model else new_config(s, given, lib)
-    settle_batch(s, config.max_T)
-    train_glob, val_glob, tokenizer = find_shards(s, folder, lib)
+    tuning = model and step is None
+    if tuning:
+        s.tokenizer = given.get("tokenizer", "gpt2" if config.V == 50257 else "bytes")
+    else:
+        settle_batch(s, config.max_T)
+    train_glob, val_glob, tokenizer = find_shards(s, folder, lib, config.V if model else None)
+    models_own = tokenizer_beside(file, lib) if os.path.isfile(file) else None
+    tokenizer = tokenizer or models_own
     V = len(tokenizer.pieces) if tokenizer else config.V
     if model and V != config.V:
         raise GPT2Error(f"the data has a vocabulary of {V} tokens, expected that of {file}, {config.V}")
+    if models_own and models_own.pieces != tokenizer.pieces:
+        raise GPT2Error(f"the data's tokenizer is not that of {file}; prepare the text again with that one")
     config.V = V
+    if tuning:
+        fine_tuning(s, given, config, glob.glob(train_glob), glob.glob(val_glob or ""))
     model = model or GPT2(config, s.seed, args.device)
     B, T = s.batch_size, s.seq_len
     train_loader = Loader(train_glob, B, T, V, shuffle=True, seed=s.seed, device=args.device)
@@ -1132,6 +1351,7 @@ def train_command(args):
     run = Run(folder, lib, s, tokenizer, Live(s.steps, s.total_batch_size, peak))
     if step is None:
         replace_file(os.path.join(folder, "main.log"))
+        replace_file(os.path.join(folder, METRICS))
     else:
         lib.gpt2_restore(folder, step, model.handle, train_loader.handle, ctypes.byref(run.progress))
         run.saved = file
@@ -1146,19 +1366,34 @@ def train_command(args):
           f"{val_loader.tokens:,} to validate on" if val_loader else "no validation shards, so no validation")
     print(f"model:  {config.L} layers, {config.NH} heads, {config.C} channels, context {config.max_T},"
           f" {V} tokens: {model.num_parameters:,} parameters")
-    print(f"steps:  {s.steps:,} of {s.total_batch_size:,} tokens, in batches of {B} x {T}")
+    tokens, needed = s.steps * s.total_batch_size, memory_needed(model, B, T)
+    print(f"steps:  {s.steps:,} of {s.total_batch_size:,} tokens, in batches of {B} x {T}:"
+          f" {tokens / train_loader.tokens:,.2f} epochs, {tokens / model.num_parameters:,.2f} tokens for each"
+          " parameter")
+    print(f"memory: {needed / 1e6:,.0f} MB needed of {memory / 1e6:,.0f} MB")
+    if needed > memory:
+        print("memory: that does not fit; a smaller --batch-size, --seq-len or model takes less")
     print(f"run:    {folder}" + (f", resumed at step {step}" if step is not None else ""), flush=True)
     run.watch_signals()
     train(model, train_loader, val_loader, s, run)
+    run.draw()
 
     done, seconds = run.progress.step, time.perf_counter() - run.live.begun
     resume = command_line("--resume", "--out", folder)
     if run.stop:
         print(f"stopped after step {done} of {s.steps}; to go on: {resume}")
         return 130
-    result = f"validation loss {run.val_loss:.4f}" if run.val_loss else "no validation"
-    print(f"{done} steps, {clock(seconds)}, {result}")
-    print(f"write text: {command_line('sample', folder)}\ntrain on:   {resume} --steps {2 * s.steps}")
+    if done < s.steps:
+        print(f"stopped early: {s.patience} validations without a better one (--patience)")
+        resume += " --patience 0"
+    best = "no validation"
+    if run.best:
+        best = f"best validation loss {run.best[1]:.4f} at step {run.best[0]:.0f} ({run.best_file})"
+    print(f"{done} steps, {clock(seconds)}, {best}")
+    print(f"checkpoint: {run.saved}\ncurves:     {os.path.join(folder, 'loss.svg')}")
+    print(f"write text: {command_line('sample', run.best_file if run.best else run.saved)}")
+    print(f"train on:   {resume} --steps {2 * s.steps}")
+    print(f"compare:    {command_line('plot', folder, 'ANOTHER_RUN')}")
     return 0
 
 
@@ -1171,10 +1406,8 @@ def sample_command(args):
             raise GPT2Error(f"{path} has no checkpoint; name a run directory that has one, or a model file")
         path = model_path(path, step)
     model = GPT2.load(path, args.device)
-    table = os.path.join(os.path.dirname(path), TABLE)
-    if os.path.exists(table):
-        tokenizer = Tokenizer.load(table, lib)
-    else:
+    tokenizer = tokenizer_beside(path, lib)
+    if tokenizer is None:
         tokenizer = ByteTokenizer() if model.config.V == 256 else GPT2Tokenizer()
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     context = list(tokenizer.encode(prompt)) or [tokenizer.start]
@@ -1207,6 +1440,16 @@ def prepare_command(args):
     train, val = prepare(args.inputs, args.out, tokenizer, args.val_fraction, args.shard_tokens)
     print(f"{args.out}: {train:,} tokens to train on, {val:,} to validate on")
     print(f"train on them: {command_line('--data', args.out)}")
+    return 0
+
+
+def plot_command(args):
+    runs = {path: read_curves(path) for path in args.runs}
+    for path, curves in runs.items():
+        if not curves.keys() & {"loss", "val_loss"}:
+            raise GPT2Error(f"{path} has no losses, expected a run directory, a main.log or a metrics.jsonl")
+    draw_curves(runs, args.out)
+    print(f"{args.out}: the curves of {', '.join(runs)}; a browser shows them")
     return 0
 
 
@@ -1275,6 +1518,10 @@ def make_parser():
     command.add_argument("inputs", metavar="INPUT", nargs="+", help="text file, or folder of .txt files")
     command.add_argument("--out", metavar="DIR", required=True, help="where the shards go")
 
+    command = add("plot", plot_command, "draw the curves of runs over each other", [
+        ("out", "loss.svg", str, "the picture, for a browser")])
+    command.add_argument("runs", metavar="RUN", nargs="+", help="run directory, or main.log (llm.c's too)")
+
     command = add("check", check_command, "compare logits, loss and gradients with a reference", [
         device,
         ("model", None, str, "its model file (named like it, with model for reference)"),
@@ -1286,7 +1533,7 @@ def make_parser():
 def main(argv=None):
     """Runs a command. Returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 if interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] not in ("train", "sample", "prepare", "check", "-h", "--help"):
+    if not argv or argv[0] not in ("train", "sample", "prepare", "plot", "check", "-h", "--help"):
         argv.insert(0, "train")
     args = make_parser().parse_args(argv)
     try:
