@@ -1558,8 +1558,10 @@ def test_the_best_model_is_kept_over_a_resumption(base):
     assert step == 2 and LIB.gpt2_newest(str(whole)) == 12     # at first it gets better, then worse
     for later in (8, 12):
         (parts / f"DONE_{later:08}").unlink()
-    shown = driver("--resume", "--out", parts).stdout
-    assert "resumed at step 4" in shown and f"{rows[2]:.4f} at step 2 ({parts}/best.bin)" in shown
+    assert "resumed at step 4" in driver("--resume", "--out", parts, "--patience", 2).stdout
+    assert LIB.gpt2_newest(str(parts)) == 6     # what was validated beyond step 4 before does not count
+    shown = driver("--resume", "--out", parts, "--patience", 0).stdout
+    assert f"{rows[2]:.4f} at step 2 ({parts}/best.bin)" in shown
     curves, resumed = (train_gpt2.read_curves(str(folder)) for folder in (whole, parts))
     assert all(resumed[name] == curves[name] for name in ("loss", "val_loss", "lr", "norm"))
     assert len(metrics(parts)) > len(metrics(whole))

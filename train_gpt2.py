@@ -1274,23 +1274,19 @@ def settle_batch(s, context):
                         " --batch-size times --seq-len")
 
 
-def fine_tuning(s, given, config, train, val):
-    """Fits the settings that were not given to a trained model and the shards: batches of 1,000 tokens, or of
-    what the smallest shard has, two epochs, ten validations. The wider a model, the lower its learning rate:
-    3e-5 for GPT-2's 768 channels."""
-    def choose(**values):
-        vars(s).update({name: value for name, value in values.items() if name not in given})
-
+def fine_tuning(given, config, train, val):
+    """The settings for going on with a trained model on these shards: those given, and to fit them batches of
+    1,000 tokens, or of what the smallest shard has, two epochs, ten validations. The wider the model, the
+    lower the learning rate: 3e-5 for GPT-2's 768 channels."""
     sizes = [max(1, os.path.getsize(path) // 2 - 513) for path in train + val]     # but for the last token
-    choose(seq_len=min(config.max_T, 256, *sizes))
-    choose(batch_size=max(1, min(1024, *sizes) // s.seq_len))
-    settle_batch(s, config.max_T)
-    choose(steps=min(max(50, 2 * sum(sizes[:len(train)]) // s.total_batch_size), 1000))
-    tenth = max(1, s.steps // 10)
-    choose(lr=float(f"{3e-5 * 768 / config.C:.1e}"), warmup=tenth, final_lr_frac=0.1, val_every=tenth,
-           val_batches=40, patience=3, sample_tokens=100)
-    print(f"tuning: learning rate {s.lr:g}, {s.warmup} steps of warm-up, a validation every {s.val_every},"
-          f" patience {s.patience}")
+    T = given.get("seq_len", min(config.max_T, 256, *sizes))
+    B = given.get("batch_size", max(1, min(1024, *sizes) // T))
+    total = given.get("total_batch_size", B * T)
+    steps = given.get("steps", min(max(50, 2 * sum(sizes[:len(train)]) // total), 1000))
+    tenth = max(1, steps // 10)
+    return {"seq_len": T, "batch_size": B, "steps": steps, "lr": float(f"{3e-5 * 768 / config.C:.1e}"),
+            "warmup": tenth, "final_lr_frac": 0.1, "val_every": tenth, "val_batches": 40, "patience": 3,
+            "sample_tokens": 100, **given}
 
 
 def memory_needed(model, B, T):
@@ -1334,13 +1330,15 @@ def train_command(args):
     models_own = tokenizer_beside(file, lib) if os.path.isfile(file) else None
     tokenizer = tokenizer or models_own
     V = len(tokenizer.pieces) if tokenizer else config.V
-    if model and V != config.V:
-        raise GPT2Error(f"the data has a vocabulary of {V} tokens, expected that of {file}, {config.V}")
-    if models_own and models_own.pieces != tokenizer.pieces:
-        raise GPT2Error(f"the data's tokenizer is not that of {file}; prepare the text again with that one")
+    if model and (V != config.V or models_own and models_own.pieces != tokenizer.pieces):
+        raise GPT2Error(f"the data has a tokenizer of {V} tokens, expected that of {file}, of {config.V}; make"
+                        " the shards with that one")
     config.V = V
     if tuning:
-        fine_tuning(s, given, config, glob.glob(train_glob), glob.glob(val_glob or ""))
+        vars(s).update(fine_tuning(given, config, glob.glob(train_glob), glob.glob(val_glob or "")))
+        settle_batch(s, config.max_T)
+        print(f"tuning: learning rate {s.lr:g}, {s.warmup} steps of warm-up, a validation every {s.val_every},"
+              f" patience {s.patience}")
     model = model or GPT2(config, s.seed, args.device)
     B, T = s.batch_size, s.seq_len
     train_loader = Loader(train_glob, B, T, V, shuffle=True, seed=s.seed, device=args.device)
