@@ -15,9 +15,10 @@ What it is, to be read from top to bottom and to be edited:
      1. The library        libgpt2.so by ctypes: GPT2, Loader
      2. Tokens             tokenizers, token shards, from the one to the other
      3. The default text   Shakespeare, for those who bring none
-     4. Curves             what a run has logged, and its picture
-     5. Training           the live line, a run directory, the training loop
-     6. The commands       train, sample, prepare, plot, check, and what each takes
+     4. Models of others   Hugging Face's in and out, llama.cpp's GGUF out
+     5. Curves             what a run has logged, and its picture
+     6. Training           the live line, a run directory, the training loop
+     7. The commands       train, sample, prepare, import, export, plot, check, and what each takes
 
 What it refuses to be: a numerics library (all arithmetic is the C library's, and the binary ./train_gpt2
 makes the same calls in the same order), or something to install: Python 3.9 and its standard library do. Only
@@ -44,12 +45,15 @@ import http.client
 import itertools
 import json
 import math
+import operator
 import os
 import re
+import reprlib
 import shlex
 import shutil
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import tarfile
@@ -225,6 +229,16 @@ def float_buffer(*shape):
     return ctypes.byref(ctypes.c_char.from_buffer(memory)), memoryview(memory).cast("f", shape)
 
 
+def tensor_shapes(config, lib):
+    """The shapes of a model's 16 tensors by name, in the order of the model file."""
+    shapes = {}
+    for index in range(TENSORS):
+        name, shape = ctypes.c_char_p(), (ctypes.c_int64 * 3)()
+        lib.gpt2_tensor(ctypes.byref(config), index, ctypes.byref(name), shape)
+        shapes[name.value.decode()] = tuple(size for size in shape if size)
+    return shapes
+
+
 class Owner:
     """Holds memory of the library, which close(), the end of a `with`, or the object's end gives back."""
     handle = None
@@ -248,10 +262,12 @@ class GPT2(Owner):
     """A GPT-2: parameters, gradients, AdamW's moments. Whatever fails raises GPT2Error."""
 
     def __init__(self, config, seed=42, device="auto"):
-        """A model of that shape with GPT-2's initial values, which depend on nothing but the seed."""
+        """A model of that shape with GPT-2's initial values, which depend on nothing but the seed; without a
+        seed, all 0."""
         lib = library(device)
         self._own(lib, lib.gpt2_create(ctypes.byref(config)))
-        lib.gpt2_init(self.handle, seed)
+        if seed is not None:
+            lib.gpt2_init(self.handle, seed)
 
     @classmethod
     def load(cls, path, device="auto"):
@@ -264,13 +280,8 @@ class GPT2(Owner):
     def _own(self, lib, handle):
         self.lib, self.handle, self.free = lib, handle, lib.gpt2_free
         self.config = lib.gpt2_config(handle)
-        config = ctypes.byref(self.config)
-        self.num_parameters = lib.gpt2_parameters(config)
-        self.shapes = {}                     # of the tensors by name, in the order of the model file
-        for index in range(TENSORS):
-            name, shape = ctypes.c_char_p(), (ctypes.c_int64 * 3)()
-            lib.gpt2_tensor(config, index, ctypes.byref(name), shape)
-            self.shapes[name.value.decode()] = tuple(size for size in shape if size)
+        self.num_parameters = lib.gpt2_parameters(ctypes.byref(self.config))
+        self.shapes = tensor_shapes(self.config, lib)
 
     def forward(self, x, y=None, train=True, scale=1.0):
         """Mean cross-entropy, in nats per token, of predicting y (B,T) from x (B,T). With train, backward()
@@ -400,6 +411,7 @@ class Loader(Owner):
 # ============================================================================================================
 MAGIC_SHARD = 20240520
 MAGIC_TABLE = 20240328
+MAGIC_MODEL = (20240326).to_bytes(4, "little")
 TABLE = "tokenizer.bin"                      # the tokenizer table beside shards and in run directories
 
 
@@ -409,12 +421,12 @@ def read_file(path):
 
 
 def replace_file(path, *parts):
-    """Writes a file so that it is there whole or not at all."""
+    """Writes a file so that it is there whole or not at all. The parts are bytes, or generators of bytes."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             for part in parts:
-                file.write(part)
+                file.writelines(part) if hasattr(part, "__next__") else file.write(part)
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -774,7 +786,357 @@ def describe(error):
 
 
 # ============================================================================================================
-# 4. Curves
+# 4. Models of others
+# ============================================================================================================
+HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+WEIGHTS = "model.safetensors"
+END_OF_TEXT = "<|endoftext|>"
+NUMBERS = {"F32": (4, 0), "F16": (2, 1), "BF16": (2, 30)}     # the bytes of one, GGUF's code for its type
+PIECE = 1 << 16                              # how many are converted at a time
+
+# Our tensors, without the w or b at the end, and what Hugging Face and GGUF call them; * is the layer.
+NAMES = {
+    "wte": ("wte", "token_embd"), "wpe": ("wpe", "position_embd"), "ln1": ("h.*.ln_1", "blk.*.attn_norm"),
+    "qkv": ("h.*.attn.c_attn", "blk.*.attn_qkv"), "attproj": ("h.*.attn.c_proj", "blk.*.attn_output"),
+    "ln2": ("h.*.ln_2", "blk.*.ffn_norm"), "fc": ("h.*.mlp.c_fc", "blk.*.ffn_up"),
+    "fcproj": ("h.*.mlp.c_proj", "blk.*.ffn_down"), "lnf": ("ln_f", "output_norm"),
+}
+# What a config.json of Hugging Face's may say of what we compute; the first is the default.
+COMPUTED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
+            "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
+# A layer of our tensor `index`, from its number `first` on. turned: of the shape (in,out), and ours (out,in).
+Part = collections.namedtuple("Part", "index first shape turned")
+Stored = collections.namedtuple("Stored", "path begin end dtype shape")     # in a safetensors file
+
+
+def model_parts(config, lib, gguf=False):
+    """The parts of a model by Hugging Face's names (or GGUF's)."""
+    parts = {}
+    for index, (name, shape) in enumerate(tensor_shapes(config, lib).items()):
+        theirs = NAMES.get(name) or NAMES[name[:-1]]
+        theirs = theirs[gguf] + (".bias" if name.endswith("b") else ".weight")
+        layered = "*" in theirs
+        shape = (config.V, config.C) if name == "wte" else shape[layered:]
+        turned = layered and len(shape) == 2 and not gguf
+        for layer in range(config.L if layered else 1):
+            part = Part(index, layer * math.prod(shape), shape[::-1] if turned else shape, turned)
+            parts[theirs.replace("*", str(layer))] = part
+    return parts
+
+
+def transposed(values, columns):
+    """A matrix of so many columns, an array of its rows, as an array of its columns."""
+    result = array.array("f")
+    for column in range(columns):
+        result += values[column::columns]
+    return result
+
+
+def from_bytes(data, dtype):
+    """F32, F16 or BF16 numbers as an array of float32."""
+    if dtype == "F16":
+        return array.array("f", struct.unpack(f"<{len(data) // 2}e", data))
+    if dtype == "BF16":                      # the upper half of a float32
+        whole = bytearray(2 * len(data))
+        whole[2::4], whole[3::4] = data[0::2], data[1::2]
+        data = whole
+    return array.array("f", data)
+
+
+def to_bytes(values, dtype):
+    """An array of float32 as F32, F16 or BF16: to the nearest, ties to even; NaN stays NaN. Raises
+    OverflowError for what F16 cannot hold."""
+    if dtype == "F32":
+        return values.tobytes()
+    if dtype == "F16":
+        return struct.pack(f"<{len(values)}e", *values)
+    # As the C library rounds, but all numbers at once, in a long integer with 32 bits for each.
+    ones = int.from_bytes(b"\1\0\0\0" * len(values), "little")
+    bits = int.from_bytes(values.tobytes(), "little")
+    nan = (bits & ones * 0x7FFFFFFF) + ones * 0x7FFFFF >> 31 & ones
+    top = bits >> 16 & ones * 0xFFFF | nan << 6
+    up = (bits & ones * 0xFFFF) + ones * 0x7FFF + (top & ones) >> 16 & (ones ^ nan)
+    data = (top + up).to_bytes(4 * len(values), "little")
+    halves = bytearray(2 * len(values))
+    halves[0::2], halves[1::2] = data[0::4], data[1::4]
+    return halves
+
+
+def read_safetensors(path):
+    """What is Stored in a file, by name. It has a header's length in 8 bytes, the header, which is JSON, and
+    the tensors one after the other."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > min(size, 100_000_000):
+            raise GPT2Error(f"{path} has {size} bytes, too few for a header that ends at byte {start}")
+        header = json.loads(file.read(start - 8))
+    header.pop("__metadata__", None)
+    stored = {}
+    for name, entry in header.items():
+        (begin, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+        fits = len(shape) < 9 and all(type(n) is int and 0 <= n <= size for n in (begin, end, *shape))
+        if not fits or dtype in NUMBERS and math.prod(shape) * NUMBERS[dtype][0] != end - begin:
+            raise GPT2Error(f"{path}: {name[:99]!r} has dtype, shape and data_offsets that do not fit")
+        stored[name] = Stored(path, start + begin, start + end, dtype, shape)
+    ends = [start, *sorted(tensor.end for tensor in stored.values())]
+    if ends != [*sorted(tensor.begin for tensor in stored.values()), size]:
+        raise GPT2Error(f"{path}: tensors up to byte {ends[-1]}, expected up to the end, {size}, without gaps"
+                        " or overlaps")
+    return stored
+
+
+def read_tensor(tensor):
+    """Yields the numbers of a Stored tensor as arrays of float32."""
+    size = PIECE * NUMBERS[tensor.dtype][0]
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.begin)
+        for at in range(tensor.begin, tensor.end, size):
+            yield from_bytes(file.read(min(size, tensor.end - at)), tensor.dtype)
+
+
+def read_heads(path, C):
+    """The number of heads in a config.json, which must not ask for computations other than ours."""
+    if not os.path.exists(path):
+        print(f"without {path}, the {C} channels count as heads of 64", file=sys.stderr)
+        return max(C // 64, 1)
+    theirs = json.loads(read_file(path))
+    heads = theirs.get("n_head", 12)
+    if type(heads) is not int or not 0 < heads <= C:
+        raise GPT2Error(f"{path}: n_head is {reprlib.repr(heads)}, expected a divisor of {C}")
+    for name, values in COMPUTED.items():
+        if theirs.get(name, values[0]) not in values:
+            raise GPT2Error(f"{path}: {name} is {reprlib.repr(theirs[name])}, expected"
+                            f" {' or '.join(map(str, values))}, as GPT-2 has it")
+    return heads
+
+
+def import_model(path, device):
+    """The GPT-2 in a model.safetensors, or in the files that a model.safetensors.index.json names."""
+    folder, *names = os.path.split(path)
+    if path.endswith(".json"):
+        names = json.loads(read_file(path))["weight_map"].values()
+        if not all(re.fullmatch(r"[\w-]+\.safetensors", name) for name in names):
+            raise GPT2Error(f"{path} has a weight_map to names unlike model-00001-of-00002.safetensors")
+    stored = {}
+    for file in sorted(set(names)):
+        for name, tensor in read_safetensors(os.path.join(folder, file)).items():
+            name = name.removeprefix("transformer.")
+            if name in stored:
+                raise GPT2Error(f"{path} has {name[:99]!r} twice")
+            if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):     # the causal mask
+                stored[name] = tensor
+
+    found = {name: t.shape if t.dtype in NUMBERS else t.dtype for name, t in stored.items()}
+    (V, C), (max_T, _) = found["wte.weight"], found["wpe.weight"]
+    L = sum(name.endswith(".ln_1.weight") for name in found)
+    config = GPT2Config(max_T, V, L, read_heads(os.path.join(folder, "config.json"), C), C)
+    lib = library(device)
+    lib.gpt2_config_check(ctypes.byref(config))
+    parts = model_parts(config, lib)
+    expected = {name: part.shape for name, part in parts.items()}
+    wte, head = stored["wte.weight"], stored.get("lm_head.weight")
+    if head:
+        expected["lm_head.weight"] = wte.shape
+    for name in sorted({*expected, *found}):
+        if found.get(name) != expected.get(name):
+            raise GPT2Error(f"{path}: {name[:99]!r} is {found.get(name, 'missing')}, expected"
+                            f" {expected.get(name, 'no such tensor')} ({', '.join(NUMBERS)})")
+    if head and any(a.tobytes() != b.tobytes() for a, b in zip(read_tensor(head), read_tensor(wte))):
+        raise GPT2Error(f"{path} has a lm_head.weight that is not wte.weight; ours are tied, as GPT-2's")
+    model = GPT2(config, None, device)
+    progress = Progress()
+    for done, (name, part) in enumerate(parts.items()):
+        pieces = read_tensor(stored[name])
+        if part.turned:
+            pieces = [transposed(functools.reduce(operator.iadd, pieces), part.shape[1])]
+        first = part.first
+        for piece in pieces:
+            lib.gpt2_set(model.handle, part.index, 0, first, len(piece), piece.buffer_info()[0])
+            first += len(piece)
+            if progress.due():
+                progress.show(f"read: {done} of {len(parts)} tensors of {path}")
+    progress.say("", end="")
+    return model
+
+
+def find_model(source, lib):
+    """The file of a model: the newest checkpoint in a run directory, what a folder of Hugging Face's has, the
+    same for one of HUB_MODELS, downloaded before. The environment's GPT2_HUB names another hub."""
+    if source in HUB_MODELS and not os.path.exists(source):
+        url = f"{os.environ.get('GPT2_HUB', 'https://huggingface.co')}/{source}/resolve/main/"
+        source = os.path.join(HERE, "dev", "data", source)
+        for name in ("config.json", WEIGHTS):
+            if not os.path.exists(os.path.join(source, name)):
+                download(url + name, os.path.join(source, name))
+    if not os.path.isdir(source):
+        return source
+    step = lib.gpt2_newest(source)
+    for name in (f"model_{step:08}.bin", WEIGHTS, WEIGHTS + ".index.json", "pytorch_model.bin"):
+        path = os.path.join(source, name)
+        if os.path.exists(path):
+            return path
+    raise GPT2Error(f"{source} has neither a checkpoint nor {WEIGHTS}; name what has one, or a model file")
+
+
+def open_model(source, device="auto"):
+    """The GPT2 of all that find_model takes: files of ours, of llm.c, of Hugging Face."""
+    path = find_model(source, library(device))
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[:4] == b"GGUF":
+        raise GPT2Error(f"{path} is a GGUF file, which is only written here; take the {WEIGHTS} it came from")
+    if path.endswith((".safetensors", ".json")) or (head[8:] == b"{" and head[:4] != MAGIC_MODEL):
+        try:
+            return import_model(path, device)
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise GPT2Error(f"{path} and the files with it are not a GPT-2 of Hugging Face's, which names and"
+                            f" describes its tensors: {type(error).__name__}, {error}") from None
+    if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", head) or path.endswith((".pt", ".pth", ".pkl", ".ckpt")):
+        raise GPT2Error(f"{path} is a pickle, which can run any code when it is loaded, so it is not; to take"
+                        " the risk, convert it: python3 -c \"import torch, safetensors.torch; w = torch.load("
+                        f"{path!r}, weights_only=True); safetensors.torch.save_file("
+                        f"{{n: w[n].clone() for n in w}}, '{WEIGHTS}')\"")
+    return GPT2.load(path, device)
+
+
+def spell(tokenizer):
+    """A tokenizer as others write it down: its tokens, with a letter for each byte, and the pairs of tokens
+    that merge, in their order. (A token's pair is what the merges before its own make of its bytes.) The
+    letters are GPT-2's: Latin-1 where that is printable, U+0100 and on for other bytes."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = itertools.count(256)
+    letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    ranks = {piece: rank for rank, piece in enumerate(tokenizer.pieces) if rank != tokenizer.end}
+    tokens, merges = [], []
+    for rank, piece in enumerate(tokenizer.pieces):
+        if rank == tokenizer.end:
+            tokens.append(END_OF_TEXT)
+            continue
+        parts = [piece[i:i + 1] for i in range(len(piece))]
+        new = -1
+        while len(parts) > 2 and new < rank:
+            new, i = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        known = parts and new < rank and ranks[piece] == rank and ranks.keys() >= {*parts}
+        if not known or tokenizer.end < 0:
+            raise GPT2Error(f"token {rank} of the tokenizer is not of a byte-pair encoding with end-of-text"
+                            f" as others need it; without {TABLE} the model goes out alone")
+        spelt = ["".join(letters[byte] for byte in part) for part in parts]
+        tokens.append("".join(spelt))
+        merges += [" ".join(spelt)] if len(parts) == 2 else []
+    return tokens, merges
+
+
+def model_bytes(model, parts, kinds, align=1):
+    """Yields the parts of a model as bytes, of the kinds by their names, each filled up to a multiple of
+    align."""
+    progress = Progress()
+    for done, (name, part) in enumerate(parts.items()):
+        count = math.prod(part.shape)
+        size = count if part.turned else PIECE
+        for at in range(0, count, size):
+            values = array.array("f", bytes(4 * min(size, count - at)))
+            address = values.buffer_info()[0]
+            model.lib.gpt2_get(model.handle, part.index, 0, part.first + at, len(values), address)
+            if part.turned:
+                values = transposed(values, part.shape[0])
+            for first in range(0, len(values), PIECE):
+                yield to_bytes(values[first:first + PIECE], kinds[name])
+            if progress.due():
+                progress.show(f"written: {done} of {len(parts)} tensors")
+        yield bytes(-count * NUMBERS[kinds[name]][0] % align)
+    progress.say("", end="")
+
+
+def export_hf(model, tokenizer, folder, dtype):
+    """Writes a folder that transformers loads. Without a tokenizer, None, it has none."""
+    c = model.config
+    end = tokenizer.end if tokenizer else None
+    texts = {"config.json": {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+        "n_embd": c.C, "n_head": c.NH, "n_layer": c.L, "n_positions": c.max_T, "n_ctx": c.max_T,
+        "vocab_size": c.V, "layer_norm_epsilon": 1e-5, "bos_token_id": end, "eos_token_id": end,
+        **dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0)}}
+    if tokenizer:
+        tokens, merges = spell(tokenizer)
+        texts["vocab.json"] = {token: rank for rank, token in enumerate(tokens)}
+        texts["tokenizer_config.json"] = {
+            "tokenizer_class": "GPT2Tokenizer", "model_max_length": c.max_T,
+            **dict.fromkeys(["bos_token", "eos_token", "unk_token"], END_OF_TEXT)}
+    parts, entries, at = model_parts(c, model.lib), {"__metadata__": {"format": "pt"}}, 0
+    for name, part in parts.items():
+        end = at + NUMBERS[dtype][0] * math.prod(part.shape)
+        entries["transformer." + name] = {"dtype": dtype, "shape": part.shape, "data_offsets": [at, end]}
+        at = end
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)
+    os.makedirs(folder, exist_ok=True)
+    for name, text in texts.items():
+        replace_file(os.path.join(folder, name), json.dumps(text, indent=1).encode())
+    if tokenizer:
+        replace_file(os.path.join(folder, "merges.txt"), "\n".join(["#version: 0.2", *merges, ""]).encode())
+    replace_file(os.path.join(folder, WEIGHTS), len(head).to_bytes(8, "little"), head,
+                 model_bytes(model, parts, dict.fromkeys(parts, dtype)))
+
+
+def gguf(value):
+    """The code of a value's type in GGUF, and its bytes."""
+    if isinstance(value, str):
+        return 8, struct.pack("<Q", len(value.encode())) + value.encode()
+    if isinstance(value, list):              # of int32, or of text
+        code = 5 if value and isinstance(value[0], int) else 8
+        return 9, struct.pack("<IQ", code, len(value)) + b"".join(gguf(item)[1] for item in value)
+    return (6, struct.pack("<f", value)) if isinstance(value, float) else (4, struct.pack("<I", value))
+
+
+def export_gguf(model, tokenizer, path, dtype):
+    """Writes a GGUF file, version 3, for llama.cpp: facts, names and places of the tensors, the tensors, each
+    at a multiple of 32 bytes. It wants vectors and wpe in F32, and without output.weight it ties the head."""
+    c = model.config
+    facts = {
+        "general.architecture": "gpt2", "general.name": os.path.basename(path), "general.alignment": 32,
+        "gpt2.context_length": c.max_T, "gpt2.embedding_length": c.C, "gpt2.feed_forward_length": 4 * c.C,
+        "gpt2.block_count": c.L, "gpt2.attention.head_count": c.NH, "gpt2.vocab_size": c.V,
+        "gpt2.attention.layer_norm_epsilon": 1e-5, "tokenizer.ggml.model": "no_vocab"}
+    if tokenizer:
+        tokens, merges = spell(tokenizer)
+        facts.update({
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.merges": merges,
+            "tokenizer.ggml.token_type": [3 if token == END_OF_TEXT else 1 for token in tokens],     # control
+            "tokenizer.ggml.bos_token_id": tokenizer.end, "tokenizer.ggml.eos_token_id": tokenizer.end})
+    parts = model_parts(c, model.lib, gguf=True)
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(parts), len(facts))
+    for name, fact in facts.items():
+        code, data = gguf(fact)
+        head += gguf(name)[1] + struct.pack("<I", code) + data
+    kinds, at = {}, 0
+    for name, part in parts.items():
+        kinds[name] = dtype if len(part.shape) == 2 and name != "position_embd.weight" else "F32"
+        size, code = NUMBERS[kinds[name]]
+        shape = struct.pack(f"<I{len(part.shape)}Q", len(part.shape), *part.shape[::-1])
+        head += gguf(name)[1] + shape + struct.pack("<IQ", code, at)
+        at += -(-size * math.prod(part.shape) // 32) * 32
+    replace_file(path, head, bytes(-len(head) % 32), model_bytes(model, parts, kinds, 32))
+
+
+def export_llmc(model, tokenizer, path, dtype):
+    """Writes a model file of llm.c's, which is ours too, F32 or BF16, and its tokenizer's table beside it."""
+    table = os.path.join(os.path.dirname(path), TABLE)
+    there = tokenizer_beside(path, model.lib)
+    if tokenizer and there and there.pieces != tokenizer.pieces:
+        raise GPT2Error(f"{table} is another tokenizer's; give --out a folder of its own")
+    model.save(path, 5 if dtype == "BF16" else 3)
+    if tokenizer:
+        tokenizer.save(table)
+
+
+FORMATS = {"hf": export_hf, "llmc": export_llmc, "gguf": export_gguf}
+
+
+# ============================================================================================================
+# 5. Curves
 # ============================================================================================================
 METRICS = "metrics.jsonl"                    # in a run directory: a JSON object for each step and validation
 LOG_NAMES = {"s": "step", "trl": "loss", "tel": "val_loss"}     # what main.log, which is llm.c's, calls them
@@ -908,7 +1270,7 @@ def draw_curves(runs, path):
 
 
 # ============================================================================================================
-# 5. Training
+# 6. Training
 # ============================================================================================================
 class Live(Progress):
     """The line that says how a training goes."""
@@ -1104,7 +1466,7 @@ def train(model, train_loader, val_loader, settings, run):
 
 
 # ============================================================================================================
-# 6. The commands
+# 7. The commands
 # ============================================================================================================
 def number(kind, least, most=math.inf):
     """A type for argparse: an int or a float from least to most."""
@@ -1144,7 +1506,7 @@ SETTINGS = {
         ("heads", 3, COUNT, "attention heads in a block"),
         ("channels", 96, COUNT, "width, a multiple of the heads"),
         ("context", 64, COUNT, "positions, at least --seq-len"),
-        ("init", "scratch", str, "scratch, or the model file to go on from, for which most defaults change"),
+        ("init", "scratch", str, f"scratch, or what to go on from: a run, a model, gpt2; most defaults change"),
     ],
     "the training": [
         ("batch-size", 8, COUNT, "rows in a batch, B"),
@@ -1239,6 +1601,15 @@ def tokenizer_beside(file, lib):
     return Tokenizer.load(table, lib) if os.path.exists(table) else None
 
 
+def find_tokenizer(file, V, lib):
+    """The tokenizer of a model file with V tokens: the one beside it, or else the known one of so many."""
+    known = {256: ByteTokenizer, 50257: GPT2Tokenizer}
+    tokenizer = tokenizer_beside(file, lib)
+    if len(tokenizer.pieces if tokenizer else ()) != V and (tokenizer or V not in known):
+        raise GPT2Error(f"{file} has {V} tokens, expected a {TABLE} of so many beside it")
+    return tokenizer or known[V]()
+
+
 def new_config(settings, given, lib):
     """The shape of a new model, but for its vocabulary, which the data will tell."""
     config = GPT2Config()
@@ -1252,14 +1623,6 @@ def new_config(settings, given, lib):
     config.V = 50257
     lib.gpt2_config_check(ctypes.byref(config))
     return config
-
-
-def open_model(file, given, device):
-    """The model of a file, which settles its shape."""
-    for name in ("model", *SHAPE):
-        if name in given:
-            raise GPT2Error(f"--{name} does not go with a model that comes from a file, {file}")
-    return GPT2.load(file, device)
 
 
 def settle_batch(s, context):
@@ -1313,13 +1676,17 @@ def train_command(args):
     lib, memory = library(args.device), memory_there()
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
     for name in ("data", "val_data", "init"):
-        if name in given and given[name] != "scratch":
+        if name in given and given[name] not in ("scratch", *HUB_MODELS):
             given[name] = os.path.abspath(given[name])
     folder, s, step = open_run(args, given, lib)
 
     # The model before the data: most mistakes then show before there is anything in the run directory.
     file = s.init if step is None else model_path(folder, step)
-    model = None if file == "scratch" else open_model(file, given, args.device)
+    for name in ("model", *SHAPE):
+        if name in given and file != "scratch":
+            raise GPT2Error(f"--{name} does not go with a model that comes from a file, {file}")
+    file = file if file == "scratch" else find_model(file, lib)
+    model = None if file == "scratch" else open_model(file, args.device)
     config = model.config if model else new_config(s, given, lib)
     tuning = model and step is None
     if tuning:
@@ -1397,16 +1764,9 @@ def train_command(args):
 
 def sample_command(args):
     lib = library(args.device)
-    path = args.model or newest_run(lib)
-    if os.path.isdir(path):
-        step = lib.gpt2_newest(path)
-        if step < 0:
-            raise GPT2Error(f"{path} has no checkpoint; name a run directory that has one, or a model file")
-        path = model_path(path, step)
-    model = GPT2.load(path, args.device)
-    tokenizer = tokenizer_beside(path, lib)
-    if tokenizer is None:
-        tokenizer = ByteTokenizer() if model.config.V == 256 else GPT2Tokenizer()
+    path = find_model(args.model or newest_run(lib), lib)
+    model = open_model(path, args.device)
+    tokenizer = find_tokenizer(path, model.config.V, lib)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     context = list(tokenizer.encode(prompt)) or [tokenizer.start]
     if args.interactive:
@@ -1441,6 +1801,24 @@ def prepare_command(args):
     return 0
 
 
+def export_command(args):
+    if args.format == "llmc" and args.type == "f16":
+        raise GPT2Error("llm.c's model files are of --type f32 or bf16; f16 is for --format hf and gguf")
+    lib = library("cpu")
+    path = find_model(args.model or newest_run(lib), lib)
+    model = open_model(path, "cpu")
+    try:
+        tokenizer, note = find_tokenizer(path, model.config.V, lib), ""
+    except GPT2Error as error:
+        tokenizer, note = None, f", without a tokenizer: {error}"
+    try:
+        FORMATS[args.format](model, tokenizer, args.out, args.type.upper())
+    except OverflowError:
+        raise GPT2Error(f"{path} has numbers beyond F16's range, 65504; take --type f32 or bf16") from None
+    print(f"{args.out}: {model.config}, {args.type}{note}")
+    return 0
+
+
 def plot_command(args):
     runs = {path: read_curves(path) for path in args.runs}
     for path, curves in runs.items():
@@ -1455,7 +1833,7 @@ def check_command(args):
     model_file = args.model or re.sub(r"reference\.bin$", "model.bin", args.reference)
     if model_file == args.reference:
         raise GPT2Error(f"{args.reference} does not end in reference.bin; name its model file with --model")
-    model = GPT2.load(model_file, args.device)
+    model = open_model(model_file, args.device)
     rows = (GPT2Diff * (TENSORS + 2))()
     wrong = model.lib.gpt2_check(model.handle, args.reference, args.tolerance, rows)
     print(f"{'':10} {'max abs error':>14} {'relative error':>14}")
@@ -1516,6 +1894,17 @@ def make_parser():
     command.add_argument("inputs", metavar="INPUT", nargs="+", help="text file, or folder of .txt files")
     command.add_argument("--out", metavar="DIR", required=True, help="where the shards go")
 
+    command = add("import", export_command, "turn a model of Hugging Face's into a model file of ours", [])
+    command.set_defaults(format="llmc", type="f32")
+    command.add_argument("model", metavar="MODEL", help=f"{WEIGHTS}, its folder, or {', '.join(HUB_MODELS)}")
+    command.add_argument("--out", metavar="FILE", required=True, help="the model file")
+
+    command = add("export", export_command, "write a model as other programs load it", [
+        ("format", "hf", tuple(FORMATS), "for transformers, for llm.c and ./train_gpt2, or for llama.cpp"),
+        ("type", "f32", ("f32", "f16", "bf16"), "of its numbers")])
+    command.add_argument("model", metavar="RUN|MODEL", nargs="?", help="as sample takes it (newest runs/N)")
+    command.add_argument("--out", metavar="PATH", required=True, help="the file, for hf the folder, to write")
+
     command = add("plot", plot_command, "draw the curves of runs over each other", [
         ("out", "loss.svg", str, "the picture, for a browser")])
     command.add_argument("runs", metavar="RUN", nargs="+", help="run directory, or main.log (llm.c's too)")
@@ -1531,7 +1920,8 @@ def make_parser():
 def main(argv=None):
     """Runs a command. Returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 if interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] not in ("train", "sample", "prepare", "plot", "check", "-h", "--help"):
+    commands = ("train", "sample", "prepare", "import", "export", "plot", "check", "-h", "--help")
+    if not argv or argv[0] not in commands:
         argv.insert(0, "train")
     args = make_parser().parse_args(argv)
     try:
