@@ -1506,7 +1506,7 @@ SETTINGS = {
         ("heads", 3, COUNT, "attention heads in a block"),
         ("channels", 96, COUNT, "width, a multiple of the heads"),
         ("context", 64, COUNT, "positions, at least --seq-len"),
-        ("init", "scratch", str, f"scratch, or what to go on from: a run, a model, gpt2; most defaults change"),
+        ("init", "scratch", str, "scratch, or what to go on from: a run, a model, gpt2; most defaults change"),
     ],
     "the training": [
         ("batch-size", 8, COUNT, "rows in a batch, B"),
