@@ -1124,8 +1124,8 @@ def export_gguf(model, tokenizer, path, dtype):
 def export_llmc(model, tokenizer, path, dtype):
     """Writes a model file of llm.c's, which is ours too, F32 or BF16, and its tokenizer's table beside it."""
     table = os.path.join(os.path.dirname(path), TABLE)
-    there = tokenizer_beside(path, model.lib)
-    if tokenizer and there and there.pieces != tokenizer.pieces:
+    there = tokenizer and tokenizer_beside(path, model.lib)
+    if there and there.pieces != tokenizer.pieces:
         raise GPT2Error(f"{table} is another tokenizer's; give --out a folder of its own")
     model.save(path, 5 if dtype == "BF16" else 3)
     if tokenizer:
