@@ -411,6 +411,7 @@ class Loader(Owner):
 # ============================================================================================================
 MAGIC_SHARD = 20240520
 MAGIC_TABLE = 20240328
+MAGIC_CHOICES = 20240522
 MAGIC_MODEL = (20240326).to_bytes(4, "little")
 TABLE = "tokenizer.bin"                      # the tokenizer table beside shards and in run directories
 
@@ -566,6 +567,27 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
     write_shards(folder, "val", val, shard_tokens)
     tokenizer.save(os.path.join(folder, TABLE))
     return len(train), len(val)
+
+
+def write_choices(path, lines, encode):
+    """Writes lines of HellaSwag's .jsonl as a multiple-choice file, as karpathy/llm.c has it: for each example
+    uint16 65535, its bytes, its number, the right ending, how many there are, and the number and the tokens
+    of the context and of each ending, which follows a space. Returns how many examples there are."""
+    examples = []
+    for line in lines:
+        try:
+            example = json.loads(line)
+            texts = [encode(text) for text in (example["ctx"], *(" " + end for end in example["endings"]))]
+            numbers = array.array("H", [65535, 0, len(examples), example["label"], len(texts) - 1])
+            for tokens in texts:
+                numbers.extend([len(tokens), *tokens])
+            numbers[1] = 2 * len(numbers)    # how far it is to the next example, in bytes
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise GPT2Error(f"line {len(examples) + 1} is no example of HellaSwag's ({error!r})") from None
+        examples.append(numbers)
+    longest = 2 * max(map(len, examples), default=0)
+    replace_file(path, header(MAGIC_CHOICES, 1, len(examples), longest), *examples)
+    return len(examples)
 
 
 def shard_globs(pattern, val_data=None):
@@ -1793,6 +1815,74 @@ def converse(model, tokenizer, context, args):
             print()
 
 
+def eval_command(args):
+    lib = library(args.device)
+    path = find_model(args.model or newest_run(lib), lib)
+    model = open_model(path, args.device)
+    if not args.data and not args.hellaswag:
+        raise GPT2Error("nothing to evaluate on; name a text or a quoted glob of shards with --data, or"
+                        " HellaSwag's file with --hellaswag")
+    if args.data:
+        eval_text(model, path, args)
+    if args.hellaswag:
+        eval_hellaswag(model, path, args)
+    return 0
+
+
+def eval_text(model, path, args):
+    """Prints the loss on a text or shards, in rows of --seq-len tokens; what the last row leaves is not in it.
+    Bits per byte are of the bytes of the tokens that were predicted, without end-of-text's."""
+    with tempfile.TemporaryDirectory() as folder:
+        pattern = args.data
+        if pattern.endswith(".bin"):
+            table = os.path.join(os.path.dirname(pattern), TABLE)
+            tokenizer = find_tokenizer(table if os.path.exists(table) else path, model.config.V, model.lib)
+        else:
+            tokenizer = find_tokenizer(path, model.config.V, model.lib)
+            prepare([pattern], folder, tokenizer, val_fraction=0)
+            pattern = os.path.join(folder, "train_*.bin")
+        sizes = [len(piece) for piece in tokenizer.pieces]
+        sizes[tokenizer.end] = 0
+        tokens = Loader(pattern, 1, 1, model.config.V, device=args.device).tokens
+        T = min(args.seq_len or model.config.max_T, model.config.max_T, tokens - 1)
+        loader = Loader(pattern, max(1, min(1024 // T, (tokens - 1) // T)), T, model.config.V, device=args.device)
+        progress, count, nats, size = Progress(), 0, 0.0, 0
+        for done in range(1, loader.batches + 1):
+            x, y = loader.next()
+            count += T * len(y)
+            nats += T * len(y) * model.forward(x, y, train=False)
+            size += sum(sizes[token] for row in y for token in row)
+            if progress.due():
+                left = clock((progress.shown - progress.begun) * (loader.batches / done - 1))
+                progress.show(f"{done}/{loader.batches} batches | loss {nats / count:.4f} | {left} left")
+    progress.say(f"loss:       {nats / count:.4f} nats per token, over {count:,} tokens in rows of {T}")
+    print(f"perplexity: {math.exp(min(nats / count, 700)):.2f}")
+    print(f"bits:       {nats / max(size, 1) / math.log(2):.4f} per byte, of {size:,} bytes")
+
+
+def eval_hellaswag(model, path, args):
+    """Prints the accuracy on HellaSwag, of a .jsonl file or a multiple-choice .bin."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = args.hellaswag
+        if not file.endswith(".bin"):
+            encode = find_tokenizer(path, model.config.V, model.lib).encode
+            file = os.path.join(folder, "choices.bin")
+            write_choices(file, read_file(args.hellaswag).splitlines(), encode)
+        examples = min(args.examples, model.hellaswag(file, 0, 0)[2])
+        if examples == 0:
+            raise GPT2Error(f"{args.hellaswag} has no examples")
+        progress, right, by_length = Progress(), 0, 0
+        for done in range(1, examples + 1):
+            one, other, _ = model.hellaswag(file, done - 1, 1)
+            right, by_length = right + one, by_length + other
+            if progress.due():
+                left = clock((progress.shown - progress.begun) * (examples / done - 1))
+                progress.show(f"{done}/{examples} examples | {right / done:.1%} right, {by_length / done:.1%} by"
+                              f" length | {left} left")
+    progress.say(f"HellaSwag:  {right / done:.4f} right, {by_length / done:.4f} by the mean over tokens, of"
+                 f" {done:,} examples (chance: 0.25)")
+
+
 def prepare_command(args):
     tokenizer = TOKENIZERS[args.tokenizer]()
     train, val = prepare(args.inputs, args.out, tokenizer, args.val_fraction, args.shard_tokens)
@@ -1887,6 +1977,14 @@ def make_parser():
     command.add_argument("--prompt", metavar="TEXT", default="", help="text to continue; - reads it from stdin")
     command.add_argument("--interactive", action="store_true", help="go on from each line that you type")
 
+    command = add("eval", eval_command, "loss, perplexity and bits per byte of a text; HellaSwag", [
+        device,
+        ("data", None, str, "text file, folder of them, or quoted glob of .bin shards"),
+        ("seq-len", None, COUNT, "tokens in a row (the model's context)"),
+        ("hellaswag", None, str, "its .jsonl file, or a .bin made of it"),
+        ("examples", 2**31 - 1, COUNT, "of HellaSwag, so many at most")])
+    command.add_argument("model", metavar="RUN|MODEL", nargs="?", help="what --init of train takes (newest runs/N)")
+
     command = add("prepare", prepare_command, "turn texts into token shards for train --data", [
         ("tokenizer", "bytes", tuple(TOKENIZERS), "what a token is"),
         ("val-fraction", 0.1, FRACTION, "part of the text, its end, to validate on"),
@@ -1920,7 +2018,7 @@ def make_parser():
 def main(argv=None):
     """Runs a command. Returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 if interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = ("train", "sample", "prepare", "import", "export", "plot", "check", "-h", "--help")
+    commands = ("train", "sample", "eval", "prepare", "import", "export", "plot", "check", "-h", "--help")
     if not argv or argv[0] not in commands:
         argv.insert(0, "train")
     args = make_parser().parse_args(argv)

@@ -32,8 +32,6 @@ import train_gpt2  # noqa: E402
 from train_gpt2 import GPT2Error, download  # noqa: E402
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/datasets"
-MAGIC_CHOICES = 20240522
-START_EXAMPLE = 65535                        # before each example of a multiple-choice file
 END_OF_STORY = b"<|endoftext|>"
 
 # Where each comes from: the folder, of one version for all time where there is such a url, and its files with
@@ -171,33 +169,16 @@ def fineweb(args):
 
 
 # --- HellaSwag ----------------------------------------------------------------------------------------------
-def encode_example(encode, index, line):
-    """An example of the .jsonl as the uint16 of DESIGN's multiple-choice format. Each ending follows the
-    context after a space."""
-    example = json.loads(line)
-    endings = [encode(" " + ending) for ending in example["endings"]]
-    context = encode(example["ctx"])
-    numbers = array.array("H", [START_EXAMPLE, 0, index, example["label"], len(endings)])
-    for tokens in (context, *endings):
-        numbers.extend([len(tokens), *tokens])
-    numbers[1] = 2 * len(numbers)            # how far it is to the next example, in bytes
-    return numbers
-
-
 def hellaswag(args):
     """The 10,042 questions of the validation part, as the multiple-choice file of karpathy/llm.c."""
     encode = train_gpt2.GPT2Tokenizer.bpe().encode_ordinary
     source = fetch(args, "hellaswag_val.jsonl")
-    examples = []
-    for index, line in enumerate(train_gpt2.read_file(source).splitlines()):
-        try:
-            examples.append(encode_example(encode, index, line))
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise GPT2Error(f"{source}: line {index + 1} is no example of HellaSwag ({error!r})") from None
-    longest = max(map(len, examples), default=0) * 2
     path = os.path.join(args.out, "hellaswag_val.bin")
-    train_gpt2.replace_file(path, train_gpt2.header(MAGIC_CHOICES, 1, len(examples), longest), *examples)
-    print(f"{path}: {len(examples):,} examples")
+    try:
+        count = train_gpt2.write_choices(path, train_gpt2.read_file(source).splitlines(), encode)
+    except GPT2Error as error:
+        raise GPT2Error(f"{source}: {error}") from None
+    print(f"{path}: {count:,} examples")
 
 
 # --- The command line ---------------------------------------------------------------------------------------
