@@ -5,7 +5,7 @@
     GPT2_QUICK=1 python -m pytest test_gpt2.py       all but the 124M model
     GPT2_BUILD=DIR python -m pytest test_gpt2.py     with another build of binary and library (make BUILD=DIR)
 
-They need pytest and the standard library. Those that hold us against torch, transformers or tiktoken are
+They need pytest and the standard library. Those that hold us against torch, transformers, tiktoken or gguf are
 skipped where these are missing. What they refuse to be: a benchmark (no timing decides), a user of the
 network, or a look inside (nothing here knows how the library does what it promises).
 

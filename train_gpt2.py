@@ -7,6 +7,7 @@
     python3 train_gpt2.py sample --prompt "ROMEO:"       writes text with the newest run's model
     python3 train_gpt2.py prepare texts/ --out shards    turns texts into token shards
     python3 train_gpt2.py plot runs/1 runs/2             draws their curves into loss.svg
+    python3 train_gpt2.py export --out hf                writes the newest run's model as transformers loads it
     python3 train_gpt2.py check tiny_reference.bin       holds logits, loss and gradients against a reference
     python3 train_gpt2.py train --help                   lists every setting of a run
 
