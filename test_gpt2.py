@@ -1370,6 +1370,87 @@ def test_the_binary_prints_text_where_there_is_a_tokenizer(tmp_path):
     assert re.search(r"^---\n(<\d+>){7}\n---$", shown, re.M)
 
 
+# --- Sampling and evaluation --------------------------------------------------------------------------------
+@pytest.fixture
+def byte_model(tmp_path):
+    """A model of bytes that is far from even, and its file."""
+    model = lively(16, 256, 1, 2, 8, spread=0.2)
+    model.save(tmp_path / "model.bin")
+    return model, tmp_path / "model.bin"
+
+
+def test_a_sample_streams_text_up_to_a_stop(byte_model, tmp_path):
+    model, path = byte_model
+    prompt = "past the context, which is 16"
+    whole = driver("sample", path, "--prompt", prompt, "--tokens", 60)
+    ids = [*itertools.takewhile(bool, model.generate(prompt.encode(), 60, 0.8, rng=42))]     # byte 0 ends a text
+    text = bytes(ids).decode(errors="replace")
+    assert whole.stdout == f"{prompt}{text}\n" and re.search(r"^\(29 tokens read in .* tokens/s\)", whole.stderr)
+    assert "past the model's context of 16 tokens, the last 8 or more counted" in whole.stderr
+    stop = text[3:5]
+    before = text.split(stop)[0]
+    assert driver("sample", path, "--prompt", prompt, "--tokens", 60, "--stop", stop).stdout == f"{prompt}{before}\n"
+    by_stdin = subprocess.run([sys.executable, HERE / "train_gpt2.py", "sample", path, "--prompt", "-",
+                               "--tokens", "60"], input=prompt, capture_output=True, text=True, errors="replace")
+    assert by_stdin.stdout == whole.stdout
+    three = driver("sample", path, "--prompt", prompt, "--tokens", 9, "--num-samples", 3).stdout
+    each = [driver("sample", path, "--prompt", prompt, "--tokens", 9, "--seed", 42 + i).stdout for i in range(3)]
+    assert three == "---\n".join(each) and len(set(each)) == 3
+
+
+def test_a_conversation_keeps_what_was_said(byte_model):
+    """Each answer continues all lines and answers before it; an interrupt ends an answer, the end of input all."""
+    model, path = byte_model
+    done = subprocess.run([sys.executable, HERE / "train_gpt2.py", "sample", path, "--interactive", "--tokens",
+                           "6", "--temperature", "0"], input="ab\ncd\n", capture_output=True, text=True,
+                          errors="replace")
+    context, shown = [ord("\n")], ""
+    for line in ("ab\n", "cd\n"):
+        context += line.encode()
+        answer = [*itertools.takewhile(bool, model.generate(context, 6, temperature=0))]
+        context += answer
+        shown += "> " + bytes(answer).decode(errors="replace") + "\n"
+    assert done.returncode == 0 and done.stdout == shown + "> \n"
+
+
+def test_eval_gives_loss_perplexity_and_bits_per_byte(byte_model, tmp_path):
+    model, path = byte_model
+    text = "Wörter, und noch welche. " * 30
+    (tmp_path / "my.txt").write_text(text, encoding="utf-8")
+    data = text.encode()
+    T, rows = 16, (len(data) - 1) // 16
+    losses = [model.forward([data[i * T:i * T + T]], [data[i * T + 1:i * T + T + 1]], train=False)
+              for i in range(rows)]
+    loss = statistics.fmean(losses)
+    shown = driver("eval", path, "--data", tmp_path / "my.txt").stdout
+    values = [float(value) for value in re.findall(r"^\w+: +([\d.]+)", shown, re.M)]
+    assert values == pytest.approx([loss, math.exp(loss), loss / math.log(2)], rel=1e-4)
+    assert f"{rows * T:,} tokens in rows of 16" in shown and f"{rows * T:,} bytes" in shown
+    driver("prepare", tmp_path / "my.txt", "--out", tmp_path / "shards", "--val-fraction", 0)
+    assert driver("eval", path, "--data", tmp_path / "shards" / "train_*.bin").stdout == shown
+    told(driver("eval", path, status=1), "driver", "--data")
+
+
+def test_eval_counts_hellaswag(byte_model, tmp_path):
+    model, path = byte_model
+    draw = random.Random(1)
+    lines = [{"ctx": "Once, " * draw.randrange(1, 9), "label": draw.randrange(4), "other": None,
+              "endings": ["".join(draw.choices("abcde ", k=draw.randrange(1, 8))) for _ in range(4)]}
+             for _ in range(25)]
+    (tmp_path / "h.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "h.bin").write_bytes(header(20240522, 1, 25, 0) + b"".join(
+        example(i, line["label"], line["ctx"].encode(), [b" " + end.encode() for end in line["endings"]])
+        for i, line in enumerate(lines)))
+    for count in (25, 10):
+        right, by_length, _ = model.hellaswag(tmp_path / "h.bin", 0, count)
+        for name in ("h.jsonl", "h.bin"):
+            shown = driver("eval", path, "--hellaswag", tmp_path / name, "--examples", count).stdout
+            assert f"{right / count:.4f} right, {by_length / count:.4f} by the mean" in shown
+            assert f"of {count} examples" in shown
+    (tmp_path / "h.jsonl").write_text('{"ctx": "a", "endings": ["b"]}\n')
+    told(driver("eval", path, "--hellaswag", tmp_path / "h.jsonl", status=1), "driver", "line 1")
+
+
 # --- Seeing a run -------------------------------------------------------------------------------------------
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

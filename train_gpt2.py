@@ -19,7 +19,7 @@ What it is, to be read from top to bottom and to be edited:
      4. Models of others   Hugging Face's in and out, llama.cpp's GGUF out
      5. Curves             what a run has logged, and its picture
      6. Training           the live line, a run directory, the training loop
-     7. The commands       train, sample, prepare, import, export, plot, check, and what each takes
+     7. The commands       train, sample, eval, prepare, import, export, plot, check, and what each takes
 
 What it refuses to be: a numerics library (all arithmetic is the C library's, and the binary ./train_gpt2
 makes the same calls in the same order), or something to install: Python 3.9 and its standard library do. Only
@@ -347,7 +347,7 @@ class GPT2(Owner):
         of the fewest that share top_p. rng: a seed, or a ctypes.c_uint64 to draw from and to advance."""
         if not isinstance(rng, ctypes.c_uint64):
             rng = ctypes.c_uint64(rng)
-        text = array.array("i", tokens)
+        text = array.array("i", iter(tokens))
         for _ in range(n):
             address, length = text.buffer_info()
             token = self.lib.gpt2_next(self.handle, address, length, temperature, top_k, top_p,
@@ -1535,7 +1535,7 @@ SETTINGS = {
         ("batch-size", 8, COUNT, "rows in a batch, B"),
         ("seq-len", None, COUNT, "tokens in a row, T (the context)"),
         ("total-batch-size", None, COUNT, "tokens in an update, gathered over batches (B times T)"),
-        ("steps", 3600, COUNT0, "updates"),
+        ("steps", 4400, COUNT0, "updates"),
         ("lr", 4e-3, REAL, "learning rate at its highest"),
         ("warmup", 100, COUNT0, "steps in which it rises from 0"),
         ("schedule", "cosine", SCHEDULES, "how it falls then"),
