@@ -107,9 +107,9 @@ int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t cou
    (constant, decay with the square root in the last fifth), down to final_frac · lr. -1 on failure. */
 float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac);
 
-/* The token after `tokens`. temperature 0 takes the likeliest; it is one of the top_k likeliest (0: of all) and
-   of the fewest that have a share of top_p together. *rng is the sampler's state. Of more than max_T tokens
-   the first do not count, a multiple of max_T / 2 of them, so that keys and values can be kept. -1 on failure. */
+/* The token after `tokens`: with temperature 0 the likeliest, else one of the top_k likeliest (0: of all) and of
+   the fewest that have a share of top_p together. *rng is the sampler's state. Of more than max_T tokens the
+   first do not count, a multiple of max_T / 2, so that keys and values can be kept. -1 on failure. */
 int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, float top_p,
               uint64_t *rng);
 
@@ -399,8 +399,8 @@ static void gemm_share(const Workspace *ws, size_t *taken, float *c, size_t ldc,
         }
 }
 
-/* gemm of one row, which is a token that is generated: as fast as B can be read, which packing would slow down
-   to 40 %. A column of B in one piece is a dot product; else vectors of c gather rows of B. It fetches ahead,
+/* gemm of one row, which is a token that is generated: as fast as B can be read, which packing would slow to
+   40 %. A column of B in one piece is a dot product; else vectors of c gather rows of B. It fetches ahead,
    since a head's keys and values lie apart: after 900 tokens that saves a sixth of the time of the next. */
 static void gemm_row(const Workspace *ws, float *c, const float *a, Matrix b, size_t N, size_t K,
                      const float *bias, const float *add) {
@@ -633,7 +633,8 @@ static void attention_forward(const Workspace *ws, float *out, const float *qkv,
         for (size_t q = first; q < T; q += QUERIES) {
             const size_t rows = min(QUERIES, T - q);
             attention_scores(&own, own.own, Q, K, q, rows, T, hs, 1 / sqrtf((float)hs));
-            gemm(&own, out + at + (q - first) * C, C, (Matrix){own.own, T, 1}, V, rows, hs, q + rows, NULL, NULL);
+            const Matrix P = {own.own, T, 1};
+            gemm(&own, out + at + (q - first) * C, C, P, V, rows, hs, q + rows, NULL, NULL);
         }
     }
 }
@@ -678,8 +679,8 @@ typedef union {
     float *all[GPT2_TENSORS];
 } Tensors;
 
-/* Layers share the first ones. From residual1 on each has its own to train, from qkv on, which has the keys and
-   values, to generate, and none to evaluate. Outputs of layer norm and GELU are not kept: cheap to remake. */
+/* Layers share the first ones. Each has its own from residual1 on to train, only qkv, with keys and values, to
+   generate, and none to evaluate. Outputs of layer norm and GELU are not kept: cheap to remake. */
 enum { TRAIN = 13, GENERATE = 17, EVALUATE = 18, ACTIVATIONS = 18 };
 typedef union {
     struct {
@@ -1363,8 +1364,8 @@ int gpt2_evaluate(GPT2 *model, GPT2Loader *l, int64_t batches, float *loss) {
     return 0;
 }
 
-/* Scores an example of `size` uint16: 65535, its bytes, its index, the right completion, CHOICES, then length and
-   tokens of the context and of each completion. x has room for 2 CHOICES max_T tokens. Returns 1 if it is none. */
+/* Scores an example of `size` uint16: 65535, its bytes, its index, the right completion, CHOICES, then length
+   and tokens of the context and of each completion; 1 if it is none. x: room for 2 CHOICES max_T tokens. */
 enum { CHOICES = 4 };
 static int choose(GPT2 *model, const uint16_t *e, size_t size, int32_t *x, int64_t right[2]) {
     const size_t max_T = (size_t)gpt2_config(model).max_T, context = e[5];
@@ -1413,8 +1414,8 @@ int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t cou
         failed = failed || wrong || file_read(&in, e + 6, e[1] - 12u);
         if (!failed && i >= first) failed = choose(model, e, e[1] / 2, x, right), wrong = failed > 0;
         if (failed && wrong)
-            gpt2_fail("example %lld of '%s' is not a context and 4 completions of 1 to %d tokens", (wide)i, path,
-                      gpt2_config(model).max_T);
+            gpt2_fail("example %lld of '%s' is not a context and 4 completions of 1 to %d tokens", (wide)i,
+                      path, gpt2_config(model).max_T);
     }
     free(e);
     free(x);
@@ -1469,7 +1470,8 @@ int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, 
         const double highest = weights[top];
         for (size_t i = 0; i < V; i++) weights[i] = (float)exp((weights[i] - highest) / (double)temperature);
         float least = top_k > 0 ? least_weight(weights, V, fmin(top_k, c.V), 0) : 0;
-        if (top_p < 1) least = fmaxf(least, least_weight(weights, V, 1, top_p * mass_from(weights, V, least).sum));
+        const double share = top_p * mass_from(weights, V, least).sum;
+        if (top_p < 1) least = fmaxf(least, least_weight(weights, V, 1, share));
         double draw = mass_from(weights, V, least).sum * uniform_at(0, (*rng)++);
         for (int i = 0; i < c.V && draw >= 0; i++)     /* top: the token in whose share the draw falls */
             if (weights[i] >= least) draw -= weights[i], top = i;
