@@ -17,6 +17,7 @@ import array
 import contextlib
 import ctypes
 import functools
+import gzip
 import hashlib
 import http.server
 import importlib
@@ -37,6 +38,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import xml.etree.ElementTree
@@ -1920,7 +1922,7 @@ def test_a_name_on_the_hub_is_fetched_once(tmp_path, small, monkeypatch):
     monkeypatch.delenv("GPT2_OFFLINE")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        monkeypatch.setenv("GPT2_HUB", f"http://127.0.0.1:{httpd.server_port}")
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{httpd.server_port}")
         for _ in range(2):
             assert as_bytes(tensors(train_gpt2.open_model("gpt2", "cpu"))) == as_bytes(tensors(small))
         httpd.shutdown()
@@ -2551,3 +2553,77 @@ def test_d12_takes_a_step_in_both_front_ends_alike(tmp_path):
     assert before == pytest.approx(math.log(50257), abs=0.4) and after != before
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     assert most < 2.7e9              # parameters, gradients and moments are 2.0e9 bytes
+
+
+# --- The README ---------------------------------------------------------------------------------------------
+# What makes a command short, beside what the README says: by how it begins. The later of two values counts.
+SHORTER = {
+    "python3 train_gpt2.py": "--steps {n} --val-batches 1 --sample-tokens 5 --seq-len 32 --batch-size 2 --val-every 2",
+    "./train_gpt2 -i": "-x {n} -g 5 -m 1", "python3 train_gpt2.py sample": "--tokens 9",
+    "SHARDS=1": "-e d2 -b 1 -t 64 -d 64 -m 1 -g 5 -n 0"}
+ELSEWHERE = ("make test", "python3 dev/data/gpt2_vocab.py")     # in .ci/run; the tests of data sets have fetch.py's
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    """A folder with the project, built, and with the files that the README speaks of."""
+    for name in ("train_gpt2.c", "train_gpt2.py", "Makefile"):
+        shutil.copy(HERE / name, tmp_path)
+    shutil.copytree(HERE / "dev", tmp_path / "dev", ignore=shutil.ignore_patterns("*.txt", "*.safetensors"))
+    for built in (BINARY, LIBRARY):
+        shutil.copyfile(built, tmp_path / built.name)
+        (tmp_path / built.name).chmod(0o755)
+    (tmp_path / "my_book.txt").write_text(TEXT * 20, encoding="utf-8")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(TEXT * 9, encoding="utf-8")
+    stories = "".join(json.dumps({"text": f"Story {i}. " + TEXT[:200]}) + "\n" for i in range(60))
+    (tmp_path / "stories.jsonl.gz").write_bytes(gzip.compress(stories.encode()))
+    data = tmp_path / "dev" / "data"
+    GPT2(GPT2Config(1024, 50257, 1, 1, 16)).save(tmp_path / "small.bin")
+    hub = data / "gpt2"
+    train_gpt2.export_hf(GPT2.load(tmp_path / "small.bin"), None, str(hub), "F32")
+    for split in ("train_000001", "val_000000"):
+        tokens = array.array("H", [i * 7919 % 50257 for i in range(2000)])
+        (data / "fineweb10B").mkdir(exist_ok=True)
+        train_gpt2.write_shard(data / "fineweb10B" / f"fineweb_{split}.bin", tokens)
+    (data / "hellaswag").mkdir()
+    hellaswag_file(data / "hellaswag" / "hellaswag_val.bin", 50257, 3, longest=9)
+    return tmp_path
+
+
+def test_the_commands_of_the_readme(sandbox, monkeypatch):
+    """Each line that the README has people type ends well, in the README's order."""
+    sys.path.insert(0, str(HERE / "dev" / "data"))
+    fetch = importlib.import_module("fetch")
+    try:
+        bpe = bool(train_gpt2.GPT2Tokenizer.bpe())
+    except GPT2Error:
+        bpe = False
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    lines = re.findall(r"^    ((?:make|python3|\./train_gpt2|SHARDS=).*)$", (HERE / "README.md").read_text(), re.M)
+    assert len(lines) > 25
+    for n, line in enumerate(lines, 3):
+        line = line.split("   ")[0]          # a comment behind it
+        first, _, last = line.rpartition(" && ")
+        words = last.split()
+        if line in ELSEWHERE or ("gpt2" in words and not bpe):
+            continue
+        if "dev/data/fetch.py" in words:
+            fetch.make_parser().parse_args(words[2:])
+            continue
+        command_words = ("sample", "eval", "prepare", "plot", "export", "import", "check")
+        key = next((k for k in sorted(SHORTER, key=len, reverse=True) if last.startswith(k)), "")
+        if key == "python3 train_gpt2.py" and words[2:3] and words[2] in (*command_words, "train"):
+            key = ""
+        full = f"{first or 'true'} && {last} {SHORTER.get(key, '').format(n=n)}"
+        done = subprocess.run(full, shell=True, cwd=sandbox, capture_output=True, text=True, timeout=120,
+                              stdin=subprocess.DEVNULL, errors="replace", env={**os.environ, "PATH": path})
+        assert done.returncode == 0, f"{full}\n{done.stdout[-800:]}\n{done.stderr[-800:]}"
+
+
+def test_the_python_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"^    from train_gpt2 import.*?(?=\n\n)", (HERE / "README.md").read_text(), re.M | re.S)[0]
+    x, y = token_rows(2, 64, 256)
+    exec(textwrap.dedent(code), {"x": x, "y": y})
+    assert GPT2.load("model.bin").config.C == 128

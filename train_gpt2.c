@@ -107,9 +107,9 @@ int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t cou
    (constant, decay with the square root in the last fifth), down to final_frac · lr. -1 on failure. */
 float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac);
 
-/* The token after `tokens`: with temperature 0 the likeliest, else one of the top_k likeliest (0: of all) and of
-   the fewest that have a share of top_p together. *rng is the sampler's state. Of more than max_T tokens the
-   first do not count, a multiple of max_T / 2, so that keys and values can be kept. -1 on failure. */
+/* The token after `tokens`: with temperature 0 the likeliest, else one of the top_k likeliest (0: of all) and
+   of the fewest that have a share of top_p together. *rng is the sampler's state. Of more than max_T tokens
+   the first do not count, a multiple of max_T / 2, so that keys and values can be kept. -1 on failure. */
 int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, float top_p,
               uint64_t *rng);
 
@@ -679,8 +679,8 @@ typedef union {
     float *all[GPT2_TENSORS];
 } Tensors;
 
-/* Layers share the first ones. Each has its own from residual1 on to train, only qkv, with keys and values, to
-   generate, and none to evaluate. Outputs of layer norm and GELU are not kept: cheap to remake. */
+/* Layers share the first ones. Each has its own from residual1 on to train, of qkv (keys and values) alone
+   to generate, and none to evaluate. Outputs of layer norm and GELU are not kept: cheap to remake. */
 enum { TRAIN = 13, GENERATE = 17, EVALUATE = 18, ACTIVATIONS = 18 };
 typedef union {
     struct {

@@ -985,9 +985,9 @@ def import_model(path, device):
 
 def find_model(source, lib):
     """The file of a model: the newest checkpoint in a run directory, what a folder of Hugging Face's has, the
-    same for one of HUB_MODELS, downloaded before. The environment's GPT2_HUB names another hub."""
+    same for one of HUB_MODELS, downloaded before. The environment's HF_ENDPOINT names another hub."""
     if source in HUB_MODELS and not os.path.exists(source):
-        url = f"{os.environ.get('GPT2_HUB', 'https://huggingface.co')}/{source}/resolve/main/"
+        url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{source}/resolve/main/"
         source = os.path.join(HERE, "dev", "data", source)
         for name in ("config.json", WEIGHTS):
             if not os.path.exists(os.path.join(source, name)):
@@ -1902,6 +1902,7 @@ def export_command(args):
         tokenizer, note = find_tokenizer(path, model.config.V, lib), ""
     except GPT2Error as error:
         tokenizer, note = None, f", without a tokenizer: {error}"
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     try:
         FORMATS[args.format](model, tokenizer, args.out, args.type.upper())
     except OverflowError:

@@ -10,7 +10,7 @@
 set -eu
 cd "$(dirname "$0")/../.."
 python3 dev/data/fetch.py fineweb --shards "${SHARDS:-103}"
-python3 dev/data/fetch.py hellaswag
+[ -f dev/data/hellaswag/hellaswag_val.bin ] || python3 dev/data/fetch.py hellaswag
 binary=./train_gpt2
 micro_batch=4
 if [ -x ./train_gpt2cu ]; then
