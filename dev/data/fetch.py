@@ -17,12 +17,8 @@ they come as their makers published them. dev/data/README.md says who that is, a
 import argparse
 import array
 import glob
-import itertools
-import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import tempfile
 
@@ -86,34 +82,24 @@ def stories(path):
         yield rest
 
 
-def start_worker(tokenizer):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for the parent, which ends the workers
-    encode_story.tokenizer = train_gpt2.TOKENIZERS[tokenizer]()
-
-
-def encode_story(text):
-    """End-of-text, then the tokens of a story."""
-    tokenizer = encode_story.tokenizer
-    text = text.decode(errors="replace").strip()
-    return array.array("H", [tokenizer.end]) + tokenizer.encode(text) if text else array.array("H")
-
-
-def shard_stories(pool, path, folder, split, size):
+def shard_stories(tokenizer, path, folder, split, size):
     """Writes the stories of a file as shards of `size` tokens. Returns how many tokens they are."""
-    progress, total = train_gpt2.Progress(), os.path.getsize(path)
-    tokens, shards, done = array.array("H"), 0, 0
-    source = stories(path)
-    while batch := list(itertools.islice(source, 20000)):     # of some 16 MB: memory is bounded
-        for part in pool.imap(encode_story, batch, chunksize=200):
-            tokens += part
+    progress = train_gpt2.Progress(os.path.getsize(path) / 1e6, "MB", f"{split}: ")
+
+    def parts():
+        for story in stories(path):
+            progress.advance((len(story) + len(END_OF_STORY)) / 1e6)
+            if story.strip():
+                yield tokenizer.end
+                yield story.strip()
+
+    tokens, shards = array.array("H"), 0
+    for part in train_gpt2.encode_all(tokenizer.encode, parts(), parallel=True):
+        tokens += part
         while len(tokens) >= size:
             train_gpt2.write_shard(os.path.join(folder, f"{split}_{shards:06d}.bin"), tokens[:size])
             shards += 1
             del tokens[:size]
-        done += sum(map(len, batch))
-        if progress.due():
-            left = f"{train_gpt2.clock((total / max(done, 1) - 1) * (progress.shown - progress.begun))} left"
-            progress.show(f"{split}: {done / total:.0%}, {left} | {shards * size + len(tokens):,} tokens")
     if tokens:
         train_gpt2.write_shard(os.path.join(folder, f"{split}_{shards:06d}.bin"), tokens)
     progress.say(f"{split}: {shards * size + len(tokens):,} tokens")
@@ -125,9 +111,8 @@ def tinystories(args):
     texts = [(split, fetch(args, f"TinyStoriesV2-GPT4-{theirs}.txt"))
              for split, theirs in (("val", "valid"), ("train", "train"))]
     with tempfile.TemporaryDirectory(dir=args.out) as folder:     # all shards are there, or those from before
-        with multiprocessing.Pool(initializer=start_worker, initargs=(args.tokenizer,)) as pool:
-            for split, path in texts:
-                shard_stories(pool, path, folder, split, args.shard_tokens)
+        for split, path in texts:
+            shard_stories(tokenizer, path, folder, split, args.shard_tokens)
         for old in glob.glob(os.path.join(glob.escape(args.out), "*_[0-9]*.bin")):
             os.remove(old)
         for new in os.listdir(folder):
