@@ -515,8 +515,10 @@ class Tokenizer:
 
     def encode(self, text):
         """The token ids of a str, as an array of uint16."""
-        raise GPT2Error(f"the tokenizer has {len(self.pieces)} tokens, expected 256 (bytes) or 50257"
-                        " (GPT-2's) for encoding text; leave out the prompt")
+        if text:
+            raise GPT2Error(f"the tokenizer has {len(self.pieces)} tokens, expected 256 (bytes) or 50257"
+                            " (GPT-2's) for encoding text; leave out the prompt")
+        return array.array("H")
 
 
 class ByteTokenizer(Tokenizer):
@@ -641,13 +643,14 @@ def encode_parts(encode, parts):
     return tokens
 
 
-def encode_worker(encode, connection):
-    """What a process does that encodes for encode_all: answers until there is no one to answer."""
+def encode_worker(encode, theirs, ours):
+    """What a process does that encodes for encode_all: answers until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for the main process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    theirs.close()                           # this process's copy, if it is a fork
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            connection.send(encode_parts(encode, connection.recv()))
+            ours.send(encode_parts(encode, ours.recv()))
 
 
 def encode_all(encode, parts, parallel):
@@ -668,7 +671,7 @@ def encode_all(encode, parts, parallel):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for _ in range(2 * cores):
         ours, theirs = multiprocessing.Pipe()
-        multiprocessing.Process(target=encode_worker, args=(encode, theirs), daemon=True).start()
+        multiprocessing.Process(target=encode_worker, args=(encode, ours, theirs), daemon=True).start()
         theirs.close()                       # so that its end is that of the process
         connections.append(ours)
     for connection, batch in zip(itertools.cycle(connections), batches):
@@ -699,6 +702,7 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
     Bytes that are not UTF-8 stay as they are if bytes are tokens; for GPT-2's, each becomes U+FFFD. Until all
     is done, it is in a temporary folder, and what was there before stays. Returns how many tokens are for
     training and for validation."""
+    tokenizer.encode(" ")                    # if that fails, it does so here, and not in a process
     files = find_texts(paths)
     size = sum(os.path.getsize(path) for path in files if path != "-")
     if any(path == "-" or path.endswith(".gz") for path in files):

@@ -4,10 +4,10 @@
     python3 dev/bench/prepare.py corpus.txt --mb 100 --rounds 7
 
 `prepare` is timed as a whole: reading the file, encoding it, writing shards, their sha256 and the manifest.
-encode_batch gets the same text in memory, in pieces of 64 KB to 1 MB (whichever is fastest in a trial), with a
-thread for each core, and only makes its lists of tokens. They take turns, in a process of its own each, so that
-a machine whose speed drifts drifts for both; what is compared is the median of the ratios, of seconds by the
-clock and of processor seconds, which other programs on the machine disturb less.
+encode_batch gets the same text in memory, in pieces of 64 KB to 1 MB (whichever is fastest in a trial), with
+a thread for each core, and only makes its lists of tokens. They take turns, in a process of its own each, so
+that a machine whose speed drifts drifts for both; what is compared is the median of the ratios, of seconds by
+the clock and of processor seconds, which other programs on the machine disturb less.
 
 What it refuses to be: a test. It needs tiktoken with GPT-2's vocabulary (dev/data/gpt2_vocab.py).
 """
@@ -57,7 +57,7 @@ def time_theirs(corpus, piece):
 
 def alone(function, *arguments):
     """What a function returns, called in a process of its own."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -76,7 +76,8 @@ def main():
         mb = os.path.getsize(corpus) / 1e6
         trials = {piece: alone(time_theirs, corpus, piece)[0] for piece in (1 << 16, 1 << 18, 1 << 20)}
         piece = min(trials, key=trials.get)
-        print(f"{mb:.1f} MB, {CORES} cores, encode_batch in pieces of {piece >> 10} KB; seconds, of the processor")
+        print(f"{mb:.1f} MB, {CORES} cores, encode_batch in pieces of {piece >> 10} KB; seconds, by the"
+              " processor")
         rows = []
         for i in range(args.rounds):
             ours, our_cpu, tokens = alone(time_ours, corpus, os.path.join(folder, f"shards{i}"))
