@@ -667,20 +667,28 @@ def encode_all(encode, parts, parallel):
     if not parallel:
         yield from (encode_parts(encode, batch) for batch in batches)
         return
-    connections, busy = [], collections.deque()
+    connections, workers, busy = [], [], collections.deque()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for _ in range(2 * cores):
-        ours, theirs = multiprocessing.Pipe()
-        multiprocessing.Process(target=encode_worker, args=(encode, ours, theirs), daemon=True).start()
-        theirs.close()                       # so that its end is that of the process
-        connections.append(ours)
-    for connection, batch in zip(itertools.cycle(connections), batches):
-        if len(busy) == len(connections):
+    try:
+        for _ in range(2 * cores):
+            ours, theirs = multiprocessing.Pipe()
+            worker = multiprocessing.Process(target=encode_worker, args=(encode, ours, theirs), daemon=True)
+            worker.start()
+            workers.append(worker)
+            theirs.close()                   # so that its end is that of the process
+            connections.append(ours)
+        for connection, batch in zip(itertools.cycle(connections), batches):
+            if len(busy) == len(connections):
+                yield ask(busy.popleft().recv)
+            ask(connection.send, batch)
+            busy.append(connection)
+        while busy:
             yield ask(busy.popleft().recv)
-        ask(connection.send, batch)
-        busy.append(connection)
-    while busy:
-        yield ask(busy.popleft().recv)
+    finally:
+        for connection in connections:
+            connection.close()
+        for worker in workers:               # a signal could come before it is ready for one
+            worker.join()
 
 
 def write_shard(path, tokens):
