@@ -1242,7 +1242,7 @@ def test_flags_for_gpus_get_a_notice(data):
 
 
 def test_the_binary_evaluates_hellaswag(data, tmp_path):
-    told(run(*command("binary", data, "-x 1 -n 0 -h 1"), status=1, cwd=tmp_path), "binary", "hellaswag_val.bin")
+    told(run(*command("binary", data, "-x 1 -n 0 -h 1"), status=2, cwd=tmp_path), "binary", "fetch.py hellaswag")
     folder = tmp_path / "dev" / "data" / "hellaswag"
     folder.mkdir(parents=True)
     model = GPT2.load(data / "model.bin")

@@ -766,9 +766,10 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, int own) {
         m->act_memory = floats(total);
         m->act_count = m->act_memory ? total : 0;
     }
+    if (!m->act_memory) return -1;
     const Activations a = acts(m, 0);
     m->ws.pack_a = a.pack_a, m->ws.pack_b = a.pack_b, m->ws.own = a.own;
-    return m->act_memory ? 0 : -1;
+    return 0;
 }
 
 static size_t mapped_bytes(const GPT2 *m) { return 1024 + m->start[GPT2_TENSORS] * sizeof(float); }
@@ -1696,6 +1697,8 @@ static void parse(int argc, char **argv) {
     const wide BT = whole("-b") * whole("-t");
     if (whole("-d") % BT) die("-d is %s, expected a multiple of -b times -t, %lld", text("-d"), BT);
     if (!*text("-o") && (whole("-n") || whole("-y"))) die("-n and -y need a run directory, -o DIR");
+    if (whole("-h") && access(HELLASWAG, R_OK))
+        die("-h needs " HELLASWAG ", which is not there; fetch it: python3 dev/data/fetch.py hellaswag");
     must(gpt2_lr(text("-k"), 0, 1, 0, 1, 1) >= 0);
     status = 1;
 }
