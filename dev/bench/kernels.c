@@ -4,7 +4,8 @@
      ./kernels [B T]     at other sizes than 4 x 64; the model is GPT-2 124M's shape
 
    What it refuses to be: a test. It includes train_gpt2.c, to call the functions that the library keeps to
-   itself, runs each seven times after one run for nothing, and shows the median. Both ceilings are measured here. */
+   itself, runs each seven times after one run for nothing, and shows the median. Both ceilings are measured
+   here. */
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.c"
 
@@ -27,8 +28,8 @@ static int by_size(const void *a, const void *b) {
     qsort(times + 1, RUNS, sizeof *times, by_size);                                                          \
     median = times[1 + RUNS / 2]
 
-/* A row of the table: the larger of the two bounds is the one that counts. The arithmetic one is measured again
-   for each row, as other people's programs come and go. */
+/* A row of the table: the larger of the two bounds is the one that counts. The arithmetic one is measured
+   again for each row, as other people's programs come and go. */
 static void row(const char *name, double median, double flops, double bytes) {
     flop_ceiling = gpt2_ceiling();
     const double by_flops = flops / flop_ceiling, by_bytes = bytes / byte_ceiling;
@@ -91,7 +92,7 @@ int main(int argc, char **argv) {
     float *w = floats(4 * C), *stats = floats(2 * N);
     const double causal = 2.0 * (double)(B * T) * (double)T * (double)C;     /* 2 products, half of T x T */
     {
-        TIME(attention_forward(&ws, b, a, B, T, C, NH));
+        TIME(attention_forward(&ws, b, a, B, 0, T, C, NH));
         row("attention forward", median, causal, 4 * NC_bytes);
     }
     {
@@ -122,15 +123,24 @@ int main(int argc, char **argv) {
     }
     const GPT2Config config = {.max_T = 1024, .V = 50257, .L = 12, .NH = 12, .C = 768};
     GPT2 *model = gpt2_create(&config);
+    const double elements = (double)model->start[GPT2_TENSORS];
     float zero = 0;
     gpt2_set(model, 0, GPT2_GRAD, 0, 1, &zero);
     {
         TIME(gpt2_set(model, 0, GPT2_GRAD, 0, 1, &zero); gpt2_grad_norm(model));
-        row("gradient norm, 124M", median, 2.0 * (double)model->start[GPT2_TENSORS], 4.0 * (double)model->start[GPT2_TENSORS]);
+        row("gradient norm, 124M", median, 2 * elements, 4 * elements);
     }
     {
         TIME(gpt2_set(model, 0, GPT2_GRAD, 0, 1, &zero); gpt2_update(model, 1e-4, 0.9, 0.95, 1e-8, 0.1, 0));
-        row("AdamW, 124M", median, 14.0 * (double)model->start[GPT2_TENSORS], 28.0 * (double)model->start[GPT2_TENSORS]);
+        row("AdamW, 124M", median, 14 * elements, 28 * elements);
+    }
+    int32_t *tokens = calloc(1024, sizeof *tokens);
+    for (int before = 16; before < 1000; before += 884) {     /* each token but the first is a single row */
+        TIME(gpt2_logits(model, tokens, 1, before + run, 1, logits));
+        const double kept = (double)before * 2 * C * (double)model->L;     /* keys and values */
+        char name[64];
+        snprintf(name, sizeof name, "a token after %d others, 124M", before);
+        row(name, median, 2 * (elements + kept), 4 * (elements + kept));
     }
     return 0;
 }
