@@ -2149,8 +2149,8 @@ def test_prepare_takes_any_mix_of_texts(tmp_path):
 
 
 def test_a_text_gives_the_same_shards_by_any_way(tmp_path):
-    """As it is, as .gz, by stdin; in one process or, being longer than a few MB, in several; also where LONGEST
-    bytes have no space. All of it is there, and nothing else."""
+    """As it is, as .gz, by stdin; in one process or, being longer than a few MB, in several. All of it is
+    there, and nothing else."""
     draw = random.Random(1)
     text = b" ".join(draw.randbytes(draw.choice([1, 5, 50, 90_000])) for _ in range(500))[:7_000_000]
     (tmp_path / "a.txt").write_bytes(text)
@@ -2260,7 +2260,7 @@ def test_the_parts_of_a_text_have_tiktokens_tokens_of_the_whole(monkeypatch, bpe
     draw = random.Random(1)
     bits = [*" \n\t\r'.,!1a", "  ", " \n ", "'s", "'ll", "don't", "word", " word", "Ünï", "漢字", "。", "—", "”",
             "\x1c", "\x85", "\xa0", "\u1680", "\u2003", "\u2028", "\u202f", "\u205f", "\u3000", "\u200b",
-            "\ufeff", "😀", "<|endoftext|>"]
+            "\ufeff", "😀", "<|endoftext|>", " " * 8, "\n\n", " \xa0 \xa0"]
     bits = [bit.encode() for bit in bits] + [b"\xff", b"\xa0", b"\xe3\x80", b"\xc2"]
     monkeypatch.setattr(train_gpt2, "PART", 8)
     count = 0

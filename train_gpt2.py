@@ -569,11 +569,10 @@ LINES = (".jsonl", ".jsonl.gz")              # names of files with a JSON object
 
 # Texts are encoded in parts, which end where GPT-2's pattern for words, numbers and so on begins anew in any
 # case, so that the tokens are those of the whole: before a space or line end that comes after something else.
-# (The lookbehinds: spaces beyond ASCII.) In LONGEST bytes without such a place a part ends after any
-# character; tiktoken itself fails at a million spaces in a row.
+# (Of Unicode's other spaces, only the no-break space is in tokens that go on with one of these.) In LONGEST
+# bytes without such a place a part ends after any character; tiktoken itself fails at a million spaces in a row.
 PART, LONGEST, LONGEST_LINE = 1 << 14, 400_000, 1 << 26     # bytes
-BOUNDARY = re.compile(rb".*[!-~\x80-\xbf](?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2[\x80\x81].)"
-                      rb"(?<!\xe3\x80\x80)(?=[ \t\r\n])", re.DOTALL)
+BOUNDARY = re.compile(rb".*[!-~\x80-\xbf](?<!\xc2\xa0)(?=[ \t\r\n])", re.DOTALL)
 CHARACTER = re.compile(rb".+(?=[^\x80-\xbf])|.+", re.DOTALL)
 
 
@@ -648,7 +647,7 @@ def encode_worker(encode, theirs, ours):
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for the main process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     theirs.close()                           # this process's copy, if it is a fork
-    with contextlib.suppress(EOFError, ConnectionError):
+    with contextlib.suppress(EOFError, OSError):
         while True:
             ours.send(encode_parts(encode, ours.recv()))
 
@@ -693,11 +692,8 @@ def encode_all(encode, parts, parallel):
 
 def write_shard(path, tokens):
     """Writes tokens, uint16 in an array or a memoryview, as a shard. Returns what the manifest says of it."""
-    first = header(MAGIC_SHARD, 1, len(tokens))
-    replace_file(path, first, tokens)
-    sha256 = hashlib.sha256(first)
-    sha256.update(tokens)
-    return {"name": os.path.basename(path), "tokens": len(tokens), "sha256": sha256.hexdigest()}
+    replace_file(path, header(MAGIC_SHARD, 1, len(tokens)), tokens)
+    return {"name": os.path.basename(path), "tokens": len(tokens), "sha256": file_sha256(path)}
 
 
 def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000, jsonl=False):
