@@ -7,7 +7,7 @@
     python3 train_gpt2.py sample --prompt "ROMEO:"       writes text with the newest run's model
     python3 train_gpt2.py prepare texts/ --out shards    turns texts into token shards
     python3 train_gpt2.py plot runs/1 runs/2             draws their curves into loss.svg
-    python3 train_gpt2.py export --out hf                writes its model as transformers loads it
+    python3 train_gpt2.py export --out hf                writes the newest run's model for transformers
     python3 train_gpt2.py check tiny_reference.bin       holds logits, loss and gradients against a reference
     python3 train_gpt2.py train --help                   lists every setting of a run
 
@@ -300,11 +300,9 @@ class GPT2:
         self.num_parameters = lib.gpt2_parameters(ctypes.byref(self.config))
         self.shapes = tensor_shapes(self.config, lib)
 
-    def forward(self, x, y=None, train=True, scale=1.0):
+    def forward(self, x, y, train=True, scale=1.0):
         """Mean cross-entropy, in nats per token, of predicting y (B,T) from x (B,T). With train, backward()
-        has to follow, and adds the gradient of scale * loss. Without y: the logits of x."""
-        if y is None:
-            return self.logits(x)
+        has to follow, and adds the gradient of scale * loss."""
         x, *shape = token_rows(x)
         y, *shape_y = token_rows(y)
         if shape != shape_y:
@@ -807,8 +805,7 @@ def receive(url, part, size, timeout, progress):
     have = os.path.getsize(part) if tag and os.path.exists(part) else 0
     headers = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
     request = urllib.request.Request(url, headers={"User-Agent": "train_gpt2.py", **headers})
-    opener = urllib.request.build_opener(Redirects)     # with the environment's proxies
-    with opener.open(request, timeout=timeout) as answer:
+    with urllib.request.build_opener(Redirects).open(request, timeout=timeout) as answer:
         version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"] or "")
         length = int(span[2]) if span else size if answer.length is None else answer.length
@@ -1160,9 +1157,9 @@ def find_model(source, lib):
                 download(url + name, os.path.join(source, name))
     if not os.path.isdir(source):
         return source
-    checkpoint = f"model_{lib.gpt2_newest(source):08d}.bin"
-    for name in (checkpoint, WEIGHTS, WEIGHTS + ".index.json", "pytorch_model.bin"):
-        path = os.path.join(source, name)
+    theirs = WEIGHTS, WEIGHTS + ".index.json", "pytorch_model.bin"
+    ours = model_path(source, lib.gpt2_newest(source))
+    for path in (ours, *(os.path.join(source, name) for name in theirs)):
         if os.path.exists(path):
             return path
     raise GPT2Error(f"{source} has neither a checkpoint nor {WEIGHTS}; name what has one, or a model file")
@@ -1481,50 +1478,25 @@ def draw_curves(runs, path):
 # ============================================================================================================
 # 6. Training
 # ============================================================================================================
-class Live(Progress):
-    """The line that says how a training goes."""
-
-    def __init__(self, steps, tokens_per_step, peak):
-        super().__init__()
-        self.steps = steps
-        self.tokens_per_step = tokens_per_step
-        self.peak = peak                     # tokens/s if the machine did nothing but multiply and add
-        self.recent = collections.deque(maxlen=50)     # seconds of the last steps
-
-    def step(self, done, loss, lr, norm, seconds):
-        """Shows the step just made, if it is time to, and after two how long all will take."""
-        self.recent.append(seconds)
-        if len(self.recent) == 2 and done < self.steps:
-            self.say(f"time:   about {clock((self.steps - done) * sum(self.recent) / 2)} for the other"
-                     f" {self.steps - done:,} steps, by these two")
-        if not (self.due() or len(self.recent) == 1 or done == self.steps):
-            return
-        seconds = sum(self.recent) / len(self.recent)
-        rate = self.tokens_per_step / seconds
-        left = clock((self.steps - done) * seconds)
-        spent = clock(time.perf_counter() - self.begun)
-        self.show(f"step {done:{len(str(self.steps))}}/{self.steps} | {spent}, {left} left"
-                  f" | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
-                  f" | {rate:,.0f} tok/s | {100 * rate / self.peak:.0f}% of peak")
-
-
 class Run:
     """A run directory, and what a run has to remember. `stop` turns true with the first Ctrl-C or SIGTERM,
     and the training loop then saves and returns."""
 
-    def __init__(self, folder, lib, settings, tokenizer, live):
+    def __init__(self, folder, lib, settings, tokenizer, peak):
         self.folder = folder
         self.lib = lib
         self.settings = settings
         self.tokenizer = tokenizer
-        self.live = live
+        self.peak = peak                     # tokens/s if the machine did nothing but multiply and add
+        self.live = Progress()
+        self.recent = collections.deque(maxlen=50)     # seconds of the last steps
         self.progress = GPT2Progress(rng=settings.seed)
         self.stop = False
         self.saved = None                    # the last model file
         self.best_file = os.path.join(folder, "best.bin")     # the model of the lowest validation loss:
         self.best = None                     # its step and loss
         self.waited = 0                      # validations since then
-        self.drawn, self.drawing = time.perf_counter(), 0.0     # when the curves were, and how long it took
+        self.draw_at = time.perf_counter() + 10
 
     def watch_signals(self):
         def stop(number, frame):
@@ -1548,25 +1520,35 @@ class Run:
         curves = read_curves(self.folder)
         if curves:
             draw_curves({self.folder: curves}, os.path.join(self.folder, "loss.svg"))
-        self.drawn = time.perf_counter()
-        self.drawing = self.drawn - begun
+        now = time.perf_counter()
+        self.draw_at = now + max(10, 100 * (now - begun))     # again in so long, for 1 % of the time
 
     def trained(self, step, loss, lr, norm, seconds):
-        """Notes a training step."""
-        self.progress.step = step + 1
+        """Notes a training step. Shows it, if it is time to, and after two how long all will take."""
+        done, s, live = step + 1, self.settings, self.live
+        self.progress.step = done
         self.lib.gpt2_zscore(ctypes.byref(self.progress), 0, loss)
         self.lib.gpt2_zscore(ctypes.byref(self.progress), 1, norm)
         self.log(f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}", step=step, loss=loss, lr=lr,
                  norm=norm, seconds=seconds)
-        self.live.step(step + 1, loss, lr, norm, seconds)
-        if time.perf_counter() - self.drawn > max(10, 100 * self.drawing):     # in 1 % of the time
+        self.recent.append(seconds)
+        mean = sum(self.recent) / len(self.recent)
+        left = clock((s.steps - done) * mean)
+        if len(self.recent) == 2 and done < s.steps:
+            live.say(f"time:   about {left} for the other {s.steps - done:,} steps, by these two")
+        if live.due() or len(self.recent) == 1 or done == s.steps:
+            rate, spent = s.total_batch_size / mean, clock(time.perf_counter() - live.begun)
+            live.show(f"step {done:{len(str(s.steps))}}/{s.steps} | {spent}, {left} left | loss {loss:.4f}"
+                      f" | lr {lr:.2e} | norm {norm:.2f} | {rate:,.0f} tok/s"
+                      f" | {100 * rate / self.peak:.0f}% of peak")
+        if time.perf_counter() > self.draw_at:
             self.draw()
 
     def validated(self, step, loss, model):
         """Notes a validation loss, and keeps the model if there was no better one until this step."""
         self.log(f"s:{step} tel:{loss:.4f}", step=step, val_loss=loss)
-        losses = read_curves(os.path.join(self.folder, METRICS)).get("val_loss", [])
-        losses = [point for point in losses if point[0] <= step]
+        curves = read_curves(os.path.join(self.folder, METRICS))
+        losses = [point for point in curves.get("val_loss", ()) if point[0] <= step]
         self.best = min(losses, key=lambda point: point[1], default=None)
         self.waited = sum(at > self.best[0] for at, _ in losses)
         if self.waited == 0:
@@ -1577,9 +1559,8 @@ class Run:
         """Shows what the model writes by now. The sampler's state goes on, and into the checkpoints."""
         rng = ctypes.c_uint64.from_buffer(self.progress, GPT2Progress.rng.offset)
         self.live.say(f"step {self.progress.step}: a sample\n")
-        start = self.tokenizer.start if self.tokenizer else model.config.V - 1
-        tokens = model.generate([start], self.settings.sample_tokens, temperature=0.8, rng=rng)
-        for text in self.tokenizer.stream(tokens) if self.tokenizer else (f"{token} " for token in tokens):
+        tokens = model.generate([self.tokenizer.start], self.settings.sample_tokens, 0.8, rng=rng)
+        for text in self.tokenizer.stream(tokens):
             self.live.say(text, end="")
             if self.stop:
                 break
@@ -1594,39 +1575,6 @@ class Run:
                                  s.checkpoint_every, s.keep, 0)
         self.saved = path
         self.live.say(f"step {self.progress.step}: saved {path}")
-
-
-def write_sample(model, tokenizer, context, args, seed):
-    """Prints the continuation of the token ids in `context` as it comes, and adds it to them. It ends after
-    args.tokens, at end-of-text, or before the text args.stop. Then a line on stderr says how fast it was."""
-    times = [time.perf_counter()]
-    begin, held = len(context), ""           # held back: what may be the beginning of args.stop
-
-    def tokens():
-        for token in model.generate(context, args.tokens, args.temperature, args.top_k, args.top_p, seed):
-            times.append(time.perf_counter())
-            if token == tokenizer.end:
-                break
-            context.append(token)
-            yield token
-
-    for piece in tokenizer.stream(tokens()):
-        held += piece
-        if args.stop and args.stop in held:
-            held = held.split(args.stop)[0]
-            break
-        free = max(len(held) - len(args.stop or "x") + 1, 0)
-        print(end=held[:free], flush=True)
-        held = held[free:]
-    print(held)
-    if len(times) > 2:
-        rate = (len(times) - 2) / (times[-1] - times[1])
-        print(f"({begin} tokens read in {times[1] - times[0]:.2f} s, then {rate:.1f} tokens/s)",
-              file=sys.stderr)
-    max_T = model.config.max_T
-    if len(context) > max_T:
-        print(f"(past the model's context of {max_T} tokens, the last {max_T // 2} or more counted)",
-              file=sys.stderr)
 
 
 def train(model, train_loader, val_loader, settings, run):
@@ -1825,7 +1773,8 @@ def train_command(args):
 
     os.makedirs(folder, exist_ok=True)
     peak = lib.gpt2_ceiling() / lib.gpt2_flops_per_token(ctypes.byref(config), T)
-    run = Run(folder, lib, s, tokenizer, Live(s.steps, s.total_batch_size, peak))
+    ids = Tokenizer([b"%d " % token for token in range(V)], end=V - 1)
+    run = Run(folder, lib, s, tokenizer or ids, peak)
     if step is None:
         replace_file(os.path.join(folder, "main.log"))
         replace_file(os.path.join(folder, METRICS))
@@ -1884,6 +1833,39 @@ def sample_command(args):
     for seed in range(args.seed, args.seed + args.num_samples):
         print("---\n" if seed > args.seed else "", end=prompt)
         write_sample(model, tokenizer, context[:], args, seed)
+
+
+def write_sample(model, tokenizer, context, args, seed):
+    """Prints the continuation of the token ids in `context` as it comes, and adds it to them. It ends after
+    args.tokens, at end-of-text, or before the text args.stop. Then a line on stderr says how fast it was."""
+    times = [time.perf_counter()]
+    begin, held = len(context), ""           # held back: what may be the beginning of args.stop
+
+    def tokens():
+        for token in model.generate(context, args.tokens, args.temperature, args.top_k, args.top_p, seed):
+            times.append(time.perf_counter())
+            if token == tokenizer.end:
+                break
+            context.append(token)
+            yield token
+
+    for piece in tokenizer.stream(tokens()):
+        held += piece
+        if args.stop and args.stop in held:
+            held = held.split(args.stop)[0]
+            break
+        free = max(len(held) - len(args.stop or "x") + 1, 0)
+        print(end=held[:free], flush=True)
+        held = held[free:]
+    print(held)
+    if len(times) > 2:
+        rate = (len(times) - 2) / (times[-1] - times[1])
+        print(f"({begin} tokens read in {times[1] - times[0]:.2f} s, then {rate:.1f} tokens/s)",
+              file=sys.stderr)
+    max_T = model.config.max_T
+    if len(context) > max_T:
+        print(f"(past the model's context of {max_T} tokens, the last {max_T // 2} or more counted)",
+              file=sys.stderr)
 
 
 def converse(model, tokenizer, context, args):
@@ -2028,14 +2010,12 @@ def check_command(args):
 def number(kind, least, most=math.inf):
     """A type for argparse: an int or a float from least to most."""
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or value == math.inf:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {least} to {most}")
-        return value
+            if least <= value <= most and value != math.inf:
+                return value
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {least} to {most}")
 
     return parse
 
@@ -2064,7 +2044,8 @@ SETTINGS = {
         ("heads", 3, COUNT, "attention heads in a block"),
         ("channels", 96, COUNT, "width, a multiple of the heads"),
         ("context", 64, COUNT, "positions, at least --seq-len"),
-        ("init", "scratch", str, "scratch, or what to go on from: a run, a model, gpt2; other defaults"),
+        ("init", "scratch", str,
+         "scratch, or what to go on from: a run, a model, gpt2; most defaults change"),
     ],
     "the training": [
         ("batch-size", 8, COUNT, "rows in a batch, B"),
@@ -2094,7 +2075,7 @@ SHAPE = {"layers": "L", "heads": "NH", "channels": "C", "context": "max_T"}
 
 # What runs each command, what it does, its operands (name, how many, how it is shown, what it is), its flags.
 DEVICE = ("device", "auto", ("auto", "cpu", "cuda"), "where to compute; auto is a GPU, if built for one")
-MODEL = ("model", "?", "RUN|MODEL", "what train --init takes (newest runs/N)")
+MODEL = ("model", "?", "RUN|MODEL", "directory or file, as --init of train takes it (newest runs/N)")
 COMMANDS = {
     "train": (train_command, "train a model (the default command)", [], [
         DEVICE,
