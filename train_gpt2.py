@@ -1203,7 +1203,8 @@ def find_tokenizer(model, *shards):
     found = filter(None, (tokenizer_beside(file, model.lib) for file in (*shards, model.file)))
     tokenizer = next(found, None) or (known[V]() if V in known else None)
     if not tokenizer or len(tokenizer.pieces) != V:
-        raise GPT2Error(f"{model.file} has {V} tokens, expected a {TABLE} of so many beside it")
+        raise GPT2Error(f"{model.file} has {V} tokens, expected a {TABLE} of so many beside"
+                        f" {' or '.join(('it', *shards))}")
     return tokenizer
 
 
