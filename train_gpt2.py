@@ -1906,6 +1906,9 @@ def eval_text(model, folder, args):
     if pattern is None:
         prepare([args.data], folder, find_tokenizer(model), val_fraction=0)
         pattern = os.path.join(folder, "train_*.bin")
+    elif os.path.isdir(args.data):
+        train_glob, val_glob = shard_globs(pattern)
+        pattern = val_glob or train_glob
     tokenizer = find_tokenizer(model, *glob.glob(pattern)[:1])
     V, context = model.config.V, model.config.max_T
     sizes = [len(piece) for piece in tokenizer.pieces]
@@ -2095,7 +2098,8 @@ COMMANDS = {
         ("stop", None, "TEXT", "end a text before this comes")]),
     "eval": (eval_command, "loss, perplexity and bits per byte of a text; HellaSwag", [MODEL], [
         DEVICE,
-        ("data", None, str, "text file, folder of them, or quoted glob of .bin shards"),
+        ("data", None, str, "text file, folder of .txt, folder (its validation shards) or quoted glob of"
+         " .bin shards"),
         ("seq-len", None, COUNT, "tokens in a row (the model's context)"),
         ("hellaswag", None, str, "its .jsonl file, or a .bin made of it"),
         ("examples", 2**31 - 1, COUNT, "of HellaSwag, so many at most")]),
