@@ -556,7 +556,8 @@ LINES = (".jsonl", ".jsonl.gz")              # names of files with a JSON object
 # Texts are encoded in parts, which end where GPT-2's pattern for words, numbers and so on begins anew in any
 # case, so that the tokens are those of the whole: before a space or line end that comes after something else.
 # (Of Unicode's other spaces, only the no-break space is in tokens that go on with one of these.) In LONGEST
-# bytes without such a place a part ends after any character; tiktoken itself fails at a million spaces in a row.
+# bytes without such a place a part ends after any character; tiktoken itself fails at a million spaces in a
+# row.
 PART, LONGEST, LONGEST_LINE = 1 << 14, 400_000, 1 << 26     # bytes
 BOUNDARY = re.compile(rb".*[!-~\x80-\xbf](?<!\xc2\xa0)(?=[ \t\r\n])", re.DOTALL)
 CHARACTER = re.compile(rb".+(?=[^\x80-\xbf])|.+", re.DOTALL)
