@@ -1292,6 +1292,17 @@ def test_a_run_directory_has_all_of_a_run(trained):
     assert [words for words in said if words not in shown] == []
 
 
+def test_a_new_run_makes_its_tokens_anew(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name * 900)
+    driver("prepare", "a.txt", "--out", "run/tokens", cwd=tmp_path)     # of an attempt that failed
+    driver("--data", "b.txt", "--out", "run", *SMALL, cwd=tmp_path)
+    assert set(tokens_of(tmp_path / "run" / "tokens" / "train_000000.bin")) == {ord("b")}
+    made = (tmp_path / "run" / "tokens" / "manifest.json").stat().st_mtime_ns
+    driver("--resume", "--out", "run", "--steps", 4, cwd=tmp_path)
+    assert (tmp_path / "run" / "tokens" / "manifest.json").stat().st_mtime_ns == made
+
+
 def test_sample_writes_text(trained):
     _, folder = trained
     first, again, other, coldest = (
