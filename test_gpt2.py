@@ -1450,7 +1450,7 @@ def test_eval_counts_hellaswag(byte_model, tmp_path):
             assert f"{right / count:.4f} right, {by_length / count:.4f} by the mean" in shown
             assert f"of {count} examples" in shown
     (tmp_path / "h.jsonl").write_text('{"ctx": "a", "endings": ["b"]}\n')
-    told(driver("eval", path, "--hellaswag", tmp_path / "h.jsonl", status=1), "driver", "line 1")
+    told(driver("eval", path, "--hellaswag", tmp_path / "h.jsonl", status=1), "driver", "h.jsonl: line 1")
 
 
 # --- Seeing a run -------------------------------------------------------------------------------------------

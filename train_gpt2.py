@@ -736,12 +736,12 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
     return cut, total - cut
 
 
-def write_choices(path, lines, encode):
-    """Writes lines of HellaSwag's .jsonl as a multiple-choice file, as karpathy/llm.c has it: for each
+def write_choices(path, source, encode):
+    """Writes a .jsonl file of HellaSwag's as a multiple-choice file, as karpathy/llm.c has it: for each
     example uint16 65535, its bytes, its number, the right ending, how many there are, and the number and the
     tokens of the context and of each ending, which follows a space. Returns how many examples there are."""
     examples = []
-    for line in lines:
+    for line in read_file(source).splitlines():
         try:
             example = json.loads(line)
             texts = [encode(text) for text in (example["ctx"], *(" " + end for end in example["endings"]))]
@@ -750,7 +750,8 @@ def write_choices(path, lines, encode):
                 numbers.extend([len(tokens), *tokens])
             numbers[1] = 2 * len(numbers)    # how far it is to the next example, in bytes
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise GPT2Error(f"line {len(examples) + 1} is no example of HellaSwag's ({error!r})") from None
+            raise GPT2Error(f"{source}: line {len(examples) + 1} is no example of HellaSwag's"
+                            f" ({error!r})") from None
         examples.append(numbers)
     longest = 2 * max(map(len, examples), default=0)
     replace_file(path, header(MAGIC_CHOICES, 1, len(examples), longest), *examples)
@@ -1936,7 +1937,7 @@ def eval_hellaswag(model, folder, args):
     file = args.hellaswag
     if not file.endswith(".bin"):
         file = os.path.join(folder, "choices.bin")
-        write_choices(file, read_file(args.hellaswag).splitlines(), find_tokenizer(model).encode)
+        write_choices(file, args.hellaswag, find_tokenizer(model).encode)
     examples = min(args.examples, model.hellaswag(file, 0, 0)[2])
     if examples == 0:
         raise GPT2Error(f"{args.hellaswag} has no examples")

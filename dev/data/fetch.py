@@ -159,11 +159,7 @@ def hellaswag(args):
     encode = train_gpt2.GPT2Tokenizer.bpe().encode_ordinary
     source = fetch(args, "hellaswag_val.jsonl")
     path = os.path.join(args.out, "hellaswag_val.bin")
-    try:
-        count = train_gpt2.write_choices(path, train_gpt2.read_file(source).splitlines(), encode)
-    except GPT2Error as error:
-        raise GPT2Error(f"{source}: {error}") from None
-    print(f"{path}: {count:,} examples")
+    print(f"{path}: {train_gpt2.write_choices(path, source, encode):,} examples")
 
 
 # --- The command line ---------------------------------------------------------------------------------------
