@@ -1,6 +1,7 @@
 # make            ./train_gpt2 and libgpt2.so, for this machine's processor
 # make test       sets up .venv with what the tests need, then runs them
 # make bench      times a training step, side by side with PyTorch where that is installed
+# make fuzz       hands damaged files to every reader, for FUZZ_SECONDS=60 in all; needs clang (FUZZ_CC=clang-14)
 # make clean      removes what was built (not your runs, not the data)
 #
 #   CC=clang            another compiler
@@ -38,7 +39,7 @@ else
 CFLAGS += -Wno-unknown-pragmas
 endif
 
-.PHONY: all test bench clean
+.PHONY: all test bench fuzz clean
 all: $(BUILD)/train_gpt2 $(BUILD)/libgpt2.so
 
 $(BUILD)/train_gpt2: train_gpt2.c Makefile
@@ -62,6 +63,32 @@ bench: all
 	$(CC) $(CFLAGS) -o build/kernels dev/bench/kernels.c -lm
 	$(PYTHON) dev/bench/bench.py --torch $(TORCH)
 	build/kernels
+
+# libFuzzer is clang's, whatever compiler the rest has. What it found stays in build/fuzz: inputs that reached
+# something new in corpus/, and one that broke something as READER-crash-..., READER-timeout-... and so on.
+FUZZ_CC ?= clang
+FUZZ_SECONDS ?= 60
+FUZZ_READERS ?= model state shards tokenizer hellaswag reference strings
+FUZZ_LIMITS = -timeout=1 -malloc_limit_mb=16 -rss_limit_mb=512 -max_len=8192
+FUZZ_FLAGS = -g -O2 -std=gnu11 -march=$(MARCH) -fno-math-errno $(WARNINGS) -Wno-unknown-pragmas \
+	-fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -fno-sanitize-coverage=trace-cmp
+
+build/fuzz/readers: dev/fuzz/readers.c train_gpt2.c Makefile
+	mkdir -p build/fuzz
+	@printf '%s\n' 'int LLVMFuzzerTestOneInput(const char *p, unsigned long n) { return p && n > 9; }' | \
+		$(FUZZ_CC) -fsanitize=fuzzer,address -x c - -o build/fuzz/try 2>/dev/null || { echo "make fuzz needs a clang \
+	with libFuzzer, and $(FUZZ_CC) is none (on Debian: apt install clang libclang-rt-14-dev)"; exit 1; }
+	$(FUZZ_CC) $(FUZZ_FLAGS) -o $@ dev/fuzz/readers.c -lm
+
+fuzz: build/fuzz/readers all
+	GPT2_LIBRARY=$(abspath $(BUILD))/libgpt2.so $(PYTHON) dev/fuzz/seeds.py build/fuzz/seeds
+	@for reader in $(FUZZ_READERS); do \
+		mkdir -p build/fuzz/corpus/$$reader; \
+		build/fuzz/readers -max_total_time=$$(($(FUZZ_SECONDS) / $(words $(FUZZ_READERS)))) $(FUZZ_LIMITS) \
+			-artifact_prefix=build/fuzz/$$reader- build/fuzz/corpus/$$reader build/fuzz/seeds/$$reader \
+			>build/fuzz/$$reader.log 2>&1 || { tail -n 40 build/fuzz/$$reader.log; exit 1; }; \
+		tail -n 1 build/fuzz/$$reader.log; \
+	done
 
 clean:
 	rm -f train_gpt2 libgpt2.so train_gpt2cu libgpt2cu.so

@@ -16,6 +16,7 @@ Python itself is not built with sanitizers, so a SANITIZE=1 build needs these in
 import array
 import contextlib
 import ctypes
+import errno
 import functools
 import gzip
 import hashlib
@@ -885,7 +886,9 @@ def test_a_damaged_hellaswag_file_is_refused(tmp_path):
         with refused(path):
             model.hellaswag(path, 0, 3)
     hellaswag_file(path, 99, 3, longest=9)
-    with refused("expected 0 to 40"):
+    first, second = example(0, 0, [1], [[2]] * 4), example(1, 0, [1, 2], [[3, 41]] * 4)
+    path.write_bytes(header(20240522, 1, 2) + first + second)
+    with refused(f"byte {1024 + len(first) + 2 * 10} of '{path}' is 41, expected 0 to 40"):
         model.hellaswag(path, 0, 3)
 
 
@@ -932,19 +935,29 @@ def good_files(tmp_path_factory):
     progress = ctypes.byref(GPT2Progress())
     LIB.gpt2_checkpoint(str(folder), model.handle, None, progress, 0, 0, 0)
     (folder / "tokenizer.bin").write_bytes(header(20240328, 2, 3, 0) + b"\1a\0\2bc")
+    hellaswag_file(folder / "hellaswag.bin", 5, 2, longest=5)
+    reference = struct.pack("<4i", 0, 4, 1, 2) + bytes(4 * (2 * 5 + 1)) + as_bytes(tensors(model))
+    (folder / "reference.bin").write_bytes(header(20240327, 2, 1, 2) + reference)
+    rows = (train_gpt2.GPT2Diff * 18)()
     return {"shard": (folder / "train_000.bin", lambda path: Loader(path, 1, 4, 100)),
             "model": (folder / "model_00000000.bin", GPT2.load),
             "state": (folder / "state_00000000_00000.bin",
                       lambda path: LIB.gpt2_restore(os.path.dirname(path), 0, model.handle, None, progress)),
-            "tokenizer": (folder / "tokenizer.bin", lambda path: train_gpt2.Tokenizer.load(path, LIB))}
+            "tokenizer": (folder / "tokenizer.bin", lambda path: train_gpt2.Tokenizer.load(path, LIB)),
+            "hellaswag": (folder / "hellaswag.bin", lambda path: model.hellaswag(path, 0, 99)),
+            "reference": (folder / "reference.bin",
+                          lambda path: LIB.gpt2_check(model.handle, path, 1e-5, rows))}
 
 
-@pytest.mark.parametrize("kind", ["shard", "model", "state", "tokenizer"])
+each_kind = pytest.mark.parametrize("kind", ["shard", "model", "state", "tokenizer", "hellaswag", "reference"])
+
+
+@each_kind
 @pytest.mark.parametrize("damage", [
     lambda good: damaged(good, 0, 7), lambda good: damaged(good, 1, 9), lambda good: damaged(good, 2, -1),
     lambda good: damaged(good, 2, 2**31 - 1), lambda good: damaged(good, 2, 0), lambda good: good[:-1],
-    lambda good: good[:1023], lambda good: good[:1026], lambda good: b""],
-    ids=["magic", "version", "negative", "huge", "zero", "cut", "header", "half", "empty"])
+    lambda good: good[:1023], lambda good: good[:1026], lambda good: b"", lambda good: good + b"\0"],
+    ids=["magic", "version", "negative", "huge", "zero", "cut", "header", "half", "empty", "longer"])
 def test_a_damaged_file_is_refused_by_its_name(good_files, tmp_path, kind, damage):
     good, opens = good_files[kind]
     opens(str(good))
@@ -952,6 +965,80 @@ def test_a_damaged_file_is_refused_by_its_name(good_files, tmp_path, kind, damag
     bad.write_bytes(damage(good.read_bytes()))
     with refused(bad):
         opens(str(bad))
+
+
+def make_unreadable(path):
+    path.write_bytes(b"")
+    path.chmod(0)
+
+
+@each_kind
+@pytest.mark.parametrize("make, words", [
+    (pathlib.Path.mkdir, "not a regular file"), (os.mkfifo, "not a regular file"),
+    (lambda path: path.symlink_to(path), os.strerror(errno.ELOOP)),
+    (lambda path: path.symlink_to("none"), os.strerror(errno.ENOENT)),
+    (make_unreadable, os.strerror(errno.EACCES))], ids=["folder", "fifo", "loop", "dangling", "unreadable"])
+def test_what_is_no_file_is_refused(good_files, tmp_path, kind, make, words):
+    good, opens = good_files[kind]
+    make(tmp_path / good.name)
+    root = os.geteuid() == 0 and make == make_unreadable
+    if root:                             # who may read everything
+        os.seteuid(65534)
+    try:
+        with refused(tmp_path / good.name, words if kind != "shard" else ""):     # glob may not find it
+            opens(str(tmp_path / good.name))
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_state_that_counts_wrongly_is_refused(good_files, tmp_path):
+    good, opens = good_files["state"]
+    path = tmp_path / good.name
+    for word in (0, 2, 3, 266):          # step, values in the windows, updates
+        for value in (-1, -2**63, 2**62, 2**63 - 1):
+            contents = bytearray(good.read_bytes())
+            struct.pack_into("<q", contents, 1024 + 8 * word, value)
+            path.write_bytes(contents)
+            with refused(path, value):
+                opens(str(path))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loader_goes_on_from_any_position(tmp_path, shuffle):
+    model, progress = GPT2(GPT2Config(4, 40, 1, 1, 1)), ctypes.byref(GPT2Progress())
+    with Loader(shards(tmp_path, range(40), range(20)), 2, 3, 40, shuffle) as loader:
+        LIB.gpt2_checkpoint(str(tmp_path), model.handle, loader.handle, progress, 0, 0, 0)
+        state = tmp_path / "state_00000000_00000.bin"
+        contents = bytearray(state.read_bytes())
+        for position in itertools.product((0, 5, 2**63, 2**64 - 1), repeat=3):     # epoch, shard, row
+            struct.pack_into("<3Q", contents, 1024 + 2080, *position)
+            state.write_bytes(contents)
+            LIB.gpt2_restore(str(tmp_path), 0, model.handle, loader.handle, progress)
+            x, y = loader.next()
+            assert [row[1:] for row in x] == [row[:2] for row in y]
+
+
+def test_a_reference_that_does_not_fit_is_refused(good_files, tmp_path):
+    good, opens = good_files["reference"]
+    path, contents = tmp_path / "reference.bin", good.read_bytes()
+    for B, T in ((2**31 - 1, 2**31 - 1), (-1, -1), (0, 0), (2**30, 4), (-2**31, -2**31)):
+        path.write_bytes(damaged(damaged(contents, 2, B), 3, T))
+        with refused(path, f"B {B}, T {T}"):
+            opens(str(path))
+    path.write_bytes(header(20240327, 2, 1, 8) + contents[1024:] + bytes(4 * 6 * 7))
+    with refused(path, "B 1, T 8"):      # a model of 7 positions
+        opens(str(path))
+    for at, token in ((0, -1), (1, 5), (2, 2**31 - 1), (3, -2**31)):
+        path.write_bytes(damaged(contents, 256 + at, token))
+        with refused(f"token {at} of", path, f"is {token}, expected 0 to 4"):
+            opens(str(path))
+
+
+@pytest.mark.parametrize("end", [-1, -2, -2**31, 3, 2**31 - 1])
+def test_a_table_may_have_no_token_that_ends_a_text(tmp_path, end):
+    (tmp_path / "tokenizer.bin").write_bytes(header(20240328, 2, 3, end) + b"\1a\0\2bc")
+    assert train_gpt2.Tokenizer.load(tmp_path / "tokenizer.bin", LIB).end == -1
 
 
 def test_initial_values_are_gpt2s():

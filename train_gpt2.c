@@ -1169,8 +1169,9 @@ static int file_read(File *in, void *out, size_t bytes) {
    float: to the nearest, ties to even; NaN stays NaN. */
 static int tensors_copy(GPT2 *model, int kind, File *file, int bf16, int writing) {
     const GPT2Config c = gpt2_config(model);
-    uint32_t *bits = memory(PIECE_SIZE * (sizeof *bits + sizeof(uint16_t)));     /* of floats, then halves */
-    uint16_t *halves = (uint16_t *)(bits + PIECE_SIZE);
+    const size_t most = min(PIECE_SIZE, (size_t)tensors_size(&c));
+    uint32_t *bits = memory(most * (sizeof *bits + sizeof(uint16_t)));     /* of floats, then halves */
+    uint16_t *halves = (uint16_t *)(bits + most);
     void *data = bf16 ? (void *)halves : bits;
     int failed = !bits;
     for (Piece p = {0}; !failed && piece_next(&c, &p);) {
@@ -1332,7 +1333,7 @@ const int32_t *gpt2_loader_next(GPT2Loader *l) {
         size = (uint64_t)l->sizes[file];
         offset = size > key % T + B * T ? key % T : 0;     /* a small shard keeps its only batch */
         rows = size ? (size - 1 - offset) / T : 0;
-        if (at->row + B <= rows) break;
+        if (B <= rows && at->row <= rows - B) break;
     }
     File in;
     int failed = shard_open(&in, l->files.gl_pathv[file], l->sizes[file]) < 0;
@@ -1365,11 +1366,12 @@ int gpt2_evaluate(GPT2 *model, GPT2Loader *l, int64_t batches, float *loss) {
     return 0;
 }
 
-/* Scores an example of `size` uint16: 65535, its bytes, its index, the right completion, CHOICES, then length
+/* Scores the example just read, in uint16: 65535, its bytes, its index, the right completion, CHOICES, length
    and tokens of the context and of each completion; 1 if it is none. x: room for 2 CHOICES max_T tokens. */
 enum { CHOICES = 4 };
-static int choose(GPT2 *model, const uint16_t *e, size_t size, int32_t *x, int64_t right[2]) {
-    const size_t max_T = (size_t)gpt2_config(model).max_T, context = e[5];
+static int choose(GPT2 *model, const File *in, const uint16_t *e, int32_t *x, int64_t right[2]) {
+    const GPT2Config c = gpt2_config(model);
+    const size_t max_T = (size_t)c.max_T, size = e[1] / 2, context = e[5];
     size_t begin[CHOICES + 1] = {6 + context}, most = 0, bad = e[4] != CHOICES || e[3] >= CHOICES;
     for (size_t i = 0; i < CHOICES && !bad; i++) {
         const size_t length = begin[i] < size ? e[begin[i]] : 0;
@@ -1383,6 +1385,9 @@ static int choose(GPT2 *model, const uint16_t *e, size_t size, int32_t *x, int64
         for (size_t t = 0; t <= T; t++) {
             const size_t at = t < kept ? 6 + context - kept + t : begin[i] + 1 + t - kept;
             const int32_t token = at < begin[i + 1] ? e[at] : 0;     /* rows end in padding */
+            if (token >= c.V)
+                return gpt2_fail("token at byte %lld of '%s' is %d, expected 0 to %d: another vocabulary's",
+                                 (wide)ftello(in->f) - e[1] + 2 * (wide)at, in->path, token, c.V - 1);
             if (t < T) x[i * T + t] = token;
             if (t > 0) x[(CHOICES + i) * T + t - 1] = token;
         }
@@ -1409,15 +1414,20 @@ int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t cou
     int32_t *x = memory(2 * CHOICES * (size_t)gpt2_config(model).max_T * sizeof *x);
     const int64_t examples = in.header[2];
     int failed = !e || !x;
+    if (!failed && (in.header[1] != 1 || examples < 1))
+        failed = gpt2_fail("HellaSwag file '%s' has version %d, %lld examples, expected version 1, 1 or "
+                           "more", path, in.header[1], (wide)examples);
     for (int64_t i = 0; i < examples && i < first + count && !failed; i++) {
         failed = file_read(&in, e, 12);
         int wrong = e[0] != 65535 || e[1] < 12;
         failed = failed || wrong || file_read(&in, e + 6, e[1] - 12u);
-        if (!failed && i >= first) failed = choose(model, e, e[1] / 2, x, right), wrong = failed > 0;
+        if (!failed && i >= first) failed = choose(model, &in, e, x, right), wrong = failed > 0;
         if (failed && wrong)
             gpt2_fail("example %lld of '%s' is not a context and 4 completions of 1 to %d tokens", (wide)i,
                       path, gpt2_config(model).max_T);
     }
+    if (!failed && first + count >= examples && fgetc(in.f) != EOF)
+        failed = gpt2_fail("HellaSwag file '%s' goes on after its %lld examples", path, (wide)examples);
     free(e);
     free(x);
     fclose(in.f);
@@ -1491,13 +1501,13 @@ GPT2Tokenizer *gpt2_tokenizer_load(const char *path) {
     if (in.header[1] == 2 && V > 0 && V <= size)
         t = memory(sizeof *t + (size_t)V * sizeof *t->at + (size_t)size);
     if (t) {
-        *t = (GPT2Tokenizer){(int32_t)V, end < V ? (int32_t)end : -1, (int64_t *)(t + 1), NULL};
+        *t = (GPT2Tokenizer){(int32_t)V, end >= 0 && end < V ? (int32_t)end : -1, (int64_t *)(t + 1), NULL};
         t->bytes = (unsigned char *)(t->at + V);
         if (file_read(&in, t->bytes, (size_t)size)) at = size;
     }
     for (; t && i < V && at < size; at += 1 + t->bytes[at]) t->at[i++] = at;
     fclose(in.f);
-    if (t && i == V && at <= size) return t;
+    if (t && i == V && at == size) return t;
     gpt2_fail("tokenizer '%s' has version %d, %lld tokens, %lld bytes, expected version 2 and for each token "
               "a length and its bytes", path, in.header[1], V, size);
     free(t);
@@ -1566,6 +1576,11 @@ int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader,
                            "this one, %lld, %lld, %lld; resume with the same settings", path,
                            fits ? "this" : "another", (wide)was->T, (wide)was->tokens, (wide)was->seed,
                            (wide)now->T, (wide)now->tokens, (wide)now->seed);
+    const GPT2Progress *p = &state.progress;
+    if (!failed && (uint64_t)(p->step | p->seen[0] | p->seen[1] | state.updates) >> 62)
+        failed = gpt2_fail("training state '%s' has step %lld, %lld losses, %lld norms, %lld updates, "
+                           "expected each from 0 to 2^62", path, (wide)p->step, (wide)p->seen[0],
+                           (wide)p->seen[1], (wide)state.updates);
     for (int kind = GPT2_MOMENT1; kind <= GPT2_MOMENT2 && !failed; kind++)
         failed = tensors_copy(model, kind, &in, 0, 0);
     fclose(in.f);
@@ -1582,13 +1597,18 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
     const GPT2Config c = gpt2_config(model);
     if (file_open(&in, path, "reference", MAGIC_REFERENCE)) return -1;
     const int B = in.header[2], T = in.header[3];
-    const int64_t N = (int64_t)B * T, V = c.V, size = 1024 + 4 * (N * (2 + V) + 1 + tensors_size(&c));
-    int wrong = 0, failed = in.header[1] != 2 || B < 1 || T < 1 || N > in.size / V || in.size != size;
+    const int64_t N = (int64_t)B * T, V = c.V;
+    int wrong = 0, failed = in.header[1] != 2 || B < 1 || T < 1 || T > c.max_T || N > in.size / V ||
+                            in.size != 1024 + 4 * (N * (2 + V) + 1 + tensors_size(&c));
     if (failed)
         gpt2_fail("reference '%s' has version %d, B %d, T %d, %lld bytes and does not fit the model", path,
                   in.header[1], B, T, in.size);
     int32_t *x = failed ? NULL : memory(2 * (size_t)N * sizeof *x);
     failed = !x || file_read(&in, x, 2 * (size_t)N * sizeof *x);
+    for (int64_t i = 0; i < 2 * N && !failed; i++)
+        if (x[i] < 0 || x[i] >= c.V)
+            failed = gpt2_fail("token %lld of reference '%s' is %d, expected 0 to %d", (wide)i, path, x[i],
+                               c.V - 1);
     gpt2_zero_grad(model);
     for (int i = 0; i < GPT2_DIFFS && !failed; i++) {
         const char *name = i ? "loss" : "logits";

@@ -1,0 +1,277 @@
+/* Coverage-guided fuzzing of everything in train_gpt2.c that reads a file: libFuzzer with ASan and UBSan.
+
+     make fuzz                                  all readers, FUZZ_SECONDS=60 in all; needs clang
+     build/fuzz/readers FILE                    one input again, such as a crash that was found
+
+   An input is 4 bytes and a file: the reader's number, three bytes of options, then what it is given to read.
+   Whatever the file, a reader has to end within a second, without a wrong access, undefined arithmetic, a
+   leak, or an allocation that the file's size does not justify; a file that it refuses must be named by its
+   message, and what it accepts must be usable. What this refuses to be: a test of what is computed, which
+   test_gpt2.py is.
+
+   Random bytes hardly ever have a magic number, and a size that fits the header: the mutator below changes a
+   part and then, mostly, mends these two. dev/fuzz/seeds.py makes the first inputs. */
+
+#define GPT2_NO_MAIN
+#include "../../train_gpt2.c"
+#include <fcntl.h>
+
+enum { MODEL, STATE, SHARDS, TOKENIZER, CHOICE, REFERENCE, STRINGS, READERS };     /* as in seeds.py */
+enum { PREFIX = 4, HEADER = 1024, STEP = 7 };
+static const char *names[READERS] = {"model", "state", "shards", "tokenizer", "hellaswag", "reference",
+                                     "strings"};
+static const int32_t magics[READERS] = {MAGIC_MODEL, MAGIC_STATE, MAGIC_SHARD, MAGIC_TABLE, MAGIC_CHOICE,
+                                        MAGIC_REFERENCE};
+static const int32_t versions[READERS] = {3, 1, 1, 2, 1, 2};
+static const GPT2Config shape = {8, 11, 1, 1, 2};     /* of the model for state, choices, reference */
+
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
+
+/* Without a long quarantine of freed memory, the memory measured is the memory in use. */
+const char *__asan_default_options(void) { return "quarantine_size_mb=1:malloc_context_size=5"; }
+
+static char folder[64], path[READERS][128];
+static int file[READERS];
+static GPT2 *model;
+static GPT2Loader *loader;
+static unsigned long long executed[READERS], accepted[READERS];
+
+static void hold(int ok, const char *what) {
+    if (ok) return;
+    fprintf(stderr, "readers: %s; the last message is: %s\n", what, gpt2_error());
+    abort();
+}
+
+static void finish(void) {
+    for (int i = 0; i < READERS; i++) {
+        if (executed[i])
+            fprintf(stderr, "%-10s %llu executions, %llu accepted\n", names[i], executed[i], accepted[i]);
+        unlink(path[i]);
+    }
+    char friendly[128];
+    snprintf(friendly, sizeof friendly, "%s/shard_1.bin", folder);
+    unlink(friendly);
+    rmdir(folder);
+}
+
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    (void)argc, (void)argv;
+    snprintf(folder, sizeof folder, "%s/gpt2_fuzz_XXXXXX", access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm");
+    hold(mkdtemp(folder) != NULL, "no folder for files");
+    for (int i = 0; i < READERS; i++) {
+        snprintf(path[i], sizeof path[i], i == SHARDS ? "%s/shard_0.bin" : "%s/%s.bin", folder, names[i]);
+        if (i == STATE) snprintf(path[i], sizeof path[i], "%s/state_%08d_00000.bin", folder, STEP);
+        file[i] = open(path[i], O_RDWR | O_CREAT, 0600);
+        hold(file[i] >= 0, "no file");
+    }
+    char friendly[128];
+    int32_t header[256] = {MAGIC_SHARD, 1, 40};
+    uint16_t tokens[40] = {1, 2, 3};
+    snprintf(friendly, sizeof friendly, "%s/shard_1.bin", folder);
+    FILE *out = fopen(friendly, "wb");
+    hold(out && fwrite(header, HEADER, 1, out) && fwrite(tokens, sizeof tokens, 1, out), "no second shard");
+    fclose(out);
+    model = gpt2_create(&shape);
+    loader = gpt2_loader_open(friendly, 2, 3, shape.V, 1, 9);
+    hold(model && loader && !gpt2_init(model, 1), "no model and loader");
+    atexit(finish);
+    return 0;
+}
+
+/* --- What is done with a file --------------------------------------------------------------------------- */
+static int read_model(const uint8_t *data, size_t size) {
+    GPT2 *m = gpt2_load(path[MODEL]);
+    if (!m) return 0;
+    const GPT2Config c = gpt2_config(m);
+    float values[256], sum = 0;
+    for (int t = 0; t < GPT2_TENSORS; t++) {
+        const int64_t n = gpt2_tensor(&c, t, NULL, NULL);
+        for (int64_t i = 0; i < n; i += 256) {
+            const int64_t count = n - i < 256 ? n - i : 256;
+            hold(!gpt2_get(m, t, GPT2_PARAM, i, count, values), "a tensor cannot be read");
+            sum += values[count - 1];
+        }
+    }
+    const int32_t tokens[4] = {0, c.V - 1, 0, c.V / 2}, T = c.max_T < 3 ? 1 : 3;
+    uint64_t mixed = 0;
+    for (size_t i = 0; i < size; i++) mixed = random_at(mixed, data[i]);
+    if (mixed % 256 == 0) {               /* some train a step: its memory takes as long as a hundred loads */
+        hold(!gpt2_forward(m, tokens, tokens + 1, 1, T, 1, &values[0]), "a loaded model has no loss");
+        hold(!gpt2_backward(m) && !gpt2_update(m, 1, 0.9, 0.9, 1, 0, 1), "a loaded model takes no step");
+    }
+    gpt2_free(m);
+    return 1 + (sum > 0);
+}
+
+static int read_state(uint32_t option) {
+    GPT2Progress progress = {0};
+    GPT2Loader *with = option % 4 ? loader : NULL;
+    gpt2_loader_reset(loader);
+    if (gpt2_restore(folder, STEP, model, with, &progress)) return 0;
+    for (int i = 0; i < 3; i++) {
+        gpt2_zscore(&progress, 0, 1);
+        gpt2_zscore(&progress, 1, 2);
+        hold(gpt2_loader_next(loader) != NULL, "a restored loader has no batch");
+    }
+    hold(!gpt2_update(model, 0, 0.9, 0.9, 1, 0, 1), "a restored model takes no step");
+    hold(*gpt2_updates(model) > 0, "a model has a negative number of updates");
+    return 1;
+}
+
+static int read_shards(uint32_t option) {
+    char pattern[128];
+    const int B = 1 + (int)(option >> 8) % 4, T = 1 + (int)(option >> 16) % 8, V = option & 1 ? 11 : 65536;
+    snprintf(pattern, sizeof pattern, "%s/shard_%s.bin", folder, option & 2 ? "*" : "0");
+    GPT2Loader *l = gpt2_loader_open(pattern, B, T, V, option & 4, option);
+    if (!l) return 0;
+    int took = 1;
+    for (int i = 0; i < 5 && took; i++) {
+        if (i == 4 && option & 8) hold(!ftruncate(file[SHARDS], HEADER + 4), "a shard cannot be cut");
+        const int32_t *x = gpt2_loader_next(l);
+        for (int k = 0; x && k < 2 * B * T; k++) hold(x[k] >= 0 && x[k] < V, "a token is not below V");
+        took = x != NULL;
+        if (i == 2) gpt2_loader_reset(l);
+    }
+    gpt2_loader_close(l);
+    return took;
+}
+
+static int read_tokenizer(void) {
+    GPT2Tokenizer *t = gpt2_tokenizer_load(path[TOKENIZER]);
+    if (!t) return 0;
+    unsigned sum = 0;
+    for (int32_t i = 0; i < t->V; i++)
+        for (int64_t k = 0; k < t->bytes[t->at[i]]; k++) sum += t->bytes[t->at[i] + 1 + k];
+    hold(sum < UINT32_MAX && t->end >= -1 && t->end < t->V, "the token that ends a text is none");
+    gpt2_tokenizer_free(t);
+    return 1;
+}
+
+static int read_choice(uint32_t option) {
+    int64_t right[2] = {0};
+    const int64_t first = option % 3, count = (option >> 8) % 8;
+    const int64_t examples = gpt2_hellaswag(model, path[CHOICE], first, count, right);
+    for (int k = 0; k < 2; k++) hold(right[k] >= 0 && right[k] <= count, "more right answers than questions");
+    hold(examples >= -1, "a file has a negative number of examples");
+    return examples >= 0;
+}
+
+static int read_reference(void) {
+    GPT2Diff rows[GPT2_DIFFS];
+    const int wrong = gpt2_check(model, path[REFERENCE], 1e-5, rows);
+    for (int i = 0; i < GPT2_DIFFS && wrong >= 0; i++) hold(*rows[i].name && rows[i].ok >> 1 == 0, "no row");
+    return wrong >= 0;
+}
+
+static int read_strings(const uint8_t *data, size_t size) {
+    char *text = memory(size);            /* exactly as long, so that a read too far is seen */
+    GPT2Config c;
+    int64_t numbers[3] = {size > 2 ? data[size - 1] : 0, size > 2 ? data[size - 2] : 0, size};
+    memcpy(text, data, size);
+    const int is_model = !gpt2_descriptor(text, &c), is_schedule = gpt2_lr(text, numbers[0], numbers[1],
+                                                                           numbers[2], 1e-3f, 0.1f) >= -0.5f;
+    if (is_model) hold(!gpt2_config_check(&c) && gpt2_parameters(&c) > 0, "a model that cannot be");
+    hold(!(is_model && is_schedule), "a descriptor that is a schedule");
+    free(text);
+    return is_model || is_schedule;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    if (size < PREFIX || data[0] >= READERS) return 0;
+    const int reader = data[0], fd = file[reader];
+    const uint32_t option = data[1] | (uint32_t)data[2] << 8 | (uint32_t)data[3] << 16;
+    data += PREFIX, size -= PREFIX;
+    hold(pwrite(fd, data, size, 0) == (ssize_t)size && !ftruncate(fd, (off_t)size), "no input file");
+    *error_text = 0;
+    const int took = reader == MODEL ? read_model(data, size) : reader == STATE ? read_state(option)
+                   : reader == SHARDS ? read_shards(option) : reader == TOKENIZER ? read_tokenizer()
+                   : reader == CHOICE ? read_choice(option) : reader == REFERENCE ? read_reference()
+                   : read_strings(data, size);
+    hold(took || reader == STRINGS || strstr(gpt2_error(), folder), "a message does not name the file");
+    hold(took || (*gpt2_error() && !strchr(reader == STRINGS ? "" : gpt2_error(), '\n')), "no message");
+    executed[reader]++;
+    accepted[reader] += took != 0;
+    return 0;
+}
+
+/* --- The mutator ---------------------------------------------------------------------------------------- */
+static uint64_t key, draws;
+static uint64_t draw(uint64_t below) { return random_at(key, draws++) % below; }
+
+/* A number at which a check may go wrong: small, about a power of two, or any. */
+static int64_t edge(int64_t now) {
+    const int64_t power = (int64_t)1 << draw(63);
+    switch (draw(8)) {
+        case 0: return (int64_t)draw(5) - 2;
+        case 1: return (int64_t)((uint64_t)now + draw(3) - 1);
+        case 2: return power - 1;
+        case 3: return -power;
+        case 4: return power;
+        case 5: return (int64_t)(random_at(key, draws++));
+        default: return (int64_t)draw(24);
+    }
+}
+
+/* The size of a file with this header, 0 if that does not follow from it. */
+static int64_t whole_size(int reader, const int32_t *h) {
+    const GPT2Config c = {h[2], h[3], h[4], h[5], h[6]};
+    const int64_t N = h[2] > 0 && h[3] > 0 && h[2] < 64 && h[3] < 64 ? h[2] * h[3] : 0;
+    if (reader == MODEL && !gpt2_config_check(&c)) return HEADER + tensors_size(&c) * (h[1] == 5 ? 2 : 4);
+    if (reader == STATE) return HEADER + (int64_t)sizeof(State) + 8 * tensors_size(&shape);
+    if (reader == SHARDS && h[2] >= 0) return HEADER + 2LL * h[2];
+    if (reader == REFERENCE && N) return HEADER + 4 * (N * (2 + shape.V) + 1 + tensors_size(&shape));
+    return 0;
+}
+
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned int seed) {
+    const int reader = size ? data[0] % READERS : 0;
+    uint8_t *in = data + PREFIX;
+    key = seed, draws = 0;
+    if (reader != STRINGS && most > PREFIX + HEADER && size < PREFIX + HEADER && draw(8)) {
+        memset(data + size, 0, PREFIX + HEADER - size);
+        data[0] = (uint8_t)reader;
+        size = PREFIX + HEADER;
+    }
+    if (reader == STRINGS || size < PREFIX + HEADER || most < PREFIX + HEADER || !draw(32)) {
+        size = LLVMFuzzerMutate(data, size, most);
+        if (size) data[0] = (uint8_t)reader;
+        return size;
+    }
+    size -= PREFIX, most -= PREFIX;
+    int32_t h[256];
+    memcpy(h, in, HEADER);
+    for (uint64_t times = 1 + draw(3); times > 0; times--)
+        switch (draw(4)) {
+            case 0: data[1 + draw(3)] = (uint8_t)draw(256); break;
+            case 1: {                     /* an entry of the header */
+                const uint64_t at = draw(8);
+                h[at] = (int32_t)edge(h[at]);
+                break;
+            }
+            case 2: {                     /* a number in the body; a state's are around its windows */
+                const size_t width = reader == STATE ? 8 : reader == REFERENCE ? 4 : 2;
+                const size_t last = sizeof(GPT2Progress) / 8 + draw(8), count = (size - HEADER) / width;
+                size_t i = count ? draw(count) : 0;
+                if (reader == STATE && draw(4)) i = draw(2) ? draw(4) : last;
+                int64_t value = 0;
+                if (i >= count) break;
+                memcpy(&value, in + HEADER + i * width, width);
+                value = edge(value);
+                memcpy(in + HEADER + i * width, &value, width);
+                break;
+            }
+            default: size = HEADER + LLVMFuzzerMutate(in + HEADER, size - HEADER, most - HEADER);
+        }
+    if (draw(16)) {
+        h[0] = magics[reader];
+        h[1] = reader == MODEL && draw(2) ? 5 : versions[reader];
+        if (reader == STATE) memcpy(h + 2, &shape, sizeof shape);
+    }
+    memcpy(in, h, HEADER);
+    const int64_t whole = whole_size(reader, h);
+    if (draw(8) && whole > 0 && whole <= (int64_t)most) {
+        if ((size_t)whole > size) memset(in + size, (int)draw(2), (size_t)whole - size);
+        size = (size_t)whole;
+    }
+    return PREFIX + size;
+}
