@@ -1007,16 +1007,16 @@ def test_a_state_that_counts_wrongly_is_refused(good_files, tmp_path):
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_loader_goes_on_from_any_position(tmp_path, shuffle):
     model, progress = GPT2(GPT2Config(4, 40, 1, 1, 1)), ctypes.byref(GPT2Progress())
-    with Loader(shards(tmp_path, range(40), range(20)), 2, 3, 40, shuffle) as loader:
-        LIB.gpt2_checkpoint(str(tmp_path), model.handle, loader.handle, progress, 0, 0, 0)
-        state = tmp_path / "state_00000000_00000.bin"
-        contents = bytearray(state.read_bytes())
-        for position in itertools.product((0, 5, 2**63, 2**64 - 1), repeat=3):     # epoch, shard, row
-            struct.pack_into("<3Q", contents, 1024 + 2080, *position)
-            state.write_bytes(contents)
-            LIB.gpt2_restore(str(tmp_path), 0, model.handle, loader.handle, progress)
-            x, y = loader.next()
-            assert [row[1:] for row in x] == [row[:2] for row in y]
+    loader = Loader(shards(tmp_path, range(40), range(20)), 2, 3, 40, shuffle)
+    LIB.gpt2_checkpoint(str(tmp_path), model.handle, loader.handle, progress, 0, 0, 0)
+    state = tmp_path / "state_00000000_00000.bin"
+    contents = bytearray(state.read_bytes())
+    for position in itertools.product((0, 5, 2**63, 2**64 - 1), repeat=3):     # epoch, shard, row
+        struct.pack_into("<3Q", contents, 1024 + 2080, *position)
+        state.write_bytes(contents)
+        LIB.gpt2_restore(str(tmp_path), 0, model.handle, loader.handle, progress)
+        x, y = loader.next()
+        assert [row[1:] for row in x] == [row[:2] for row in y]
 
 
 def test_a_reference_that_does_not_fit_is_refused(good_files, tmp_path):

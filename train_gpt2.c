@@ -1414,9 +1414,9 @@ int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t cou
     int32_t *x = memory(2 * CHOICES * (size_t)gpt2_config(model).max_T * sizeof *x);
     const int64_t examples = in.header[2];
     int failed = !e || !x;
-    if (!failed && (in.header[1] != 1 || examples < 1))
-        failed = gpt2_fail("HellaSwag file '%s' has version %d, %lld examples, expected version 1, 1 or "
-                           "more", path, in.header[1], (wide)examples);
+    if (!failed && (in.header[1] != 1 || examples < 0))
+        failed = gpt2_fail("HellaSwag file '%s' has version %d, %lld examples, expected version 1, 0 or more",
+                           path, in.header[1], (wide)examples);
     for (int64_t i = 0; i < examples && i < first + count && !failed; i++) {
         failed = file_read(&in, e, 12);
         int wrong = e[0] != 65535 || e[1] < 12;

@@ -44,18 +44,20 @@ def seeds(folder):
         for options in ((0, 0, 0), (5, 1, 2), (7, 3, 7), (14, 0, 3), (15, 1, 1)):
             yield "shards", options, path.read_bytes()
     train_gpt2.write_shard(folder / "shard.bin", memoryview(b"\1\0\2\0\3\0\0\0" + bytes(72)).cast("H"))
-    with Loader(str(folder / "shard.bin"), B, T, SHAPE.V, shuffle=True, seed=SEED) as loader:
-        progress = GPT2Progress(step=STEP, rng=1)
-        for given, options in ((loader.handle, (1, 0, 0)), (None, (0, 0, 0))):
-            model.lib.gpt2_checkpoint(str(folder), model.handle, given, ctypes.byref(progress), 0, 0, 0)
-            yield "state", options, (folder / f"state_{STEP:08}_00000.bin").read_bytes()
-            loader.next()
+    loader = Loader(str(folder / "shard.bin"), B, T, SHAPE.V, shuffle=True, seed=SEED)
+    progress = GPT2Progress(step=STEP, rng=1)
+    for given, options in ((loader.handle, (2, 0, 0)), (loader.handle, (3, 0, 0)), (None, (0, 0, 0))):
+        model.lib.gpt2_checkpoint(str(folder), model.handle, given, ctypes.byref(progress), 0, 0, 0)
+        yield "state", options, (folder / f"state_{STEP:08}_00000.bin").read_bytes()
+        loader.next()
     train_gpt2.ByteTokenizer().save(path)
     yield "tokenizer", (0, 0, 0), path.read_bytes()
     train_gpt2.Tokenizer([b"", b"a", b"bc" * 127], 2).save(path)
     yield "tokenizer", (0, 0, 0), path.read_bytes()
-    line = json.dumps({"ctx": "one two three", "endings": ["a", "bc", "d e", "f"], "label": 1})
-    for lines, words in (([line] * 3, 11), ([line], 3), ([], 1)):
+    line = json.dumps({"ctx": "one two three", "endings": ["a", "bc", "d e", "f"], "label": 1}) + "\n"
+    for count, words in ((3, 11), (1, 3), (0, 1)):
+        lines = folder / "choices.jsonl"
+        lines.write_text(line * count)
         train_gpt2.write_choices(path, lines, lambda text: [len(word) % words for word in text.split()])
         for options in ((0, 7, 0), (1, 1, 0)):
             yield "hellaswag", options, path.read_bytes()
