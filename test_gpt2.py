@@ -17,6 +17,7 @@ import array
 import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -1227,6 +1228,91 @@ def test_an_interrupted_run_saves_and_says_how_to_resume(data, tmp_path, front, 
     flags = flags.replace("1000000", str(done + 2))
     assert "resumed" in run(*command(front, data, flags, out, resume=True)).stdout
     assert LIB.gpt2_newest(str(out)) == done + 2
+
+
+# --- Faults on purpose, of which dev/fuzz/faults.py makes more ----------------------------------------------
+sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+@pytest.mark.parametrize("part", [
+    "kill", "stop", "disk", "shards", "nan", "calls", "threads",
+    pytest.param("cycles", marks=pytest.mark.skipif(sanitized, reason="AddressSanitizer keeps what is freed"))])
+def test_no_fault_loses_a_checkpoint_or_crashes_the_library(part):
+    run(sys.executable, HERE / "dev" / "fuzz" / "faults.py", "--quick", "--build", BUILD, part)
+
+
+@pytest.mark.parametrize("lr, gradient", [(1e-3, math.inf), (1e-3, math.nan), (1e30, 1.0), (math.nan, 1.0)])
+def test_an_update_that_diverged_changes_nothing(lr, gradient):
+    model = lively(4, 5, 1, 1, 4)
+    model.set("lnfb", [gradient] * 4, "grad")
+    before = as_bytes(tensors(model))
+    with refused("diverged"):
+        model.update(lr, grad_clip=0)
+    assert as_bytes(tensors(model)) == before and model.updates == 0
+
+
+def test_a_run_goes_on_where_a_checkpoint_cannot_be_written(data, tmp_path):
+    (tmp_path / "run" / "state_00000004_00000.bin.tmp").mkdir(parents=True)
+    done = run(*command("binary", data, "", tmp_path / "run"))
+    one_sentence(done.stderr, "step 4", "state_00000004_00000.bin", "Is a directory")
+    (tmp_path / "run" / "state_00000004_00000.bin.tmp").rmdir()
+    assert sorted(outputs(tmp_path / "run")) == [
+        "DONE_00000008", "main.log", "model_00000008.bin", "state_00000008_00000.bin"]
+
+
+def test_the_checkpoint_that_was_resumed_is_not_written_again(data, whole_runs, tmp_path):
+    for path in whole_runs["binary"][1].glob("*_00000004*"):
+        shutil.copy(path, tmp_path)
+    before = (tmp_path / "model_00000004.bin").stat().st_ino
+    run(*command("binary", data, "-x 4", tmp_path, resume=True))
+    assert (tmp_path / "model_00000004.bin").stat().st_ino == before
+
+
+def test_a_second_run_in_a_directory_is_refused(data, whole_runs, tmp_path):
+    shutil.copytree(whole_runs["binary"][1], tmp_path / "run")
+    with open(tmp_path / "run" / "main.log", "rb+") as log:
+        before = log.read()
+        fcntl.flock(log, fcntl.LOCK_EX)
+        done = run(*command("binary", data, "", tmp_path / "run"), status=1)
+        assert log.seek(0) == 0 and log.read() == before
+    one_sentence(done.stderr, tmp_path / "run", "not ended")
+
+
+def test_a_run_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(data, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    done = run(*command("binary", data, "", tmp_path / "file", resume=True), status=1)
+    one_sentence(done.stderr, tmp_path / "file", "cannot be read")
+
+
+@pytest.mark.parametrize("shape", [
+    (1024, 50257, 48, 25, 1600), (2**24, 2**24, 2**12, 1, 2**16), (1, 1, 1, 1, 1)])
+def test_sizes_are_those_of_unbounded_integers(shape):
+    config = GPT2Config(*shape)
+    T, V, L, _, C = shape
+    Vp = -(-V // 128) * 128
+    layer = [C, C, 3 * C * C, 3 * C, C * C, C, C, C, 4 * C * C, 4 * C, 4 * C * C, C]
+    sizes = [Vp * C, T * C, *(L * size for size in layer), C, C]
+    assert [LIB.gpt2_tensor(ctypes.byref(config), i, None, None) for i in range(16)] == sizes
+    assert LIB.gpt2_parameters(ctypes.byref(config)) == sum(sizes) - (Vp - V) * C
+
+
+def test_a_model_of_gpt2_xls_size_is_reached_to_its_end(tmp_path):
+    xl = (1024, 50257, 48, 25, 1600)
+    with open(tmp_path / "xl.bin", "wb") as file:     # of holes
+        file.write(header(20240326, 3, *xl, 50304))
+        file.truncate(1024 + 4 * (1557611200 + 47 * 1600))
+        file.seek(-4, os.SEEK_END)
+        file.write(struct.pack("<f", 7))
+    try:
+        model = GPT2.load(tmp_path / "xl.bin")
+    except GPT2Error as error:
+        pytest.skip(str(error))
+    assert model.get("lnfb")[1599] == 7
+    values, one = (ctypes.c_float * 2)(), ctypes.c_float(3)
+    last = math.prod(model.shapes["fcprojw"]) - 1
+    LIB.gpt2_set(model.handle, TENSORS.index("fcprojw"), 0, last, 1, ctypes.byref(one))
+    LIB.gpt2_get(model.handle, TENSORS.index("fcprojw"), 0, last - 1, 2, values)
+    assert list(values) == [0, 3]
 
 
 # --- Mistakes on the command lines --------------------------------------------------------------------------

@@ -62,7 +62,8 @@ void gpt2_zero_grad(GPT2 *model);
 int gpt2_logits(GPT2 *model, const int32_t *x, int B, int T, int last_only, float *out);
 
 /* One AdamW step (Loshchilov & Hutter 2019, algorithm 2): gradients clipped to a global norm of max_norm (0:
-   not), moments corrected by the number of updates, decay of the 2-D tensors. Then the gradients are 0. */
+   not), moments corrected by the number of updates, decay of the 2-D tensors. Then the gradients are 0. It
+   fails, and changes nothing, if the gradients' norm is infinite or NaN, or lr 1e10 or more. */
 int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, double decay, double max_norm);
 float gpt2_grad_norm(GPT2 *model);               /* global L2 norm before clipping; NaN on failure */
 int64_t *gpt2_updates(GPT2 *model);              /* their number so far, by which moments are corrected */
@@ -128,11 +129,12 @@ typedef struct {
 /* z-score of a value against a full window (NaN before it is full), then its place in the window. */
 double gpt2_zscore(GPT2Progress *progress, int window, double value);
 
-/* model_%08d.bin, state_%08d_00000.bin and, when they are whole, DONE_%08d. Then the checkpoint that is keep
-   times every steps older goes, unless keep is 0 or its step a multiple of major. loader may be NULL. */
+/* model_%08d.bin, state_%08d_00000.bin and, when they are whole and on disk, DONE_%08d; on failure, none.
+   Then the checkpoint that is keep times every steps older goes, unless keep is 0 or its step a multiple of
+   major. loader may be NULL. */
 int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, const GPT2Progress *progress,
                     int64_t every, int64_t keep, int64_t major);
-int64_t gpt2_newest(const char *dir);            /* step of the newest whole checkpoint, -1: none */
+int64_t gpt2_newest(const char *dir);      /* step of the newest whole checkpoint; -1: none, -2: failed */
 /* Moments, loader position and progress of a checkpoint, for the model that gpt2_load got from it. */
 int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader, GPT2Progress *progress);
 
@@ -156,6 +158,7 @@ int gpt2_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));   
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -777,7 +780,7 @@ static size_t mapped_bytes(const GPT2 *m) { return 1024 + m->start[GPT2_TENSORS]
 GPT2 *gpt2_create(const GPT2Config *config) { return gpt2_create_mapped(config, -1); }
 
 GPT2 *gpt2_create_mapped(const GPT2Config *config, int file) {
-    GPT2 *m = gpt2_config_check(config) ? NULL : malloc(sizeof *m);
+    GPT2 *m = gpt2_config_check(config) ? NULL : (GPT2 *)floats(sizeof *m / sizeof(float) + 1);
     if (!m) return NULL;
     *m = (GPT2){.config = *config, .C = (size_t)config->C, .NH = (size_t)config->NH, .L = (size_t)config->L,
                 .V = (size_t)config->V, .Vp = round_up((size_t)config->V, 128), .grads_empty = 1, .norm = NAN,
@@ -786,7 +789,7 @@ GPT2 *gpt2_create_mapped(const GPT2Config *config, int file) {
         m->start[i + 1] = m->start[i] + (size_t)gpt2_tensor(config, i, NULL, NULL);
     void *at = file < 0 ? NULL : mmap(NULL, mapped_bytes(m), PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
     if (at && at != MAP_FAILED) m->mapped = at, m->memory[GPT2_PARAM] = (float *)at + 256;
-    if (memory_of(m, GPT2_PARAM) && at != MAP_FAILED) return m;
+    if (at != MAP_FAILED && memory_of(m, GPT2_PARAM)) return m;
     if (at) gpt2_fail("no memory to map a model of %zu MB", mapped_bytes(m) >> 20);
     gpt2_free(m);
     return NULL;
@@ -978,8 +981,11 @@ int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, doub
     const float *g = whole_memory(m, GPT2_GRAD);
     float *p = m->memory[GPT2_PARAM], *m1 = memory_of(m, GPT2_MOMENT1), *m2 = memory_of(m, GPT2_MOMENT2);
     if (!g || !m1 || !m2) return -1;
-    const double norm = max_norm > 0 ? gpt2_grad_norm(m) : 0, n = (double)++m->updates;
-    const float clip = (float)(norm > max_norm ? max_norm / norm : 1), epsilon = (float)eps;
+    const double norm = gpt2_grad_norm(m), n = (double)m->updates + 1;
+    if (!(isfinite(norm) && fabs(lr) < 1e10))
+        return gpt2_fail("gradient norm %f, learning rate %g: it diverged; use a lower one", norm, lr);
+    m->updates++;
+    const float clip = (float)(max_norm > 0 && norm > max_norm ? max_norm / norm : 1), epsilon = (float)eps;
     const float keep1 = (float)beta1, add1 = (float)(1 - beta1), rate = (float)(lr / (1 - pow(beta1, n)));
     const float keep2 = (float)beta2, add2 = (float)(1 - beta2), scale2 = (float)(1 / (1 - pow(beta2, n)));
     for (int t = 0; t < GPT2_TENSORS; t++) {
@@ -1171,9 +1177,10 @@ static int tensors_copy(GPT2 *model, int kind, File *file, int bf16, int writing
     const GPT2Config c = gpt2_config(model);
     const size_t most = min(PIECE_SIZE, (size_t)tensors_size(&c));
     uint32_t *bits = memory(most * (sizeof *bits + sizeof(uint16_t)));     /* of floats, then halves */
+    if (!bits) return -1;
     uint16_t *halves = (uint16_t *)(bits + most);
     void *data = bf16 ? (void *)halves : bits;
-    int failed = !bits;
+    int failed = 0;
     for (Piece p = {0}; !failed && piece_next(&c, &p);) {
         const size_t bytes = (size_t)p.count * (bf16 ? 2 : 4);
         failed = writing ? gpt2_get(model, p.tensor, kind, p.first, p.count, (float *)bits)
@@ -1340,7 +1347,9 @@ const int32_t *gpt2_loader_next(GPT2Loader *l) {
     if (failed) return NULL;
     for (uint64_t b = 0; b < B && !failed; b++) {
         const uint64_t first = offset + T * permuted(at->row + b, rows, key);
-        failed = fseeko(in.f, (off_t)(1024 + 2 * first), SEEK_SET) || file_read(&in, l->row, 2 * (T + 1));
+        failed = fseeko(in.f, (off_t)(1024 + 2 * first), SEEK_SET)
+                     ? gpt2_fail("'%s' cannot be read: %s", in.path, strerror(errno))
+                     : file_read(&in, l->row, 2 * (T + 1));
         for (uint64_t t = 0; t <= T && !failed; t++)
             if (l->row[t] >= l->V)
                 failed = gpt2_fail("token %lld of '%s' is %d, expected less than V, %d: another vocabulary's",
@@ -1498,18 +1507,19 @@ GPT2Tokenizer *gpt2_tokenizer_load(const char *path) {
     const wide V = in.header[2], end = in.header[3], size = in.size - 1024;
     wide i = 0, at = 0;                   /* the next token, and where it begins */
     GPT2Tokenizer *t = NULL;
-    if (in.header[1] == 2 && V > 0 && V <= size)
-        t = memory(sizeof *t + (size_t)V * sizeof *t->at + (size_t)size);
+    int unread = in.header[1] == 2 && V > 0 && V <= size;     /* what would fit, as yet */
+    if (unread) t = memory(sizeof *t + (size_t)V * sizeof *t->at + (size_t)size);
     if (t) {
         *t = (GPT2Tokenizer){(int32_t)V, end >= 0 && end < V ? (int32_t)end : -1, (int64_t *)(t + 1), NULL};
         t->bytes = (unsigned char *)(t->at + V);
-        if (file_read(&in, t->bytes, (size_t)size)) at = size;
+        unread = file_read(&in, t->bytes, (size_t)size);
     }
-    for (; t && i < V && at < size; at += 1 + t->bytes[at]) t->at[i++] = at;
+    for (; t && !unread && i < V && at < size; at += 1 + t->bytes[at]) t->at[i++] = at;
     fclose(in.f);
-    if (t && i == V && at == size) return t;
-    gpt2_fail("tokenizer '%s' has version %d, %lld tokens, %lld bytes, expected version 2 and for each token "
-              "a length and its bytes", path, in.header[1], V, size);
+    if (t && !unread && i == V && at == size) return t;
+    if (!unread)
+        gpt2_fail("tokenizer '%s' has version %d, %lld tokens, %lld bytes, expected version 2 and for each "
+                  "token a length and its bytes", path, in.header[1], V, size);
     free(t);
     return NULL;
 }
@@ -1535,6 +1545,21 @@ static const char *run_path(Path path, const char *dir, int which, int64_t step)
     return path;
 }
 
+/* Without DONE, which goes first, it counts no more. */
+static void checkpoint_remove(const char *dir, int64_t step) {
+    Path path;
+    for (int which = DONE_FILE; which >= MODEL_FILE; which--) unlink(run_path(path, dir, which, step));
+}
+
+/* Renames reach the disk with their directory. Some file systems cannot flush one (EINVAL). */
+static int directory_flush(const char *dir) {
+    DIR *d = opendir(dir);
+    const int failed = !d || (fsync(dirfd(d)) && errno != EINVAL);
+    if (failed) gpt2_fail("'%s' could not be written: %s", dir, strerror(errno));
+    if (d) closedir(d);
+    return failed;
+}
+
 int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, const GPT2Progress *progress,
                     int64_t every, int64_t keep, int64_t major) {
     Path path;
@@ -1542,19 +1567,24 @@ int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, cons
     const State state = {*progress, loader ? loader->at : (Position){0}, *gpt2_updates(model)};
     const int32_t header[256] = {MAGIC_STATE, 1, c.max_T, c.V, c.L, c.NH, c.C};
     const int64_t step = progress->step, old = step - keep * every;
-    if (gpt2_save(model, run_path(path, dir, MODEL_FILE, step), 3)) return -1;
+    unlink(run_path(path, dir, DONE_FILE, step));     /* another run's, whose files go now */
+    int failed = gpt2_save(model, run_path(path, dir, MODEL_FILE, step), 3);
     run_path(path, dir, STATE_FILE, step);
-    if (file_write(path, header, &state, sizeof state, model, GPT2_MOMENT1, GPT2_MOMENT2, 0)) return -1;
-    if (file_write(run_path(path, dir, DONE_FILE, step), header, "", 0, NULL, 0, -1, 0)) return -1;
-    if (keep <= 0 || old <= 0 || old >= step || (major > 0 && old % major == 0)) return 0;
-    for (int which = DONE_FILE; which >= MODEL_FILE; which--) unlink(run_path(path, dir, which, old));
-    return 0;
+    failed = failed || file_write(path, header, &state, sizeof state, model, GPT2_MOMENT1, GPT2_MOMENT2, 0) ||
+             directory_flush(dir);
+    run_path(path, dir, DONE_FILE, step);
+    failed = failed || file_write(path, header, "", 0, NULL, 0, -1, 0) || directory_flush(dir);
+    const int goes = keep > 0 && old > 0 && old < step && !(major > 0 && old % major == 0);
+    if (failed || goes) checkpoint_remove(dir, failed ? step : old);
+    return failed ? -1 : 0;
 }
 
 int64_t gpt2_newest(const char *dir) {
     wide newest = -1, step;
     char rest;
     DIR *d = opendir(dir);
+    if (!d && errno != ENOENT)
+        return gpt2_fail("run directory '%s' cannot be read: %s", dir, strerror(errno)) - 1;
     for (struct dirent *entry; d && (entry = readdir(d));)
         if (sscanf(entry->d_name, "DONE_%8lld%c", &step, &rest) == 1 && step > newest) newest = step;
     if (d) closedir(d);
@@ -1614,7 +1644,7 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
         const char *name = i ? "loss" : "logits";
         const int64_t n = i == 0 ? N * V : i == 1 ? 1 : gpt2_tensor(&c, i - 2, &name, NULL);
         double difference = 0, norm = 0;  /* squared */
-        float *ours = memory(2 * (size_t)n * sizeof *ours), *theirs = ours + n;
+        float *ours = memory(2 * (size_t)n * sizeof *ours), *theirs = ours ? ours + n : NULL;
         failed = !ours || file_read(&in, theirs, (size_t)n * sizeof *theirs) ||
                  (i == 0 && gpt2_logits(model, x, B, T, 0, ours)) ||
                  (i == 1 && (gpt2_forward(model, x, x + N, B, T, 1, ours) || gpt2_backward(model))) ||
@@ -1796,6 +1826,7 @@ int main(int argc, char **argv) {
     const int B = (int)whole("-b"), T = (int)whole("-t");
     const char *out = text("-o"), *val_shards = text("-j");
     const wide newest = whole("-y") ? gpt2_newest(out) : -1;
+    must(newest >= -1);
     GPT2Progress progress = {.rng = seed};
     GPT2Tokenizer *tokenizer = tokenizer_find();
     GPT2 *model = model_find(newest, tokenizer, seed);
@@ -1807,8 +1838,11 @@ int main(int argc, char **argv) {
     must(newest < 0 || !gpt2_restore(out, newest, model, loader, &progress));
     Path path = "/dev/null";
     if (*out) mkdir(out, 0777), snprintf(path, sizeof path, "%s/main.log", out);     /* it may be there */
-    FILE *log = fopen(path, newest >= 0 ? "a" : "w");
-    if (!log) die("run directory '%s' cannot be written: %s", out, strerror(errno));
+    FILE *log = fopen(path, "a");
+    if (log && *out && flock(fileno(log), LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
+        die("run directory '%s' has a run that has not ended; choose another", out);
+    if (!log || (*out && newest < 0 && ftruncate(fileno(log), 0)))
+        die("run directory '%s' cannot be written: %s", out, strerror(errno));
 
     const GPT2Size data = gpt2_loader_size(loader);
     const wide BT = (wide)B * T, total = whole("-d") ? whole("-d") : BT, micro_batches = total / BT;
@@ -1820,12 +1854,17 @@ int main(int argc, char **argv) {
            newest >= 0 ? "resumed" : text("-e"), (wide)data.tokens, (wide)data.shards, begin, steps, total,
            micro_batches, B, T);
     signal(SIGINT, on_signal), signal(SIGTERM, on_signal);
+    signal(SIGXFSZ, SIG_IGN);             /* a file at its limit is an error of write */
     const double began = seconds();
     for (wide step = begin;; step++) {
         const int last = step >= steps;
         float loss;
-        if ((whole("-n") && step != newest && (last || (step && due("-n", step)))) || (interrupted && *out))
-            must(!gpt2_checkpoint(out, model, loader, &progress, whole("-n"), whole("-nk"), whole("-nm")));
+        const int save = (whole("-n") && (last || (step && due("-n", step)))) || (interrupted && *out);
+        if (save && step != newest &&
+            gpt2_checkpoint(out, model, loader, &progress, whole("-n"), whole("-nk"), whole("-nm"))) {
+            must(!last && !interrupted);
+            fprintf(stderr, "train_gpt2: no checkpoint of step %lld: %s\n", step, gpt2_error());
+        }
         if (interrupted) break;
         if (val && (last || due("-v", step))) {
             must(!gpt2_evaluate(model, val, whole("-m"), &loss));
