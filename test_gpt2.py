@@ -1268,6 +1268,18 @@ def test_the_checkpoint_that_was_resumed_is_not_written_again(data, whole_runs, 
     assert (tmp_path / "model_00000004.bin").stat().st_ino == before
 
 
+def test_an_interrupted_sample_is_made_again(data, whole_runs, tmp_path):
+    with subprocess.Popen(command("binary", data, "-g 1000000 -n 0", tmp_path), stdout=subprocess.PIPE) as process:
+        while process.stdout.readline() != b"---\n":
+            pass
+        process.stdout.read(100)
+        process.terminate()
+        process.stdout.read()
+    assert process.returncode == 130 and LIB.gpt2_newest(str(tmp_path)) == 4
+    for name in ("model_00000004.bin", "state_00000004_00000.bin"):
+        assert (tmp_path / name).read_bytes() == (whole_runs["binary"][1] / name).read_bytes()
+
+
 def test_a_second_run_in_a_directory_is_refused(data, whole_runs, tmp_path):
     shutil.copytree(whole_runs["binary"][1], tmp_path / "run")
     with open(tmp_path / "run" / "main.log", "rb+") as log:

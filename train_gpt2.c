@@ -1825,7 +1825,7 @@ int main(int argc, char **argv) {
     const uint64_t seed = 42;
     const int B = (int)whole("-b"), T = (int)whole("-t");
     const char *out = text("-o"), *val_shards = text("-j");
-    const wide newest = whole("-y") ? gpt2_newest(out) : -1;
+    wide newest = whole("-y") ? gpt2_newest(out) : -1;     /* checkpoint of this run */
     must(newest >= -1);
     GPT2Progress progress = {.rng = seed};
     GPT2Tokenizer *tokenizer = tokenizer_find();
@@ -1860,10 +1860,11 @@ int main(int argc, char **argv) {
         const int last = step >= steps;
         float loss;
         const int save = (whole("-n") && (last || (step && due("-n", step)))) || (interrupted && *out);
-        if (save && step != newest &&
-            gpt2_checkpoint(out, model, loader, &progress, whole("-n"), whole("-nk"), whole("-nm"))) {
-            must(!last && !interrupted);
-            fprintf(stderr, "train_gpt2: no checkpoint of step %lld: %s\n", step, gpt2_error());
+        if (save && step != newest) {
+            if (!gpt2_checkpoint(out, model, loader, &progress, whole("-n"), whole("-nk"), whole("-nm")))
+                newest = step;
+            else if (last || interrupted) must(0);
+            else fprintf(stderr, "train_gpt2: no checkpoint of step %lld: %s\n", step, gpt2_error());
         }
         if (interrupted) break;
         if (val && (last || due("-v", step))) {
@@ -1879,8 +1880,13 @@ int main(int argc, char **argv) {
             printf("HellaSwag %.4f, by length %.4f\n", (double)right[0] / n, (double)right[1] / n);
             fprintf(log, "s:%lld eval:%.4f\n", step, (double)right[1] / n);
         }
+        const uint64_t rng = progress.rng;
         if (whole("-g") && (last || (step && due("-s", step))))
             sample(model, tokenizer, &progress.rng, whole("-g"));
+        if (interrupted) {                /* saves here: resumed, the run makes this sample again */
+            progress.rng = rng, step--;
+            continue;
+        }
         if (last) break;
 
         const double tick = seconds();

@@ -1,6 +1,6 @@
 /* Fails each allocation, read, write and opening of a file that the library makes, one at a time.
 
-     faults.py builds it, with AddressSanitizer and UBSan where the compiler has them, and runs:
+     faults.py builds it, with AddressSanitizer and UBSan where a compiler has them, and runs:
      ./faults FOLDER alloc|short|read|write|open [once]      FOLDER: see make_files in faults.py
      ./faults FOLDER order                    what a checkpoint flushes and renames, in order
      ./faults FOLDER threads                  two models on two threads (for ThreadSanitizer)
@@ -36,8 +36,8 @@ static int fails(int kind, int error) {
     return 1;
 }
 
-#ifndef __SANITIZE_THREAD__
-#ifdef __SANITIZE_ADDRESS__
+#ifndef SANITIZE_thread
+#ifdef SANITIZE_address                   /* faults.py says so: the compilers do in ways of their own */
 #define REAL(name) __interceptor_##name
 #else
 #define REAL(name) __libc_##name
