@@ -273,7 +273,24 @@ def tensor_shapes(config, lib):
     return shapes
 
 
-class GPT2:
+class Owner:
+    """Holds memory of the library, which close(), the end of a `with`, or the object's end gives back."""
+
+    def own(self, lib, handle, free):
+        self.lib, self.handle, self.free = lib, handle, weakref.finalize(self, free, handle)
+
+    def close(self):
+        self.free()
+        self.handle = self.lib = None        # whoever goes on using it fails here and not in C
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class GPT2(Owner):
     """A GPT-2: parameters, gradients, AdamW's moments. Whatever fails raises GPT2Error."""
     file = None                              # where open_model found it
 
@@ -294,8 +311,7 @@ class GPT2:
         return model
 
     def _own(self, lib, handle):
-        self.lib, self.handle = lib, handle
-        weakref.finalize(self, lib.gpt2_free, handle)
+        self.own(lib, handle, lib.gpt2_free)
         self.config = lib.gpt2_config(handle)
         self.num_parameters = lib.gpt2_parameters(ctypes.byref(self.config))
         self.shapes = tensor_shapes(self.config, lib)
@@ -397,13 +413,12 @@ class GPT2:
         self.lib.gpt2_save(self.handle, path, version)
 
 
-class Loader:
+class Loader(Owner):
     """Batches of B rows of T tokens, all below V, from the token shards that a glob matches."""
 
     def __init__(self, pattern, B, T, V, shuffle=False, seed=0, device="auto"):
-        self.lib = library(device)
-        self.handle = self.lib.gpt2_loader_open(pattern, B, T, V, shuffle, seed)
-        weakref.finalize(self, self.lib.gpt2_loader_close, self.handle)
+        lib = library(device)
+        self.own(lib, lib.gpt2_loader_open(pattern, B, T, V, shuffle, seed), lib.gpt2_loader_close)
         self.x = (ctypes.c_int32 * T * B)()
         self.y = (ctypes.c_int32 * T * B)()
         # of all shards: their number, their tokens, the batches in an epoch
