@@ -42,6 +42,12 @@ static void hold(int ok, const char *what) {
     abort();
 }
 
+static int lowest_unused(void) {
+    const int descriptor = dup(file[0]);
+    close(descriptor);
+    return descriptor;
+}
+
 static void finish(void) {
     for (int i = 0; i < READERS; i++) {
         if (executed[i])
@@ -178,7 +184,7 @@ static int read_strings(const uint8_t *data, size_t size) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (size < PREFIX || data[0] >= READERS) return 0;
-    const int reader = data[0], fd = file[reader];
+    const int reader = data[0], fd = file[reader], unused = lowest_unused();
     const uint32_t option = data[1] | (uint32_t)data[2] << 8 | (uint32_t)data[3] << 16;
     data += PREFIX, size -= PREFIX;
     hold(pwrite(fd, data, size, 0) == (ssize_t)size && !ftruncate(fd, (off_t)size), "no input file");
@@ -189,6 +195,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
                    : read_strings(data, size);
     hold(took || reader == STRINGS || strstr(gpt2_error(), folder), "a message does not name the file");
     hold(took || (*gpt2_error() && !strchr(reader == STRINGS ? "" : gpt2_error(), '\n')), "no message");
+    hold(lowest_unused() == unused, "a file was left open");
     executed[reader]++;
     accepted[reader] += took != 0;
     return 0;
