@@ -1282,12 +1282,13 @@ def test_an_interrupted_sample_is_made_again(data, whole_runs, tmp_path):
 
 def test_a_second_run_in_a_directory_is_refused(data, whole_runs, tmp_path):
     shutil.copytree(whole_runs["binary"][1], tmp_path / "run")
-    with open(tmp_path / "run" / "main.log", "rb+") as log:
-        before = log.read()
-        fcntl.flock(log, fcntl.LOCK_EX)
-        done = run(*command("binary", data, "", tmp_path / "run"), status=1)
-        assert log.seek(0) == 0 and log.read() == before
+    lock = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    done = run(*command("binary", data, "", tmp_path / "run"), status=1)
+    os.close(lock)
     one_sentence(done.stderr, tmp_path / "run", "not ended")
+    assert outputs(tmp_path / "run") == outputs(whole_runs["binary"][1])
+    run(*command("binary", data, "", tmp_path / "run", resume=True))
 
 
 def test_a_run_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(data, tmp_path):

@@ -151,6 +151,7 @@ int gpt2_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));   
 #ifndef GPT2_API_ONLY
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <glob.h>
 #include <math.h>
 #include <signal.h>
@@ -1838,11 +1839,10 @@ int main(int argc, char **argv) {
     must(newest < 0 || !gpt2_restore(out, newest, model, loader, &progress));
     Path path = "/dev/null";
     if (*out) mkdir(out, 0777), snprintf(path, sizeof path, "%s/main.log", out);     /* it may be there */
-    FILE *log = fopen(path, "a");
-    if (log && *out && flock(fileno(log), LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
+    if (*out && flock(open(out, O_RDONLY), LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)     /* to the end */
         die("run directory '%s' has a run that has not ended; choose another", out);
-    if (!log || (*out && newest < 0 && ftruncate(fileno(log), 0)))
-        die("run directory '%s' cannot be written: %s", out, strerror(errno));
+    FILE *log = fopen(path, newest >= 0 ? "a" : "w");
+    if (!log) die("run directory '%s' cannot be written: %s", out, strerror(errno));
 
     const GPT2Size data = gpt2_loader_size(loader);
     const wide BT = (wide)B * T, total = whole("-d") ? whole("-d") : BT, micro_batches = total / BT;
