@@ -5,8 +5,8 @@
     GPT2_QUICK=1 python -m pytest test_gpt2.py       all but the 124M model
     GPT2_BUILD=DIR python -m pytest test_gpt2.py     with another build of binary and library (make BUILD=DIR)
 
-They need pytest and the standard library. Those that hold us against torch, transformers, tiktoken or gguf are
-skipped where these are missing. What they refuse to be: a benchmark (no timing decides), a user of the
+They need pytest and the standard library. Those that hold us against torch, transformers, tiktoken or gguf
+are skipped where these are missing. What they refuse to be: a benchmark (no timing decides), a user of the
 network, or a look inside (nothing here knows how the library does what it promises).
 
 Python itself is not built with sanitizers, so a SANITIZE=1 build needs these in the environment:
@@ -761,8 +761,8 @@ def test_top_p_allows_the_fewest_that_have_the_share():
 
 
 def test_kept_keys_and_values_change_nothing():
-    """Texts that begin alike or not, a batch and a changed parameter between them: the last token's logits are
-    those of a model that computes all anew."""
+    """Texts that begin alike or not, a batch and a changed parameter between them: the last token's logits
+    are those of a model that computes all anew."""
     kept, anew = lively(24, 41, 2, 2, 16), lively(24, 41, 2, 2, 16)
     generator = random.Random(1)
     text = []
@@ -823,7 +823,7 @@ def hellaswag_file(path, V, n, longest, seed=1):
 
 
 def verdicts(text, nats):
-    """How often the right completion is best by its sum of nats(tokens) over its own tokens, and by the mean."""
+    """How often the right completion is best by its sum of nats(tokens) over its own tokens; by the mean."""
     right = [0, 0]
     for context, completions, label in text:
         sums = [sum(nats(context + completion)[-len(completion):]) for completion in completions]
@@ -950,7 +950,8 @@ def good_files(tmp_path_factory):
                           lambda path: LIB.gpt2_check(model.handle, path, 1e-5, rows))}
 
 
-each_kind = pytest.mark.parametrize("kind", ["shard", "model", "state", "tokenizer", "hellaswag", "reference"])
+each_kind = pytest.mark.parametrize(
+    "kind", ["shard", "model", "state", "tokenizer", "hellaswag", "reference"])
 
 
 @each_kind
@@ -1236,7 +1237,7 @@ sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
 
 @pytest.mark.parametrize("part", [
     "kill", "stop", "disk", "shards", "nan", "calls", "threads",
-    pytest.param("cycles", marks=pytest.mark.skipif(sanitized, reason="AddressSanitizer keeps what is freed"))])
+    pytest.param("cycles", marks=pytest.mark.skipif(sanitized, reason="a sanitizer keeps what is freed"))])
 def test_no_fault_loses_a_checkpoint_or_crashes_the_library(part):
     run(sys.executable, HERE / "dev" / "fuzz" / "faults.py", "--quick", "--build", BUILD, part)
 
@@ -1269,7 +1270,8 @@ def test_the_checkpoint_that_was_resumed_is_not_written_again(data, whole_runs, 
 
 
 def test_an_interrupted_sample_is_made_again(data, whole_runs, tmp_path):
-    with subprocess.Popen(command("binary", data, "-g 1000000 -n 0", tmp_path), stdout=subprocess.PIPE) as process:
+    words = command("binary", data, "-g 1000000 -n 0", tmp_path)
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         while process.stdout.readline() != b"---\n":
             pass
         process.stdout.read(100)
@@ -1428,7 +1430,8 @@ def test_flags_for_gpus_get_a_notice(data):
 
 
 def test_the_binary_evaluates_hellaswag(data, tmp_path):
-    told(run(*command("binary", data, "-x 1 -n 0 -h 1"), status=2, cwd=tmp_path), "binary", "fetch.py hellaswag")
+    words = command("binary", data, "-x 1 -n 0 -h 1")
+    told(run(*words, status=2, cwd=tmp_path), "binary", "fetch.py hellaswag")
     folder = tmp_path / "dev" / "data" / "hellaswag"
     folder.mkdir(parents=True)
     model = GPT2.load(data / "model.bin")
@@ -1570,28 +1573,32 @@ def byte_model(tmp_path):
 def test_a_sample_streams_text_up_to_a_stop(byte_model, tmp_path):
     model, path = byte_model
     prompt = "past the context, which is 16"
-    whole = driver("sample", path, "--prompt", prompt, "--tokens", 60)
-    ids = [*itertools.takewhile(bool, model.generate(prompt.encode(), 60, 0.8, rng=42))]     # byte 0 ends a text
-    text = bytes(ids).decode(errors="replace")
-    assert whole.stdout == f"{prompt}{text}\n" and re.search(r"^\(29 tokens read in .* tokens/s\)", whole.stderr)
+
+    def sample(*flags):
+        return driver("sample", path, "--prompt", prompt, *flags)
+
+    whole = sample("--tokens", 60)
+    tokens = model.generate(prompt.encode(), 60, 0.8, rng=42)
+    text = bytes(itertools.takewhile(bool, tokens)).decode(errors="replace")     # byte 0 ends a text
+    assert whole.stdout == f"{prompt}{text}\n"
+    assert re.search(r"^\(29 tokens read in .* tokens/s\)", whole.stderr)
     assert "past the model's context of 16 tokens, the last 8 or more counted" in whole.stderr
     stop = text[3:5]
-    before = text.split(stop)[0]
-    assert driver("sample", path, "--prompt", prompt, "--tokens", 60, "--stop", stop).stdout == f"{prompt}{before}\n"
-    by_stdin = subprocess.run([sys.executable, HERE / "train_gpt2.py", "sample", path, "--prompt", "-",
-                               "--tokens", "60"], input=prompt, capture_output=True, text=True, errors="replace")
+    assert sample("--tokens", 60, "--stop", stop).stdout == prompt + text.split(stop)[0] + "\n"
+    words = [sys.executable, HERE / "train_gpt2.py", "sample", path, "--prompt", "-", "--tokens", "60"]
+    by_stdin = subprocess.run(words, input=prompt, capture_output=True, text=True, errors="replace")
     assert by_stdin.stdout == whole.stdout
-    three = driver("sample", path, "--prompt", prompt, "--tokens", 9, "--num-samples", 3).stdout
-    each = [driver("sample", path, "--prompt", prompt, "--tokens", 9, "--seed", 42 + i).stdout for i in range(3)]
+    three = sample("--tokens", 9, "--num-samples", 3).stdout
+    each = [sample("--tokens", 9, "--seed", 42 + i).stdout for i in range(3)]
     assert three == "---\n".join(each) and len(set(each)) == 3
 
 
 def test_a_conversation_keeps_what_was_said(byte_model):
-    """Each answer continues all lines and answers before it; an interrupt ends an answer, the end of input all."""
+    """Each answer continues all lines and answers before it; the end of input ends it."""
     model, path = byte_model
-    done = subprocess.run([sys.executable, HERE / "train_gpt2.py", "sample", path, "--interactive", "--tokens",
-                           "6", "--temperature", "0"], input="ab\ncd\n", capture_output=True, text=True,
-                          errors="replace")
+    words = [sys.executable, HERE / "train_gpt2.py", "sample", path, "--interactive", "--tokens", "6",
+             "--temperature", "0"]
+    done = subprocess.run(words, input="ab\ncd\n", capture_output=True, text=True, errors="replace")
     context, shown = [ord("\n")], ""
     for line in ("ab\n", "cd\n"):
         context += line.encode()
@@ -1738,10 +1745,11 @@ def test_the_memory_needed_is_about_what_a_run_takes(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT * 9, encoding="utf-8")
     flags = ("--data text.txt --layers 4 --heads 4 --channels 256 --context 64 --batch-size 32 --steps 2"
              " --val-batches 1 --sample-tokens 0").split()
-    # A small process between: a new process counts as having used what the one before exec did, here pytest's.
+    # A small process between: a new process counts as having used what the one before exec did, here pytest.
     between = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
                " print('used', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
-    shown = run(sys.executable, "-c", between, sys.executable, HERE / "train_gpt2.py", *flags, cwd=tmp_path).stdout
+    words = [sys.executable, "-c", between, sys.executable, HERE / "train_gpt2.py", *flags]
+    shown = run(*words, cwd=tmp_path).stdout
     needed = int(re.search(r"^memory: (\d+) MB needed", shown, re.M)[1])
     used = int(re.search(r"^used (\d+)", shown, re.M)[1])
     assert needed == pytest.approx(used / 1e3 - 30, rel=0.2)
@@ -1801,8 +1809,8 @@ def test_fine_tuning_refuses_a_tokenizer_that_is_not_the_models(base, tmp_path):
     shutil.copy(base / "model.bin", tmp_path)
     GPT2(GPT2Config(32, 97, 1, 1, 48)).save(tmp_path / "other.bin")
     for name, word in (("model.bin", "model.bin"), ("other.bin", "--tokenizer bytes has 256")):
-        told(driver("--init", name, "--data", base / "text.txt", "--out", f"run_{name}", status=1, cwd=tmp_path),
-             "driver", "tokenizer", word)
+        words = ("--init", name, "--data", base / "text.txt", "--out", f"run_{name}")
+        told(driver(*words, status=1, cwd=tmp_path), "driver", "tokenizer", word)
 
 
 def test_patience_ends_a_run_that_gets_no_better(base):
@@ -1936,7 +1944,8 @@ def test_a_model_comes_in_number_by_number(tmp_path, small, dtype, prefix, head)
 @pytest.mark.parametrize("dtype", SIZES)
 def test_a_model_goes_out_rounded_to_the_nearest(tmp_path, small, dtype):
     model = lively(7, 130, 2, 3, 12)
-    odd = [1, 2, 3, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 3e-6, 65504, -math.inf, math.nan, 2.0**-24]
+    odd = [1, 2, 3, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 3e-6, 65504, -math.inf, math.nan,
+           2.0**-24]
     values = array.array("f", odd + tensors(model)["wpe"][len(odd):].tolist())
     nans = [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001] if dtype == "BF16" else []
     model.set("wpe", array.array("I", nans).tobytes() + values[len(nans):].tobytes())
@@ -2383,8 +2392,8 @@ def test_prepare_needs_no_more_memory_for_more_text(tmp_path):
             file.write(block)
     with gzip.open(tmp_path / "b.jsonl.gz", "wb", 1) as file:
         file.write(b'{"text": "' + block * 5 + b'"}\n')
-    subprocess.run([sys.executable, HERE / "train_gpt2.py", "prepare", "a.txt.gz", "b.jsonl.gz", "--out", "out",
-                    "--shard-tokens", "1000000"], cwd=tmp_path, check=True,
+    subprocess.run([sys.executable, HERE / "train_gpt2.py", "prepare", "a.txt.gz", "b.jsonl.gz",
+                    "--out", "out", "--shard-tokens", "1000000"], cwd=tmp_path, check=True,
                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (80 << 20, 80 << 20)))
     assert [len(list((tmp_path / "out").glob(f"{split}_*"))) for split in ("train", "val")] == [86, 10]
 
@@ -3019,10 +3028,11 @@ def test_d12_takes_a_step_in_both_front_ends_alike(tmp_path):
 # --- The README ---------------------------------------------------------------------------------------------
 # What makes a command short, beside what the README says: by how it begins. The later of two values counts.
 SHORTER = {
-    "python3 train_gpt2.py": "--steps {n} --val-batches 1 --sample-tokens 5 --seq-len 32 --batch-size 2 --val-every 2",
+    "python3 train_gpt2.py": "--steps {n} --val-batches 1 --sample-tokens 5 --seq-len 32 --batch-size 2"
+                             " --val-every 2",
     "./train_gpt2 -i": "-x {n} -g 5 -m 1", "python3 train_gpt2.py sample": "--tokens 9",
     "SHARDS=1": "-e d2 -b 1 -t 64 -d 64 -m 1 -g 5 -n 0"}
-ELSEWHERE = ("make test", "python3 dev/data/gpt2_vocab.py")     # in .ci/run; the tests of data sets have fetch.py's
+ELSEWHERE = ("make test", "python3 dev/data/gpt2_vocab.py")     # in .ci/run; fetch.py: the tests of data sets
 
 
 @pytest.fixture
@@ -3061,7 +3071,8 @@ def test_the_commands_of_the_readme(sandbox, monkeypatch):
     except GPT2Error:
         bpe = False
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    lines = re.findall(r"^    ((?:make|python3|\./train_gpt2|SHARDS=).*)$", (HERE / "README.md").read_text(), re.M)
+    readme = (HERE / "README.md").read_text()
+    lines = re.findall(r"^    ((?:make|python3|\./train_gpt2|SHARDS=).*)$", readme, re.M)
     assert len(lines) > 25
     for n, line in enumerate(lines, 3):
         line = line.split("   ")[0]          # a comment behind it
@@ -3084,7 +3095,8 @@ def test_the_commands_of_the_readme(sandbox, monkeypatch):
 
 def test_the_python_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"^    from train_gpt2 import.*?(?=\n\n)", (HERE / "README.md").read_text(), re.M | re.S)[0]
+    readme = (HERE / "README.md").read_text()
+    code = re.search(r"^    from train_gpt2 import.*?(?=\n\n)", readme, re.M | re.S)[0]
     x, y = token_rows(2, 64, 256)
     exec(textwrap.dedent(code), {"x": x, "y": y})
     assert GPT2.load("model.bin").config.C == 128

@@ -5,8 +5,8 @@
     python3 dev/bench/generate.py --prompt 900 --tokens 60        after a long prompt
 
 GPT-2 124M with random weights, greedy, one sequence, keys and values kept by both. Each new token needs every
-weight once, so that it cannot come faster than memory is read: that speed is measured beside, by the norm of a
-gradient of the model's size. Both sides run in processes of their own and take turns, a text each.
+weight once, so that it cannot come faster than memory is read: that speed is measured beside, by the norm of
+a gradient of the model's size. Both sides run in processes of their own and take turns, a text each.
 
 What it refuses to be: a test. Nothing here passes or fails.
 """
@@ -22,7 +22,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 
 def ours(prompt, tokens):
-    """Returns a function that generates, and returns seconds for the prompt, seconds a token, bytes/s read."""
+    """A function that generates and returns seconds for the prompt, seconds a token, bytes/s of memory."""
     sys.path.insert(0, ROOT)
     import ctypes
     import train_gpt2

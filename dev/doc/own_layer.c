@@ -50,7 +50,7 @@ static void swish_backward(float *dinp, float *dbeta, const float *dout, const f
 /* === 2. Its test ======================================================================================== */
 /* Awkward sizes: rows for a whole partial sum and a rest, channels for whole vectors and a rest. */
 enum { ROWS = 67, CHANNELS = 37, COUNT = ROWS * CHANNELS };
-static const double BOUND = 1e-6;         /* a few roundings of 6e-8; a wrong formula is off by 1e-2 and more */
+static const double BOUND = 1e-6;         /* some roundings of 6e-8; a wrong formula is off by 1e-2 or more */
 static double inp[COUNT], beta[CHANNELS], dout[COUNT];
 static double out[COUNT], dinp[COUNT], dbeta[CHANNELS];     /* theirs: from the formula alone, in double */
 
