@@ -103,7 +103,9 @@ static int read_model(uint32_t option, const uint8_t *data, size_t size) {
     for (size_t i = 0; i < size; i++) mixed = (mixed ^ data[i]) * 0x100000001B3u;     /* FNV */
     if (mixed >> 53 == 0) {               /* some train a step, which takes as long as a hundred loads */
         hold(!gpt2_forward(m, tokens, tokens + 1, 1, T, 1, &values[0]), "a loaded model has no loss");
-        hold(!gpt2_backward(m) && !gpt2_update(m, 1, 0.9, 0.9, 1, 0, 1), "a loaded model takes no step");
+        hold(!gpt2_backward(m), "a loaded model has no gradient");
+        const int finite = isfinite(gpt2_grad_norm(m));     /* if not, the step is refused */
+        hold(!gpt2_update(m, 1, 0.9, 0.9, 1, 0, 1) == finite, "a loaded model takes no step, or a wrong one");
     }
     gpt2_free(m);
     return 1 + (sum > 0);
