@@ -1282,15 +1282,16 @@ def test_an_interrupted_sample_is_made_again(data, whole_runs, tmp_path):
         assert (tmp_path / name).read_bytes() == (whole_runs["binary"][1] / name).read_bytes()
 
 
-def test_a_second_run_in_a_directory_is_refused(data, whole_runs, tmp_path):
-    shutil.copytree(whole_runs["binary"][1], tmp_path / "run")
+@pytest.mark.parametrize("front", ["binary", "driver"])
+def test_a_second_run_in_a_directory_is_refused(data, whole_runs, tmp_path, front):
+    shutil.copytree(whole_runs[front][1], tmp_path / "run")
     lock = os.open(tmp_path / "run", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    done = run(*command("binary", data, "", tmp_path / "run"), status=1)
+    done = run(*command(front, data, "", tmp_path / "run", resume=front == "driver"), status=1)
     os.close(lock)
     one_sentence(done.stderr, tmp_path / "run", "not ended")
-    assert outputs(tmp_path / "run") == outputs(whole_runs["binary"][1])
-    run(*command("binary", data, "", tmp_path / "run", resume=True))
+    assert outputs(tmp_path / "run") == outputs(whole_runs[front][1])
+    run(*command(front, data, "", tmp_path / "run", resume=True))
 
 
 def test_a_run_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(data, tmp_path):

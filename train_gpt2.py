@@ -458,7 +458,12 @@ def replace_file(path, *parts):
         with open(temporary, "wb") as file:
             for part in parts:
                 file.writelines(part) if hasattr(part, "__next__") else file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or path     # a write that fails names no file
+        raise
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -1529,8 +1534,13 @@ class Run:
     def log(self, line, **values):
         """Adds a line to main.log, and one with the values to metrics.jsonl."""
         for name, text in (("main.log", line), (METRICS, json.dumps(values))):
-            with open(os.path.join(self.folder, name), "a") as file:
-                file.write(text + "\n")
+            path = os.path.join(self.folder, name)
+            try:
+                with open(path, "a") as file:
+                    file.write(text + "\n")
+            except OSError as error:
+                raise GPT2Error(f"{path} cannot be written: {error.strerror}; --resume goes on from the last"
+                                f" checkpoint, {self.saved or 'of which there is none'}") from None
 
     def draw(self):
         """Redraws the curves in loss.svg."""
@@ -1564,6 +1574,9 @@ class Run:
 
     def validated(self, step, loss, model):
         """Notes a validation loss, and keeps the model if there was no better one until this step."""
+        if not math.isfinite(loss):
+            raise GPT2Error(f"the validation loss of step {step} is {loss}: the training has diverged; try a"
+                            f" lower --lr (the last checkpoint: {self.saved or 'none'})")
         self.log(f"s:{step} tel:{loss:.4f}", step=step, val_loss=loss)
         curves = read_curves(os.path.join(self.folder, METRICS))
         losses = [point for point in curves.get("val_loss", ()) if point[0] <= step]
@@ -1589,8 +1602,14 @@ class Run:
         s, path = self.settings, model_path(self.folder, self.progress.step)
         if self.saved == path:
             return
-        self.lib.gpt2_checkpoint(self.folder, model.handle, loader.handle, ctypes.byref(self.progress),
-                                 s.checkpoint_every, s.keep, 0)
+        try:
+            self.lib.gpt2_checkpoint(self.folder, model.handle, loader.handle, ctypes.byref(self.progress),
+                                     s.checkpoint_every, s.keep, 0)
+        except GPT2Error as error:
+            if self.stop or self.progress.step == s.steps:
+                raise
+            print(f"train_gpt2.py: no checkpoint of step {self.progress.step}: {error}", file=sys.stderr)
+            return
         self.saved = path
         self.live.say(f"step {self.progress.step}: saved {path}")
 
@@ -1613,8 +1632,13 @@ def train(model, train_loader, val_loader, settings, run):
             break
         if val_loader and s.val_every and (due(step, s.val_every) or step == 0):
             run.validated(step, model.evaluate(val_loader, s.val_batches), model)
+        rng = run.progress.rng
         if s.sample_tokens and due(step, s.sample_every):
             run.sample(model)
+        if run.stop:                         # saves here: resumed, the run makes this sample again
+            run.progress.rng = rng
+            run.checkpoint(model, train_loader)
+            break
         if step == s.steps or 0 < s.patience <= run.waited:
             run.checkpoint(model, train_loader)
             break
@@ -1641,6 +1665,8 @@ def open_run(args, given, lib):
     the step to go on from, which is None for a new run."""
     folder = args.out or (newest_run(lib) if args.resume else f"runs/{max(numbered_runs(), default=0) + 1}")
     step = lib.gpt2_newest(folder)
+    if step < -1:
+        raise GPT2Error(lib.gpt2_error().decode(errors="replace"))
     if not args.resume and step >= 0:
         raise GPT2Error(f"{folder} holds a run; add --resume to go on with it, or name another --out")
     if not args.resume:
@@ -1790,9 +1816,16 @@ def train_command(args):
     val_loader = Loader(val_glob, B, T, V, device=args.device) if val_glob else None
 
     os.makedirs(folder, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)     # until the process ends, or `run` does
+    except BlockingIOError:
+        os.close(lock)
+        raise GPT2Error(f"{folder} has a run that has not ended; choose another --out") from None
     peak = lib.gpt2_ceiling() / lib.gpt2_flops_per_token(ctypes.byref(config), T)
     ids = Tokenizer([b"%d " % token for token in range(V)], end=V - 1)
     run = Run(folder, lib, s, tokenizer or ids, peak)
+    weakref.finalize(run, os.close, lock)
     if step is None:
         replace_file(os.path.join(folder, "main.log"))
         replace_file(os.path.join(folder, METRICS))
