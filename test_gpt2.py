@@ -108,8 +108,14 @@ def header(*entries):
     return struct.pack("<256i", *entries, *[0] * (256 - len(entries)))
 
 
+def unsealed(contents):
+    """The contents of a model or state file without the checksum, which ends the header."""
+    return contents[:1016] + bytes(8) + contents[1024:]
+
+
 def damaged(contents, at, value):
-    """A file's contents with another int32 in the header."""
+    """A file's contents with another int32 in the header, and without a checksum."""
+    contents = unsealed(contents)
     return contents[:4 * at] + struct.pack("<i", value) + contents[4 * at + 4:]
 
 
@@ -615,7 +621,7 @@ def test_a_token_of_another_vocabulary_is_refused_with_its_place(tmp_path, shard
     lists = [[3] * 26, [3] * 26]
     lists[shard][at] = 50
     loader = Loader(shards(tmp_path, *lists), 5, 5, 50)
-    with refused(f"token {at} of", f"train_00{shard}.bin", "is 50"):
+    with refused(f"train_00{shard}.bin': token {at} is 50, expected less than V, 50"):
         for _ in range(2):
             loader.next()
 
@@ -889,7 +895,7 @@ def test_a_damaged_hellaswag_file_is_refused(tmp_path):
     hellaswag_file(path, 99, 3, longest=9)
     first, second = example(0, 0, [1], [[2]] * 4), example(1, 0, [1, 2], [[3, 41]] * 4)
     path.write_bytes(header(20240522, 1, 2) + first + second)
-    with refused(f"byte {1024 + len(first) + 2 * 10} of '{path}' is 41, expected 0 to 40"):
+    with refused(path, "example '1': token", "is 41, expected 0 to 40"):
         model.hellaswag(path, 0, 3)
 
 
@@ -898,7 +904,7 @@ def test_a_model_file_is_a_header_and_the_tensors_in_order(tmp_path):
     model = lively(7, 131, 2, 3, 9)
     model.save(tmp_path / "model.bin")
     data = (tmp_path / "model.bin").read_bytes()
-    assert data == header(20240326, 3, 7, 131, 2, 3, 9, 256) + as_bytes(tensors(model))
+    assert unsealed(data) == header(20240326, 3, 7, 131, 2, 3, 9, 256) + as_bytes(tensors(model))
     loaded = GPT2.load(tmp_path / "model.bin")
     assert as_bytes(tensors(loaded)) == as_bytes(tensors(model))
     assert list(loaded.shapes.values()) == [
@@ -914,7 +920,7 @@ def test_a_bf16_file_is_rounded_to_nearest_even(tmp_path):
     model.set("ln1b", array.array("f", struct.pack("<16I", *special)))     # ties, infinity, NaN, …
     model.save(tmp_path / "model.bin", 5)
     data = (tmp_path / "model.bin").read_bytes()
-    assert data[:1024] == header(20240326, 5, 7, 131, 2, 2, 8, 256)
+    assert unsealed(data)[:1024] == header(20240326, 5, 7, 131, 2, 2, 8, 256)
     halves = array.array("H", data[1024:])
     exact = array.array("I", as_bytes(tensors(model)))
     assert len(halves) == len(exact)
@@ -994,12 +1000,37 @@ def test_what_is_no_file_is_refused(good_files, tmp_path, kind, make, words):
             os.seteuid(0)
 
 
+@pytest.mark.parametrize("kind", ["model", "state"])
+def test_a_file_that_is_not_as_it_was_saved_is_refused(good_files, tmp_path, kind):
+    good, opens = good_files[kind]
+    path, whole, draw = tmp_path / good.name, good.read_bytes(), random.Random(1)
+
+    def refuse(broken):
+        path.write_bytes(broken)
+        with refused(path, "checksum"):
+            opens(str(path))
+
+    bits = range(8 * 4, 8 * len(whole))     # the magic number is looked at before
+    for bit in (*draw.sample(bits, 200), 8 * 1016, 8 * 1024, bits[-1]):
+        broken = bytearray(whole)
+        broken[bit // 8] ^= 1 << bit % 8
+        refuse(broken)
+    for _ in range(50):                      # two blocks that changed places
+        a, b = (slice(at, at + 64) for at in draw.sample(range(1024, len(whole) - 64, 64), 2))
+        broken = bytearray(whole)
+        broken[a], broken[b] = whole[b], whole[a]
+        if broken != whole:
+            refuse(broken)
+    path.write_bytes(unsealed(whole))        # another program's, which has none
+    opens(str(path))
+
+
 def test_a_state_that_counts_wrongly_is_refused(good_files, tmp_path):
     good, opens = good_files["state"]
     path = tmp_path / good.name
     for word in (0, 2, 3, 266):          # step, values in the windows, updates
         for value in (-1, -2**63, 2**62, 2**63 - 1):
-            contents = bytearray(good.read_bytes())
+            contents = bytearray(unsealed(good.read_bytes()))
             struct.pack_into("<q", contents, 1024 + 8 * word, value)
             path.write_bytes(contents)
             with refused(path, value):
@@ -1012,7 +1043,7 @@ def test_a_loader_goes_on_from_any_position(tmp_path, shuffle):
     loader = Loader(shards(tmp_path, range(40), range(20)), 2, 3, 40, shuffle)
     LIB.gpt2_checkpoint(str(tmp_path), model.handle, loader.handle, progress, 0, 0, 0)
     state = tmp_path / "state_00000000_00000.bin"
-    contents = bytearray(state.read_bytes())
+    contents = bytearray(unsealed(state.read_bytes()))
     for position in itertools.product((0, 5, 2**63, 2**64 - 1), repeat=3):     # epoch, shard, row
         struct.pack_into("<3Q", contents, 1024 + 2080, *position)
         state.write_bytes(contents)
@@ -1033,7 +1064,7 @@ def test_a_reference_that_does_not_fit_is_refused(good_files, tmp_path):
         opens(str(path))
     for at, token in ((0, -1), (1, 5), (2, 2**31 - 1), (3, -2**31)):
         path.write_bytes(damaged(contents, 256 + at, token))
-        with refused(f"token {at} of", path, f"is {token}, expected 0 to 4"):
+        with refused(path, f"token {at % 2} of {'xy'[at // 2]} is {token}, expected 0 to 4"):
             opens(str(path))
 
 
@@ -1189,6 +1220,36 @@ def test_the_binary_overfits_one_batch(data):
     flags = "-a 1 -b 2 -t 16 -d 32 -x 80 -l 1e-2 -u 0 -k constant -c 0 -v 0 -s 0 -g 0 -n 0"
     losses = re.findall(r"\| loss (\d+\.\d+)", run(*command("binary", data, flags)).stdout)
     assert len(losses) == 80 and float(losses[-1]) < 0.01
+
+
+@both_front_ends
+def test_steps_that_are_not_finite_are_skipped_up_to_a_number_in_a_row(data, tmp_path, front):
+    model = GPT2.load(data / "model.bin")
+    model.set("lnfw", [math.nan] * model.config.C)
+    model.save(data / "nan.bin")
+    flags = {"binary": f"-e {data}/nan.bin -sn 3 -x 9 -n 1 -v 0 -s 0 -g 0",
+             "driver": f"--init {data}/nan.bin --skip-not-finite 3 --steps 9 --checkpoint-every 1 --val-every 0"
+                       " --sample-tokens 0"}
+    done = run(*command(front, data, flags[front], tmp_path / "run"), status=1)
+    one_sentence(done.stderr.splitlines()[-1], "step 3 has loss nan", "diverged")
+    assert LIB.gpt2_newest(str(tmp_path / "run")) == 3
+    saved = [(tmp_path / "run" / f"model_{step:08}.bin").read_bytes() for step in (1, 3)]
+    assert saved[0] == saved[1] == (data / "nan.bin").read_bytes()
+    state = (tmp_path / "run" / "state_00000003_00000.bin").read_bytes()
+    assert struct.unpack_from("<4q", state, 1024)[2:] == (0, 0)     # values in the windows
+    if front == "driver":
+        assert metrics(tmp_path / "run")[2]["loss"] is None
+
+
+def test_skipped_steps_count_anew_after_one_that_was_not(data, tmp_path, monkeypatch):
+    losses = iter([factor for factor in (1, math.nan, math.nan, 1, math.nan, math.nan, 1) for _ in range(2)])
+    forward = GPT2.forward                   # of two batches for a step
+    monkeypatch.setattr(GPT2, "forward", lambda *args, **named: forward(*args, **named) * next(losses))
+    flags = "--skip-not-finite 2 --steps 7 --val-every 0 --sample-tokens 0"
+    assert not train_gpt2.main(command("driver", data, flags, tmp_path / "run")[2:])
+    assert GPT2.load(tmp_path / "run" / "model_00000007.bin")
+    state = (tmp_path / "run" / "state_00000007_00000.bin").read_bytes()
+    assert struct.unpack_from("<4q", state, 1024)[2:] == (3, 7)     # only the losses were no numbers
 
 
 @pytest.mark.parametrize("flag, column", [("-sl", 0), ("-sg", 1)])
@@ -1445,7 +1506,7 @@ def test_the_binary_evaluates_hellaswag(data, tmp_path):
 
 def test_help_lists_every_flag():
     shown = binary("--help").stdout
-    flags = "-i -j -e -o -n -nk -nm -y -b -t -d -x -k -l -u -q -c -sl -sg -v -m -s -g -h -a --check".split()
+    flags = "-i -j -e -o -n -nk -nm -y -b -t -d -x -k -l -u -q -c -sl -sg -sn -v -m -s -g -h -a --check".split()
     assert [flag for flag in flags if f"\n  {flag} " not in shown] == []
     assert all(name in driver("--help").stdout for name in ("train", "sample", "prepare", "plot", "check"))
     shown = driver("train", "--help").stdout

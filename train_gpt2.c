@@ -81,8 +81,8 @@ double gpt2_flops_per_token(const GPT2Config *config, int T);      /* of a train
 int gpt2_config_check(const GPT2Config *config);                   /* can a model have this shape? */
 int gpt2_descriptor(const char *text, GPT2Config *out);            /* "d12": V 50257, max_T 1024 */
 int gpt2_init(GPT2 *model, uint64_t seed);       /* as GPT-2: N(0, 0.02), residual projections / sqrt(2 L) */
-GPT2 *gpt2_load(const char *path);               /* model file, version 3 (fp32) or 5 (bf16) */
-int gpt2_save(GPT2 *model, const char *path, int version);
+GPT2 *gpt2_load(const char *path);               /* model file, version 3 (fp32) or 5 (bf16); if it has a */
+int gpt2_save(GPT2 *model, const char *path, int version);     /* checksum, as ours have, it is verified */
 
 /* Batches of B rows of T tokens and their successors, from the shards that a glob matches, in the names'
    order. A row never crosses shards; what a shard has after its last whole batch is skipped. With shuffle
@@ -126,7 +126,8 @@ typedef struct {
     int64_t seen[2];                      /* values put into each window so far */
     double window[2][GPT2_WINDOW];        /* 0: losses, 1: gradient norms */
 } GPT2Progress;
-/* z-score of a value against a full window (NaN before it is full), then its place in the window. */
+/* z-score of a value against a full window (NaN before it is full), then its place in the window, which a NaN
+   or an infinite one does not get. */
 double gpt2_zscore(GPT2Progress *progress, int window, double value);
 
 /* model_%08d.bin, state_%08d_00000.bin and, when they are whole and on disk, DONE_%08d; on failure, none.
@@ -1046,6 +1047,13 @@ int gpt2_fail(const char *format, ...) {
     return -1;
 }
 
+/* Puts where it happened before the sentence about a failure. Returns -1. */
+static int fail_in(const char *what, const char *name) {
+    char why[sizeof error_text];
+    memcpy(why, error_text, sizeof why);
+    return gpt2_fail("%s '%s': %s", what, name, why);
+}
+
 static void *memory(size_t bytes) {        /* 0, and a byte more */
     void *p = calloc(bytes + 1, 1);
     if (!p) gpt2_fail("no memory for %zu bytes", bytes);
@@ -1147,29 +1155,64 @@ int gpt2_init(GPT2 *model, uint64_t seed) {
     return failed ? -1 : 0;
 }
 
-/* --- Files: 256 int32, little-endian, the first a magic number, the second a version; then the data ----- */
+/* --- Files: 256 int32, little-endian: a magic number, a version, … and a checksum; then the data -------- */
 enum { MAGIC_MODEL = 20240326, MAGIC_REFERENCE, MAGIC_TABLE, MAGIC_SHARD = 20240520,
        MAGIC_CHOICE = 20240522, MAGIC_STATE = 20260601 };
-typedef struct { FILE *f; const char *path; wide size; int32_t header[256]; } File;
+typedef struct { FILE *f; const char *what, *path; wide size; int32_t header[256]; } File;
 typedef char Path[8192];                  /* more than a system takes: it refuses one that was cut off here */
 
-/* Opens a file for reading and takes its header, which must have this magic number. */
-static int file_open(File *in, const char *path, const char *what, int magic) {
-    struct stat info;
-    *in = (File){.path = path};
-    if (stat(path, &info) || (S_ISREG(info.st_mode) && !(in->f = fopen(path, "rb"))))
-        return gpt2_fail("%s '%s' cannot be opened: %s", what, path, strerror(errno));
-    if (!in->f) return gpt2_fail("%s '%s' is not a regular file", what, path);
-    in->size = info.st_size;
-    if (fread(in->header, sizeof in->header, 1, in->f) == 1 && in->header[0] == magic) return 0;
-    fclose(in->f);
-    return gpt2_fail("%s '%s' has %lld bytes and begins with %d, expected 1024 or more and %d", what, path,
-                     in->size, in->header[0], magic);
+/* Closes a file. After a failure the sentence about it begins with the file; returns -1 then, else 0. */
+static int file_close(File *in, int failed) {
+    if (in->f) fclose(in->f);
+    return failed ? fail_in(in->what, in->path) : 0;
 }
 
 static int file_read(File *in, void *out, size_t bytes) {
     if (fread(out, 1, bytes, in->f) == bytes) return 0;
-    return gpt2_fail("'%s' cannot be read: %s", in->path, ferror(in->f) ? strerror(errno) : "it ends early");
+    return gpt2_fail("cannot be read: %s", ferror(in->f) ? strerror(errno) : "it ends early");
+}
+
+/* A checksum of the whole file but its own place, the last 8 bytes of the header. Four lanes hide the latency
+   of a multiplication; the shift lets a high bit matter below. A file that was not written here has a 0. */
+static int file_sum(FILE *f, uint64_t *sum) {
+    enum { SUMS = 4, WORDS = 1 << 16 };
+    uint64_t sums[SUMS] = {0}, *words = memory(WORDS * sizeof *words);
+    if (!words) return -1;
+    rewind(f);
+    for (size_t at = 0, n; (n = fread(words, 1, WORDS * sizeof *words, f)) > 0; at += n) {
+        memset((char *)words + n, 0, round_up(n, sizeof sums) - n);
+        if (!at) words[127] = 0;
+        for (size_t i = 0; i * sizeof *words < n; i += SUMS)
+            for (size_t k = 0; k < SUMS; k++) {
+                sums[k] = (sums[k] ^ words[i + k]) * 0x9E3779B97F4A7C15u;
+                sums[k] ^= sums[k] >> 32;
+            }
+    }
+    free(words);
+    *sum = 1;
+    for (size_t k = 0; k < SUMS; k++) *sum = random_at(*sum, sums[k]);
+    return ferror(f) || fseek(f, 1024, SEEK_SET) ? gpt2_fail("cannot be read: %s", strerror(errno)) : 0;
+}
+
+/* Opens a file for reading and takes its header, which must have this magic number. */
+static int file_open(File *in, const char *path, const char *what, int magic) {
+    struct stat info;
+    uint64_t saved, sum = 0;
+    *in = (File){.what = what, .path = path};
+    int failed = stat(path, &info) || (S_ISREG(info.st_mode) && !(in->f = fopen(path, "rb")));
+    if (failed) gpt2_fail("cannot be opened: %s", strerror(errno));
+    else if (!in->f) failed = gpt2_fail("not a regular file");
+    else if (fread(in->header, sizeof in->header, 1, in->f) != 1 || in->header[0] != magic)
+        failed = gpt2_fail("%lld bytes that begin with %d, expected 1024 or more and %d",
+                           (wide)info.st_size, in->header[0], magic);
+    if (failed) return file_close(in, failed);
+    in->size = info.st_size;
+    memcpy(&saved, in->header + 254, sizeof saved);
+    failed = saved && file_sum(in->f, &sum);
+    if (!failed && sum != saved)
+        failed = gpt2_fail("damaged: its checksum is not the one it was saved with; use a copy, or an older "
+                           "checkpoint (one without its DONE file does not count)");
+    return failed ? file_close(in, failed) : 0;
 }
 
 /* All tensors of a kind, out of a file or (writing) into it, as fp32 or as bf16, which is the upper half of a
@@ -1203,12 +1246,14 @@ static int tensors_copy(GPT2 *model, int kind, File *file, int bf16, int writing
 static int file_write(const char *path, const int32_t header[256], const void *extra, size_t bytes,
                       GPT2 *model, int from, int to, int bf16) {
     char temporary[sizeof(Path) + 4];
+    uint64_t sum;
     snprintf(temporary, sizeof temporary, "%s.tmp", path);
-    File out = {.f = fopen(temporary, "wb")};
+    File out = {.f = fopen(temporary, "w+b")};
     if (!out.f) return gpt2_fail("'%s' cannot be written: %s", path, strerror(errno));
     int failed = fwrite(header, 1024, 1, out.f) != 1 || fwrite(extra, 1, bytes, out.f) != bytes;
     for (; from <= to && !failed; from++) failed = tensors_copy(model, from, &out, bf16, 1);
-    failed = failed || fflush(out.f) || fsync(fileno(out.f));
+    failed = failed || file_sum(out.f, &sum) || fseek(out.f, 1024 - sizeof sum, SEEK_SET) ||
+             fwrite(&sum, sizeof sum, 1, out.f) != 1 || fflush(out.f) || fsync(fileno(out.f));
     if (!(fclose(out.f) || failed || rename(temporary, path))) return 0;
     gpt2_fail("'%s' could not be written: %s", path, strerror(errno));
     unlink(temporary);
@@ -1228,15 +1273,13 @@ GPT2 *gpt2_load(const char *path) {
     if (file_open(&in, path, "model", MAGIC_MODEL)) return NULL;
     const int32_t *h = in.header, bf16 = h[1] == 5;
     const GPT2Config c = {h[2], h[3], h[4], h[5], h[6]};
-    const int fits = (bf16 || h[1] == 3) && !gpt2_config_check(&c) &&
-                     in.size == 1024 + tensors_size(&c) * (bf16 ? 2 : 4);
-    if (!fits)
-        gpt2_fail("model '%s' has version %d, context %d, V %d, L %d, NH %d, C %d, %lld bytes, expected "
-                  "version 3 or 5, a shape, its size", path, h[1], h[2], h[3], h[4], h[5], h[6], in.size);
-    GPT2 *model = !fits ? NULL : bf16 ? gpt2_create(&c) : gpt2_create_mapped(&c, fileno(in.f));
-    const int failed = model && bf16 && tensors_copy(model, GPT2_PARAM, &in, bf16, 0);
-    fclose(in.f);
-    if (!failed) return model;
+    int failed = gpt2_config_check(&c);
+    if (!failed && !((bf16 || h[1] == 3) && in.size == 1024 + tensors_size(&c) * (bf16 ? 2 : 4)))
+        failed = gpt2_fail("version %d, context %d, V %d, L %d, NH %d, C %d, %lld bytes, expected version 3 "
+                           "or 5 and the size of this shape", h[1], h[2], h[3], h[4], h[5], h[6], in.size);
+    GPT2 *model = failed ? NULL : bf16 ? gpt2_create(&c) : gpt2_create_mapped(&c, fileno(in.f));
+    failed = !model || (bf16 && tensors_copy(model, GPT2_PARAM, &in, bf16, 0));
+    if (!file_close(&in, failed)) return model;
     gpt2_free(model);
     return NULL;
 }
@@ -1276,11 +1319,11 @@ static uint64_t permuted(uint64_t i, uint64_t n, uint64_t key) {
 static int64_t shard_open(File *in, const char *path, int64_t had) {
     if (file_open(in, path, "token shard", MAGIC_SHARD)) return -1;
     const wide version = in->header[1], n = in->header[2];
-    if (version == 1 && n >= 0 && in->size == 1024 + 2 * n && (had < 0 || had == n)) return n;
-    fclose(in->f);
-    if (had >= 0) return gpt2_fail("token shard '%s' changed: %lld tokens, it had %lld", path, n, (wide)had);
-    return gpt2_fail("token shard '%s' has version %lld, %lld tokens, %lld bytes, expected version 1 and 2 "
-                     "bytes a token after 1024", path, version, n, in->size);
+    if (version != 1 || n < 0 || in->size != 1024 + 2 * n)
+        return file_close(in, gpt2_fail("version %lld, %lld tokens, %lld bytes, expected version 1 and 2 bytes "
+                                        "a token after 1024", version, n, in->size));
+    if (had < 0 || had == n) return n;
+    return file_close(in, gpt2_fail("changed: %lld tokens, it had %lld", n, (wide)had));
 }
 
 void gpt2_loader_close(GPT2Loader *l) {
@@ -1304,7 +1347,7 @@ static int loader_find(GPT2Loader *l, const char *pattern) {
     for (size_t i = 0; i < l->files.gl_pathc; i++, l->size.shards++) {
         File in;
         if ((l->sizes[i] = shard_open(&in, l->files.gl_pathv[i], -1)) < 0) return -1;
-        fclose(in.f);
+        file_close(&in, 0);
         l->size.tokens += l->sizes[i];
         l->size.batches += l->sizes[i] ? (l->sizes[i] - 1) / BT : 0;
     }
@@ -1344,22 +1387,22 @@ const int32_t *gpt2_loader_next(GPT2Loader *l) {
         if (B <= rows && at->row <= rows - B) break;
     }
     File in;
-    int failed = shard_open(&in, l->files.gl_pathv[file], l->sizes[file]) < 0;
-    if (failed) return NULL;
+    int failed = 0;
+    if (shard_open(&in, l->files.gl_pathv[file], l->sizes[file]) < 0) return NULL;
     for (uint64_t b = 0; b < B && !failed; b++) {
         const uint64_t first = offset + T * permuted(at->row + b, rows, key);
         failed = fseeko(in.f, (off_t)(1024 + 2 * first), SEEK_SET)
-                     ? gpt2_fail("'%s' cannot be read: %s", in.path, strerror(errno))
+                     ? gpt2_fail("cannot be read: %s", strerror(errno))
                      : file_read(&in, l->row, 2 * (T + 1));
         for (uint64_t t = 0; t <= T && !failed; t++)
             if (l->row[t] >= l->V)
-                failed = gpt2_fail("token %lld of '%s' is %d, expected less than V, %d: another vocabulary's",
-                                   (wide)(first + t), in.path, l->row[t], l->V);
+                failed = gpt2_fail("token %lld is %d, expected less than V, %d: another vocabulary's",
+                                   (wide)(first + t), l->row[t], l->V);
         for (uint64_t t = 0; t < T; t++) x[b * T + t] = l->row[t], y[b * T + t] = l->row[t + 1];
     }
-    fclose(in.f);
-    at->row += failed ? 0 : B;
-    return failed ? NULL : x;
+    if (file_close(&in, failed)) return NULL;
+    at->row += B;
+    return x;
 }
 
 /* --- Evaluation, schedule, sampling --------------------------------------------------------------------- */
@@ -1376,28 +1419,24 @@ int gpt2_evaluate(GPT2 *model, GPT2Loader *l, int64_t batches, float *loss) {
     return 0;
 }
 
-/* Scores the example just read, in uint16: 65535, its bytes, its index, the right completion, CHOICES, length
-   and tokens of the context and of each completion; 1 if it is none. x: room for 2 CHOICES max_T tokens. */
+/* Scores an example of `size` uint16: 65535, its bytes, its index, the right completion, CHOICES, then length
+   and tokens of the context and of each completion. x: room for 2 CHOICES max_T tokens. */
 enum { CHOICES = 4 };
-static int choose(GPT2 *model, const File *in, const uint16_t *e, int32_t *x, int64_t right[2]) {
-    const GPT2Config c = gpt2_config(model);
-    const size_t max_T = (size_t)c.max_T, size = e[1] / 2, context = e[5];
-    size_t begin[CHOICES + 1] = {6 + context}, most = 0, bad = e[4] != CHOICES || e[3] >= CHOICES;
+static int choose(GPT2 *model, const uint16_t *e, size_t size, int32_t *x, int64_t right[2]) {
+    const size_t max_T = (size_t)gpt2_config(model).max_T, context = e[5];
+    size_t begin[CHOICES + 1] = {6 + context}, most = 0, bad = !context || e[4] != CHOICES || e[3] >= CHOICES;
     for (size_t i = 0; i < CHOICES && !bad; i++) {
         const size_t length = begin[i] < size ? e[begin[i]] : 0;
         begin[i + 1] = begin[i] + 1 + length;
         most = length > most ? length : most;
         bad = !length || begin[i + 1] > size || length > max_T;
     }
-    if (bad || !context) return 1;
+    if (bad) return gpt2_fail("expected a context and 4 completions of 1 to %zu tokens", max_T);
     const size_t kept = min(context, max_T + 1 - most), T = kept + most - 1;     /* of the context, its end */
     for (size_t i = 0; i < CHOICES; i++)
         for (size_t t = 0; t <= T; t++) {
             const size_t at = t < kept ? 6 + context - kept + t : begin[i] + 1 + t - kept;
             const int32_t token = at < begin[i + 1] ? e[at] : 0;     /* rows end in padding */
-            if (token >= c.V)
-                return gpt2_fail("token at byte %lld of '%s' is %d, expected 0 to %d: another vocabulary's",
-                                 (wide)ftello(in->f) - e[1] + 2 * (wide)at, in->path, token, c.V - 1);
             if (t < T) x[i * T + t] = token;
             if (t > 0) x[(CHOICES + i) * T + t - 1] = token;
         }
@@ -1420,28 +1459,28 @@ static int choose(GPT2 *model, const File *in, const uint16_t *e, int32_t *x, in
 int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t count, int64_t right[2]) {
     File in;
     if (file_open(&in, path, "HellaSwag file", MAGIC_CHOICE)) return -1;
-    uint16_t *e = memory(1 << 16);        /* an example: its number of bytes is a uint16 */
-    int32_t *x = memory(2 * CHOICES * (size_t)gpt2_config(model).max_T * sizeof *x);
+    const size_t bytes = (size_t)in.size - 1024, max_T = (size_t)gpt2_config(model).max_T;
     const int64_t examples = in.header[2];
-    int failed = !e || !x;
+    uint16_t *e = memory(bytes + 12);     /* all of them, and room to look at one that is cut off */
+    int32_t *x = memory(2 * CHOICES * max_T * sizeof *x);
+    int failed = !e || !x || file_read(&in, e, bytes);
     if (!failed && (in.header[1] != 1 || examples < 0))
-        failed = gpt2_fail("HellaSwag file '%s' has version %d, %lld examples, expected version 1, 0 or more",
-                           path, in.header[1], (wide)examples);
-    for (int64_t i = 0; i < examples && i < first + count && !failed; i++) {
-        failed = file_read(&in, e, 12);
-        int wrong = e[0] != 65535 || e[1] < 12;
-        failed = failed || wrong || file_read(&in, e + 6, e[1] - 12u);
-        if (!failed && i >= first) failed = choose(model, &in, e, x, right), wrong = failed > 0;
-        if (failed && wrong)
-            gpt2_fail("example %lld of '%s' is not a context and 4 completions of 1 to %d tokens", (wide)i,
-                      path, gpt2_config(model).max_T);
+        failed = gpt2_fail("version %d, %lld examples, expected version 1, 0 or more", in.header[1],
+                           (wide)examples);
+    size_t at = 0, size = 0;              /* in uint16 */
+    for (int64_t i = 0; i < examples && i < first + count && !failed; i++, at += size) {
+        char number[24];
+        snprintf(number, sizeof number, "%lld", (wide)i);
+        size = e[at + 1] / 2;
+        if (e[at] != 65535 || size < 6 || 2 * (at + size) > bytes) failed = gpt2_fail("no example, or cut off");
+        else if (i >= first) failed = choose(model, e + at, size, x, right);
+        if (failed) fail_in("example", number);
     }
-    if (!failed && first + count >= examples && fgetc(in.f) != EOF)
-        failed = gpt2_fail("HellaSwag file '%s' goes on after its %lld examples", path, (wide)examples);
+    if (!failed && first + count >= examples && 2 * at < bytes)
+        failed = gpt2_fail("it goes on after its %lld examples", (wide)examples);
     free(e);
     free(x);
-    fclose(in.f);
-    return failed ? -1 : examples;
+    return file_close(&in, failed) ? -1 : examples;
 }
 
 float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac) {
@@ -1507,20 +1546,19 @@ GPT2Tokenizer *gpt2_tokenizer_load(const char *path) {
     if (file_open(&in, path, "tokenizer", MAGIC_TABLE)) return NULL;
     const wide V = in.header[2], end = in.header[3], size = in.size - 1024;
     wide i = 0, at = 0;                   /* the next token, and where it begins */
-    GPT2Tokenizer *t = NULL;
-    int unread = in.header[1] == 2 && V > 0 && V <= size;     /* what would fit, as yet */
-    if (unread) t = memory(sizeof *t + (size_t)V * sizeof *t->at + (size_t)size);
+    const int fits = in.header[1] == 2 && V > 0 && V <= size;     /* what is asked for, as yet */
+    GPT2Tokenizer *t = fits ? memory(sizeof *t + (size_t)V * sizeof *t->at + (size_t)size) : NULL;
+    int failed = fits && !t;
     if (t) {
         *t = (GPT2Tokenizer){(int32_t)V, end >= 0 && end < V ? (int32_t)end : -1, (int64_t *)(t + 1), NULL};
         t->bytes = (unsigned char *)(t->at + V);
-        unread = file_read(&in, t->bytes, (size_t)size);
+        failed = file_read(&in, t->bytes, (size_t)size);
+        for (; !failed && i < V && at < size; at += 1 + t->bytes[at]) t->at[i++] = at;
     }
-    for (; t && !unread && i < V && at < size; at += 1 + t->bytes[at]) t->at[i++] = at;
-    fclose(in.f);
-    if (t && !unread && i == V && at == size) return t;
-    if (!unread)
-        gpt2_fail("tokenizer '%s' has version %d, %lld tokens, %lld bytes, expected version 2 and for each "
-                  "token a length and its bytes", path, in.header[1], V, size);
+    if (!failed && (!fits || i < V || at != size))
+        failed = gpt2_fail("version %d, %lld tokens, %lld bytes, expected version 2 and for each token a "
+                           "length and its bytes", in.header[1], V, size);
+    if (!file_close(&in, failed)) return t;
     free(t);
     return NULL;
 }
@@ -1530,6 +1568,7 @@ void gpt2_tokenizer_free(GPT2Tokenizer *t) { free(t); }     /* with its arrays, 
 /* --- Progress and checkpoints --------------------------------------------------------------------------- */
 double gpt2_zscore(GPT2Progress *p, int window, double value) {
     double *values = p->window[window], n = GPT2_WINDOW, mean = 0, variance = 0;
+    if (!isfinite(value)) return NAN;
     for (int i = 0; i < GPT2_WINDOW; i++) mean += values[i] / n;
     for (int i = 0; i < GPT2_WINDOW; i++) variance += (values[i] - mean) * (values[i] - mean) / n;
     values[p->seen[window]++ % GPT2_WINDOW] = value;
@@ -1603,19 +1642,17 @@ int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader,
     const int fits = in.header[1] == 1 && !memcmp(in.header + 2, &c, sizeof c) &&
                      in.size == 1024 + (wide)sizeof state + 8 * tensors_size(&c);
     if (!failed && (!fits || memcmp(&was->T, &now->T, 3 * sizeof was->T)))
-        failed = gpt2_fail("training state '%s' is of %s model, T %lld, %lld tokens, seed %lld, expected "
-                           "this one, %lld, %lld, %lld; resume with the same settings", path,
-                           fits ? "this" : "another", (wide)was->T, (wide)was->tokens, (wide)was->seed,
-                           (wide)now->T, (wide)now->tokens, (wide)now->seed);
+        failed = gpt2_fail("of %s model, T %lld, %lld tokens, seed %lld, expected this one, %lld, %lld, %lld; "
+                           "resume with the same settings", fits ? "this" : "another", (wide)was->T,
+                           (wide)was->tokens, (wide)was->seed, (wide)now->T, (wide)now->tokens,
+                           (wide)now->seed);
     const GPT2Progress *p = &state.progress;
     if (!failed && (uint64_t)(p->step | p->seen[0] | p->seen[1] | state.updates) >> 62)
-        failed = gpt2_fail("training state '%s' has step %lld, %lld losses, %lld norms, %lld updates, "
-                           "expected each from 0 to 2^62", path, (wide)p->step, (wide)p->seen[0],
-                           (wide)p->seen[1], (wide)state.updates);
+        failed = gpt2_fail("step %lld, %lld losses, %lld norms, %lld updates, expected each from 0 to 2^62",
+                           (wide)p->step, (wide)p->seen[0], (wide)p->seen[1], (wide)state.updates);
     for (int kind = GPT2_MOMENT1; kind <= GPT2_MOMENT2 && !failed; kind++)
         failed = tensors_copy(model, kind, &in, 0, 0);
-    fclose(in.f);
-    if (failed) return -1;
+    if (file_close(&in, failed)) return -1;
     if (loader) loader->at = state.position;
     *progress = state.progress;
     *gpt2_updates(model) = state.updates;
@@ -1632,14 +1669,9 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
     int wrong = 0, failed = in.header[1] != 2 || B < 1 || T < 1 || T > c.max_T || N > in.size / V ||
                             in.size != 1024 + 4 * (N * (2 + V) + 1 + tensors_size(&c));
     if (failed)
-        gpt2_fail("reference '%s' has version %d, B %d, T %d, %lld bytes and does not fit the model", path,
-                  in.header[1], B, T, in.size);
+        gpt2_fail("version %d, B %d, T %d, %lld bytes do not fit the model", in.header[1], B, T, in.size);
     int32_t *x = failed ? NULL : memory(2 * (size_t)N * sizeof *x);
     failed = !x || file_read(&in, x, 2 * (size_t)N * sizeof *x);
-    for (int64_t i = 0; i < 2 * N && !failed; i++)
-        if (x[i] < 0 || x[i] >= c.V)
-            failed = gpt2_fail("token %lld of reference '%s' is %d, expected 0 to %d", (wide)i, path, x[i],
-                               c.V - 1);
     gpt2_zero_grad(model);
     for (int i = 0; i < GPT2_DIFFS && !failed; i++) {
         const char *name = i ? "loss" : "logits";
@@ -1663,9 +1695,8 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
         free(ours);
     }
     gpt2_zero_grad(model);
-    fclose(in.f);
     free(x);
-    return failed ? -1 : wrong;
+    return file_close(&in, failed) ? -1 : wrong;
 }
 
 #ifndef GPT2_NO_MAIN
@@ -1693,6 +1724,7 @@ static struct { const char *name, *value; int kind, least; const char *help; } f
     {"-c", "0", REAL, 0, "weight decay"},
     {"-sl", "0", REAL, 0, "skip steps whose loss has a z-score over this, 0: none"},
     {"-sg", "0", REAL, 0, "skip steps whose gradient norm has a z-score over this, 0: none"},
+    {"-sn", "0", WHOLE, 0, "skip so many steps in a row whose loss or gradient is not finite, 0: stop"},
     {"-v", "20", WHOLE, 0, "validate every so many steps"},
     {"-m", "20", WHOLE, 1, "validation batches at most"},
     {"-s", "20", WHOLE, 0, "sample every so many steps"},
@@ -1798,6 +1830,24 @@ static void sample(GPT2 *model, const GPT2Tokenizer *t, uint64_t *rng, wide leng
     free(tokens);
 }
 
+/* Validation loss and HellaSwag's accuracy, as far as asked for. */
+static void validate(GPT2 *model, GPT2Loader *val, FILE *log, wide step) {
+    float loss;
+    if (val) {
+        must(!gpt2_evaluate(model, val, whole("-m"), &loss));
+        printf("val loss %.4f\n", loss);
+        fprintf(log, "s:%lld tel:%.4f\n", step, loss);
+    }
+    if (whole("-h")) {
+        int64_t right[2] = {0}, most = whole("-h") > 1 ? whole("-h") : INT32_MAX;
+        const int64_t examples = gpt2_hellaswag(model, HELLASWAG, 0, most, right);
+        must(examples >= 0);
+        const double n = (double)(most < examples ? most : examples);
+        printf("HellaSwag %.4f, by length %.4f\n", (double)right[0] / n, (double)right[1] / n);
+        fprintf(log, "s:%lld eval:%.4f\n", step, (double)right[1] / n);
+    }
+}
+
 static int check(void) {
     GPT2Diff rows[GPT2_DIFFS];
     GPT2 *model = gpt2_load(text("-e"));
@@ -1856,9 +1906,9 @@ int main(int argc, char **argv) {
     signal(SIGINT, on_signal), signal(SIGTERM, on_signal);
     signal(SIGXFSZ, SIG_IGN);             /* a file at its limit is an error of write */
     const double began = seconds();
+    wide not_finite = 0;                  /* steps in a row */
     for (wide step = begin;; step++) {
         const int last = step >= steps;
-        float loss;
         const int save = (whole("-n") && (last || (step && due("-n", step)))) || (interrupted && *out);
         if (save && step != newest) {
             if (!gpt2_checkpoint(out, model, loader, &progress, whole("-n"), whole("-nk"), whole("-nm")))
@@ -1867,19 +1917,7 @@ int main(int argc, char **argv) {
             else fprintf(stderr, "train_gpt2: no checkpoint of step %lld: %s\n", step, gpt2_error());
         }
         if (interrupted) break;
-        if (val && (last || due("-v", step))) {
-            must(!gpt2_evaluate(model, val, whole("-m"), &loss));
-            printf("val loss %.4f\n", loss);
-            fprintf(log, "s:%lld tel:%.4f\n", step, loss);
-        }
-        if (whole("-h") && (last || due("-v", step))) {
-            int64_t right[2] = {0}, most = whole("-h") > 1 ? whole("-h") : INT32_MAX;
-            const int64_t examples = gpt2_hellaswag(model, HELLASWAG, 0, most, right);
-            must(examples >= 0);
-            const double n = (double)(most < examples ? most : examples);
-            printf("HellaSwag %.4f, by length %.4f\n", (double)right[0] / n, (double)right[1] / n);
-            fprintf(log, "s:%lld eval:%.4f\n", step, (double)right[1] / n);
-        }
+        if (last || due("-v", step)) validate(model, val, log, step);
         const uint64_t rng = progress.rng;
         if (whole("-g") && (last || (step && due("-s", step))))
             sample(model, tokenizer, &progress.rng, whole("-g"));
@@ -1891,6 +1929,7 @@ int main(int argc, char **argv) {
 
         const double tick = seconds();
         double mean = 0;
+        float loss;
         for (wide micro = 0; micro < micro_batches; micro++) {
             if (whole("-a")) gpt2_loader_reset(loader);
             const int32_t *x = gpt2_loader_next(loader);
@@ -1900,10 +1939,12 @@ int main(int argc, char **argv) {
         }
         const float lr = gpt2_lr(text("-k"), step, steps, whole("-u"), (float)real("-l"), (float)real("-q"));
         const double norm = gpt2_grad_norm(model), most[2] = {real("-sl"), real("-sg")};
-        if (!isfinite(mean + norm))
-            die("step %lld has loss %f and gradient norm %f: it diverged; use a lower -l", step, mean, norm);
         const double z[2] = {gpt2_zscore(&progress, 0, mean), gpt2_zscore(&progress, 1, norm)};
-        const int skip = (most[0] > 0 && z[0] > most[0]) || (most[1] > 0 && z[1] > most[1]);
+        const int finite = isfinite(mean + norm);
+        const int skip = !finite || (most[0] > 0 && z[0] > most[0]) || (most[1] > 0 && z[1] > most[1]);
+        if (finite) not_finite = 0;
+        else if (not_finite++ >= whole("-sn"))
+            die("step %lld has loss %f and gradient norm %f: it diverged; use a lower -l", step, mean, norm);
         must(skip || !gpt2_update(model, lr, 0.9, 0.95, 1e-8, real("-c"), 1));
         gpt2_zero_grad(model);
         progress.step = step + 1;
@@ -1911,7 +1952,7 @@ int main(int argc, char **argv) {
         printf("step %lld/%lld | loss %.6f | lr %.2e | norm %.4f | %.0f ms | %.0f tok/s | %.0f%% of ceiling "
                "| %.0f s left%s\n", step + 1, steps, mean, lr, norm, took * 1e3, (double)total / took,
                100 * flops / took / ceiling, each * (double)(steps - step - 1),
-               skip ? " | an outlier, skipped" : "");
+               !finite ? " | not finite, skipped" : skip ? " | an outlier, skipped" : "");
         fprintf(log, "s:%lld trl:%.4f lr:%.6f norm:%.2f\n", step, mean, lr, norm);
         fflush(NULL);
     }

@@ -1532,7 +1532,8 @@ class Run:
         signal.signal(signal.SIGTERM, stop)
 
     def log(self, line, **values):
-        """Adds a line to main.log, and one with the values to metrics.jsonl."""
+        """Adds a line to main.log, and one with the values to metrics.jsonl, where what is not finite is null."""
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         for name, text in (("main.log", line), (METRICS, json.dumps(values))):
             path = os.path.join(self.folder, name)
             try:
@@ -1621,6 +1622,7 @@ def train(model, train_loader, val_loader, settings, run):
     makes the same calls in the same order, so that either goes on with the other's runs, bit for bit."""
     s = settings
     micro_batches = s.total_batch_size // (s.batch_size * s.seq_len)
+    not_finite = 0                           # steps in a row without an update
 
     def due(step, interval):
         return step == s.steps or (interval > 0 and step > 0 and step % interval == 0)
@@ -1650,10 +1652,16 @@ def train(model, train_loader, val_loader, settings, run):
             x, y = train_loader.next()
             loss += model.forward(x, y, scale=1 / micro_batches) / micro_batches
             model.backward()
-        if not math.isfinite(loss):
-            raise GPT2Error(f"the loss of step {step} is {loss}: the training has diverged; try a lower --lr"
-                            f" (the last checkpoint: {run.saved or 'none'})")
-        norm = model.update(lr, weight_decay=s.weight_decay, grad_clip=s.grad_clip)
+        norm = model.grad_norm()
+        if math.isfinite(loss + norm):
+            model.update(lr, weight_decay=s.weight_decay, grad_clip=s.grad_clip)
+            not_finite = 0
+        elif not_finite < s.skip_not_finite:
+            model.zero_grad()
+            not_finite += 1
+        else:
+            raise GPT2Error(f"step {step} has loss {loss} and gradient norm {norm}: the training has diverged;"
+                            f" try a lower --lr (the last checkpoint: {run.saved or 'none'})")
         run.trained(step, loss, lr, norm, time.perf_counter() - begun)
 
 
@@ -2112,6 +2120,7 @@ SETTINGS = {
         ("final-lr-frac", 0.0025, FRACTION, "and what is left of it in the end"),
         ("weight-decay", 0.1, REAL, "AdamW's, on the matrices only"),
         ("grad-clip", 1.0, REAL, "largest norm of the gradient; 0 for no limit"),
+        ("skip-not-finite", 0, COUNT0, "skip so many steps in a row whose loss or gradient is not finite"),
         ("seed", 42, COUNT0, "of the initial values, the order of the rows, and the samples"),
     ],
     "what is shown and kept": [

@@ -403,6 +403,7 @@ class Faults:
     def calls(self):
         """Each call of a kind fails, in each use of the library."""
         sanitizers = ("undefined",) if self.quick else ("undefined", "address")
+        self.fresh()                         # where faults.c makes its own
         program = self.built(*sanitizers)
         if not program:
             program, sanitizers = self.built(), ("none",)
