@@ -663,10 +663,14 @@ def test_other_loaders_are_refused(tmp_path):
         Loader(str(tmp_path / "none*.bin"), 1, 4, 9)
     with refused(tmp_path, "regular file"):
         Loader(str(tmp_path), 1, 4, 9)
-    loader = Loader(pattern, 1, 4, 100)
-    shards(tmp_path, range(20))
-    with refused("20 tokens", 40, "changed"):
+    for other in (range(20), range(1, 41)):
+        shards(tmp_path, range(40))
+        loader = Loader(pattern, 1, 4, 100)
         loader.next()
+        shards(tmp_path, other)
+        os.utime(tmp_path / "train_000.bin", (1, 1))     # a clock may be too coarse for two writes in a row
+        with refused(f"{len(other)} tokens", 40, "changed"):
+            loader.next()
 
 
 def test_evaluate_is_the_mean_of_the_first_batches(tmp_path):

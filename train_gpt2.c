@@ -1158,7 +1158,13 @@ int gpt2_init(GPT2 *model, uint64_t seed) {
 /* --- Files: 256 int32, little-endian: a magic number, a version, … and a checksum; then the data -------- */
 enum { MAGIC_MODEL = 20240326, MAGIC_REFERENCE, MAGIC_TABLE, MAGIC_SHARD = 20240520,
        MAGIC_CHOICE = 20240522, MAGIC_STATE = 20260601 };
-typedef struct { FILE *f; const char *what, *path; wide size; int32_t header[256]; } File;
+typedef struct {
+    FILE *f;
+    const char *what, *path;
+    wide size;
+    struct timespec changed;
+    int32_t header[256];
+} File;
 typedef char Path[8192];                  /* more than a system takes: it refuses one that was cut off here */
 
 /* Closes a file. After a failure the sentence about it begins with the file; returns -1 then, else 0. */
@@ -1206,7 +1212,7 @@ static int file_open(File *in, const char *path, const char *what, int magic) {
         failed = gpt2_fail("%lld bytes that begin with %d, expected 1024 or more and %d",
                            (wide)info.st_size, in->header[0], magic);
     if (failed) return file_close(in, failed);
-    in->size = info.st_size;
+    in->size = info.st_size, in->changed = info.st_mtim;
     memcpy(&saved, in->header + 254, sizeof saved);
     failed = saved && file_sum(in->f, &sum);
     if (!failed && sum != saved)
@@ -1290,9 +1296,11 @@ typedef struct {
     uint64_t T, tokens, seed;             /* what this position is valid for */
 } Position;
 
+typedef struct { int64_t tokens; struct timespec changed; } Shard;     /* as it was at first */
+
 struct GPT2Loader {
     glob_t files;
-    int64_t *sizes;                       /* tokens in each file */
+    Shard *shards;                        /* of each file */
     GPT2Size size;
     int B, V, shuffle;
     Position at;
@@ -1315,21 +1323,23 @@ static uint64_t permuted(uint64_t i, uint64_t n, uint64_t key) {
     return i;
 }
 
-/* Opens a shard and returns its number of tokens, which must be `had` unless that is -1; -1 on failure. */
-static int64_t shard_open(File *in, const char *path, int64_t had) {
+/* Opens a shard, which must be as it was, unless that has no tokens: then it is taken down there. */
+static int shard_open(File *in, const char *path, Shard *was) {
     if (file_open(in, path, "token shard", MAGIC_SHARD)) return -1;
     const wide version = in->header[1], n = in->header[2];
     if (version != 1 || n < 0 || in->size != 1024 + 2 * n)
         return file_close(in, gpt2_fail("version %lld, %lld tokens, %lld bytes, expected version 1 and 2 bytes "
                                         "a token after 1024", version, n, in->size));
-    if (had < 0 || had == n) return n;
-    return file_close(in, gpt2_fail("changed: %lld tokens, it had %lld", n, (wide)had));
+    if (!was->tokens) *was = (Shard){n, in->changed};
+    if (was->tokens == n && !memcmp(&was->changed, &in->changed, sizeof in->changed)) return 0;
+    return file_close(in, gpt2_fail("changed while in use: %lld tokens, it had %lld; put back what it was, and "
+                                    "resume", n, (wide)was->tokens));
 }
 
 void gpt2_loader_close(GPT2Loader *l) {
     if (!l) return;
     globfree(&l->files);
-    free(l->sizes);
+    free(l->shards);
     free(l->row);
     free(l->x);
     free(l);
@@ -1340,16 +1350,17 @@ static int loader_find(GPT2Loader *l, const char *pattern) {
     const wide BT = (wide)l->B * (wide)l->at.T;
     if (glob(pattern, 0, NULL, &l->files))
         return gpt2_fail("no token shards match '%s'; make some: python3 train_gpt2.py prepare", pattern);
-    l->sizes = memory(l->files.gl_pathc * sizeof *l->sizes);
+    l->shards = memory(l->files.gl_pathc * sizeof *l->shards);
     l->row = memory((l->at.T + 1) * sizeof *l->row);
     l->x = memory(2 * (size_t)BT * sizeof *l->x);
-    if (!l->sizes || !l->row || !l->x) return -1;
+    if (!l->shards || !l->row || !l->x) return -1;
     for (size_t i = 0; i < l->files.gl_pathc; i++, l->size.shards++) {
         File in;
-        if ((l->sizes[i] = shard_open(&in, l->files.gl_pathv[i], -1)) < 0) return -1;
+        if (shard_open(&in, l->files.gl_pathv[i], &l->shards[i])) return -1;
         file_close(&in, 0);
-        l->size.tokens += l->sizes[i];
-        l->size.batches += l->sizes[i] ? (l->sizes[i] - 1) / BT : 0;
+        const int64_t n = l->shards[i].tokens;
+        l->size.tokens += n;
+        l->size.batches += n ? (n - 1) / BT : 0;
     }
     l->at.tokens = (uint64_t)l->size.tokens;
     if (l->size.batches) return 0;
@@ -1381,14 +1392,14 @@ const int32_t *gpt2_loader_next(GPT2Loader *l) {
         key = l->shuffle ? random_at(at->seed, at->epoch) : 0;
         file = permuted(at->shard, shards, key);
         key = l->shuffle ? random_at(key, file) : 0;
-        size = (uint64_t)l->sizes[file];
+        size = (uint64_t)l->shards[file].tokens;
         offset = size > key % T + B * T ? key % T : 0;     /* a small shard keeps its only batch */
         rows = size ? (size - 1 - offset) / T : 0;
         if (B <= rows && at->row <= rows - B) break;
     }
     File in;
     int failed = 0;
-    if (shard_open(&in, l->files.gl_pathv[file], l->sizes[file]) < 0) return NULL;
+    if (shard_open(&in, l->files.gl_pathv[file], &l->shards[file])) return NULL;
     for (uint64_t b = 0; b < B && !failed; b++) {
         const uint64_t first = offset + T * permuted(at->row + b, rows, key);
         failed = fseeko(in.f, (off_t)(1024 + 2 * first), SEEK_SET)
