@@ -1120,36 +1120,29 @@ static uint64_t random_at(uint64_t key, uint64_t counter) {
 }
 static double uniform_at(uint64_t key, uint64_t at) { return (double)(random_at(key, at) >> 11) * 0x1p-53; }
 
-/* The next of the pieces in which tensors are made, read and written; 0 after the last. Begin with {0}. */
-enum { PIECE_SIZE = 1 << 20 };
-typedef struct { int tensor; int64_t first, count; } Piece;
-static int piece_next(const GPT2Config *c, Piece *p) {
-    p->first += p->count;
-    if (p->first == gpt2_tensor(c, p->tensor, NULL, NULL)) *p = (Piece){p->tensor + 1, 0, 0};
-    if (p->tensor == GPT2_TENSORS) return 0;
-    const int64_t left = gpt2_tensor(c, p->tensor, NULL, NULL) - p->first;
-    p->count = left < PIECE_SIZE ? left : PIECE_SIZE;
-    return 1;
-}
+enum { PIECE_SIZE = 1 << 20 };            /* elements that are made, read or written at a time */
 
 int gpt2_init(GPT2 *model, uint64_t seed) {
     const GPT2Config c = gpt2_config(model);
     float *values = memory(PIECE_SIZE * sizeof *values);
     int failed = !values;
-    for (Piece p = {0}; !failed && piece_next(&c, &p);) {
+    for (int t = 0; t < GPT2_TENSORS && !failed; t++) {
         const char *name;
-        const int64_t n = gpt2_tensor(&c, p.tensor, &name, NULL), used = p.tensor ? n : (int64_t)c.V * c.C;
+        const int64_t n = gpt2_tensor(&c, t, &name, NULL), used = t ? n : (int64_t)c.V * c.C;
         const float constant = name[0] == 'l' && strchr(name, 'w');     /* layer norm's weights are 1 */
         const double deviation = strstr(name, "proj") ? 0.02 / sqrt(2.0 * c.L) : 0.02;
+        for (int64_t first = 0, count; first < n && !failed; first += count) {
+            count = (int64_t)min(PIECE_SIZE, (size_t)(n - first));
 #pragma omp parallel for
-        for (int64_t i = 0; i < p.count; i++) {
-            const uint64_t at = ((uint64_t)p.tensor << 56) + 2 * (uint64_t)(p.first + i);
-            values[i] = constant;
-            if (GPT2_DECAYED >> p.tensor & 1 && p.first + i < used)     /* a matrix: Box & Muller (1958) */
-                values[i] = (float)(deviation * sqrt(-2 * log(1 - uniform_at(seed, at))) *
-                                    cos(6.283185307179586 * uniform_at(seed, at + 1)));
+            for (int64_t i = 0; i < count; i++) {
+                const uint64_t at = ((uint64_t)t << 56) + 2 * (uint64_t)(first + i);
+                values[i] = constant;
+                if (GPT2_DECAYED >> t & 1 && first + i < used)     /* a matrix: Box & Muller (1958) */
+                    values[i] = (float)(deviation * sqrt(-2 * log(1 - uniform_at(seed, at))) *
+                                        cos(6.283185307179586 * uniform_at(seed, at + 1)));
+            }
+            failed = gpt2_set(model, t, GPT2_PARAM, first, count, values);
         }
-        failed = gpt2_set(model, p.tensor, GPT2_PARAM, p.first, p.count, values);
     }
     free(values);
     return failed ? -1 : 0;
@@ -1231,19 +1224,21 @@ static int tensors_copy(GPT2 *model, int kind, File *file, int bf16, int writing
     uint16_t *halves = (uint16_t *)(bits + most);
     void *data = bf16 ? (void *)halves : bits;
     int failed = 0;
-    for (Piece p = {0}; !failed && piece_next(&c, &p);) {
-        const size_t bytes = (size_t)p.count * (bf16 ? 2 : 4);
-        failed = writing ? gpt2_get(model, p.tensor, kind, p.first, p.count, (float *)bits)
-                         : file_read(file, data, bytes);
-        for (int64_t i = 0; bf16 && i < p.count; i++) {
-            const uint32_t nan = (bits[i] & 0x7FFFFFFF) > 0x7F800000, odd = bits[i] >> 16 & 1;
-            if (writing) halves[i] = (uint16_t)((nan ? bits[i] | 1 << 22 : bits[i] + 0x7FFF + odd) >> 16);
-            else bits[i] = (uint32_t)halves[i] << 16;
+    for (int t = 0; t < GPT2_TENSORS && !failed; t++)
+        for (int64_t first = 0, count; first < gpt2_tensor(&c, t, NULL, NULL) && !failed; first += count) {
+            count = (int64_t)min(most, (size_t)(gpt2_tensor(&c, t, NULL, NULL) - first));
+            const size_t bytes = (size_t)count * (bf16 ? 2 : 4);
+            failed = writing ? gpt2_get(model, t, kind, first, count, (float *)bits)
+                             : file_read(file, data, bytes);
+            for (int64_t i = 0; bf16 && i < count; i++) {
+                const uint32_t nan = (bits[i] & 0x7FFFFFFF) > 0x7F800000, odd = bits[i] >> 16 & 1;
+                if (writing) halves[i] = (uint16_t)((nan ? bits[i] | 1 << 22 : bits[i] + 0x7FFF + odd) >> 16);
+                else bits[i] = (uint32_t)halves[i] << 16;
+            }
+            if (failed) break;
+            failed = writing ? fwrite(data, 1, bytes, file->f) != bytes
+                             : gpt2_set(model, t, kind, first, count, (float *)bits);
         }
-        if (failed) break;
-        failed = writing ? fwrite(data, 1, bytes, file->f) != bytes
-                         : gpt2_set(model, p.tensor, kind, p.first, p.count, (float *)bits);
-    }
     free(bits);
     return failed ? -1 : 0;
 }
@@ -1328,12 +1323,12 @@ static int shard_open(File *in, const char *path, Shard *was) {
     if (file_open(in, path, "token shard", MAGIC_SHARD)) return -1;
     const wide version = in->header[1], n = in->header[2];
     if (version != 1 || n < 0 || in->size != 1024 + 2 * n)
-        return file_close(in, gpt2_fail("version %lld, %lld tokens, %lld bytes, expected version 1 and 2 bytes "
+        return file_close(in, gpt2_fail("version %lld, %lld tokens, %lld bytes, expected version 1, 2 bytes "
                                         "a token after 1024", version, n, in->size));
     if (!was->tokens) *was = (Shard){n, in->changed};
     if (was->tokens == n && !memcmp(&was->changed, &in->changed, sizeof in->changed)) return 0;
-    return file_close(in, gpt2_fail("changed while in use: %lld tokens, it had %lld; put back what it was, and "
-                                    "resume", n, (wide)was->tokens));
+    return file_close(in, gpt2_fail("changed while in use: %lld tokens, it had %lld; put back what was "
+                                    "there, and resume", n, (wide)was->tokens));
 }
 
 void gpt2_loader_close(GPT2Loader *l) {
@@ -1483,7 +1478,7 @@ int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t cou
         char number[24];
         snprintf(number, sizeof number, "%lld", (wide)i);
         size = e[at + 1] / 2;
-        if (e[at] != 65535 || size < 6 || 2 * (at + size) > bytes) failed = gpt2_fail("no example, or cut off");
+        if (e[at] != 65535 || size < 6 || 2 * (at + size) > bytes) failed = gpt2_fail("none, or cut off");
         else if (i >= first) failed = choose(model, e + at, size, x, right);
         if (failed) fail_in("example", number);
     }
@@ -1653,7 +1648,7 @@ int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader,
     const int fits = in.header[1] == 1 && !memcmp(in.header + 2, &c, sizeof c) &&
                      in.size == 1024 + (wide)sizeof state + 8 * tensors_size(&c);
     if (!failed && (!fits || memcmp(&was->T, &now->T, 3 * sizeof was->T)))
-        failed = gpt2_fail("of %s model, T %lld, %lld tokens, seed %lld, expected this one, %lld, %lld, %lld; "
+        failed = gpt2_fail("of %s model, T %lld, %lld tokens, seed %lld, expected this, %lld, %lld, %lld; "
                            "resume with the same settings", fits ? "this" : "another", (wide)was->T,
                            (wide)was->tokens, (wide)was->seed, (wide)now->T, (wide)now->tokens,
                            (wide)now->seed);
