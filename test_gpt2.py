@@ -1203,7 +1203,7 @@ def test_a_checkpoint_counts_where_it_is_whole_and_fits(data, whole_runs, tmp_pa
         LIB.gpt2_restore(str(folder), step, model.handle, loader.handle, ctypes.byref(GPT2Progress()))
 
     restore(B=2)                     # another B may be
-    with refused("T 19", "this one, 18"):
+    with refused("T 19", "this, 18"):
         restore(T=18)
     with refused("833 tokens", 400):
         restore(pattern=pattern.replace("train", "val"))
