@@ -99,7 +99,6 @@ class Progress:
         self.terminal = sys.stdout.isatty()
         self.interval = 0.1 if self.terminal else 5.0
         self.begun = self.shown = time.perf_counter()
-        self.on_screen = False               # there is a line that say() has to remove
 
     def due(self):
         """Whether it is time for a line again; if so, it is taken as shown."""
@@ -119,25 +118,24 @@ class Progress:
         known = self.done <= self.total < math.inf
         of = f" of {self.total:,.{digits}f}" if known else ""
         left = f" | {clock((self.total - self.done) / rate)} left" if known and rate else ""
-        line = f"{self.label}{self.done:,.{digits}f}{of} {self.unit} | {rate:,.1f} {self.unit}/s{left}"
-        self.show(line)
+        self.show(f"{self.label}{self.done:,.{digits}f}{of} {self.unit} | {rate:,.1f} {self.unit}/s{left}")
 
     def show(self, line):
         """Shows the line in place of the last one."""
         if self.terminal:
             print(end="\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K", flush=True)
-            self.on_screen = True
         else:
             print(line, flush=True)
 
-    def say(self, text, end="\n"):
-        """Prints something that stays."""
-        print("\r\x1b[K" if self.on_screen else "", text, sep="", end=end, flush=True)
-        self.on_screen = False
+    def say(self, text):
+        """Prints something that stays, in place of the line."""
+        self.close()
+        print(text, flush=True)
 
     def close(self):
         """Takes the line off the terminal."""
-        self.say("", end="")
+        if self.terminal:
+            self.show("")
 
 
 # ============================================================================================================
@@ -273,7 +271,7 @@ def tensor_shapes(config, lib):
     return shapes
 
 
-class Owner:
+class Owner(contextlib.AbstractContextManager):
     """Holds memory of the library, which close(), the end of a `with`, or the object's end gives back."""
 
     def own(self, lib, handle, free):
@@ -282,9 +280,6 @@ class Owner:
     def close(self):
         self.free()
         self.handle = self.lib = None        # whoever goes on using it fails here and not in C
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -650,51 +645,44 @@ def encode_parts(encode, parts):
 
 
 def encode_worker(encode, theirs, ours):
-    """What a process does that encodes for encode_all: answers until the other end is closed."""
+    """What a process does that encodes for encode_all, until the other end is closed: it sends tokens, at
+    first none, and takes the next parts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for the main process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     theirs.close()                           # this process's copy, if it is a fork
+    parts = []
     with contextlib.suppress(EOFError, OSError):
         while True:
-            ours.send(encode_parts(encode, ours.recv()))
+            ours.send(encode_parts(encode, parts))
+            parts = ours.recv()
 
 
 def encode_all(encode, parts, parallel):
     """Yields the tokens of parts, bit by bit. If parallel, processes encode in turn, two for each core, so
     that some work while others wait. (Python's pools and executors can hang if a process is killed.)"""
-    def ask(send_or_receive, *batch):
-        try:
-            return send_or_receive(*batch)
-        except (EOFError, OSError):
-            raise GPT2Error("a process that encodes text was killed, perhaps for want of memory; free some,"
-                            " or use fewer cores, as in `taskset -c 0 python3 ...`") from None
-
     batches = iter(lambda: list(itertools.islice(parts, 64)), [])
     if not parallel:
         yield from (encode_parts(encode, batch) for batch in batches)
         return
-    connections, workers, busy = [], [], collections.deque()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
+    connections = []
+    with contextlib.ExitStack() as stack:    # closes a connection, and waits for its process to end
         for _ in range(2 * cores):
             ours, theirs = multiprocessing.Pipe()
             worker = multiprocessing.Process(target=encode_worker, args=(encode, ours, theirs), daemon=True)
             worker.start()
-            workers.append(worker)
             theirs.close()                   # so that its end is that of the process
-            connections.append(ours)
-        for connection, batch in zip(itertools.cycle(connections), batches):
-            if len(busy) == len(connections):
-                yield ask(busy.popleft().recv)
-            ask(connection.send, batch)
-            busy.append(connection)
-        while busy:
-            yield ask(busy.popleft().recv)
-    finally:
-        for connection in connections:
-            connection.close()
-        for worker in workers:               # a signal could come before it is ready for one
-            worker.join()
+            stack.callback(worker.join)
+            connections.append(stack.enter_context(ours))
+        last = itertools.repeat([], len(connections))     # no parts, for the tokens of the parts before
+        for connection, batch in zip(itertools.cycle(connections), itertools.chain(batches, last)):
+            try:
+                tokens = connection.recv()
+                connection.send(batch)
+            except (EOFError, OSError):
+                raise GPT2Error("a process that encodes text was killed, perhaps for want of memory; free"
+                                " some, or use fewer cores, as in `taskset -c 0 python3 ...`") from None
+            yield tokens
 
 
 def write_shard(path, tokens):
@@ -890,7 +878,7 @@ def download(url, path, sha256=None, size=None, timeout=30, tries=5):
             progress.close()
             break
         except KeyboardInterrupt:
-            progress.say("")
+            progress.close()
             print(f"stopped; {advice()}", file=sys.stderr)
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -1593,10 +1581,10 @@ class Run:
         self.live.say(f"step {self.progress.step}: a sample\n")
         tokens = model.generate([self.tokenizer.start], self.settings.sample_tokens, 0.8, rng=rng)
         for text in self.tokenizer.stream(tokens):
-            self.live.say(text, end="")
+            print(end=text, flush=True)
             if self.stop:
                 break
-        self.live.say("\n")
+        print("\n", flush=True)
 
     def checkpoint(self, model, loader):
         """Saves all that going on needs, unless it did so at this step."""
