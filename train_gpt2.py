@@ -769,24 +769,21 @@ def write_choices(path, source, encode):
 def shard_globs(pattern, val_data=None):
     """The globs of the training and of the validation shards (None: there are none) among the files that a
     pattern matches. The library takes one glob for each, which has to match them and nothing else."""
-    shards = [path for path in sorted(glob.glob(pattern)) if os.path.basename(path) != TABLE]
-    val = sorted(glob.glob(val_data)) if val_data else [p for p in shards if "val" in os.path.basename(p)]
-    train = [path for path in shards if path not in val]
-    if not train:
-        raise GPT2Error(f"{pattern} matches no training shards, expected .bin files without \"val\" in it")
-    if val_data and not val:
-        raise GPT2Error(f"{val_data} matches no validation shards, expected .bin files")
-
-    def glob_of(files, *candidates):
-        for candidate in candidates:
-            if sorted(glob.glob(candidate)) == files:
-                return candidate
-        raise GPT2Error(f"{pattern} matches training and validation shards that no simple glob can separate;"
-                        " name the ones with --data 'GLOB' and the others with --val-data 'GLOB'")
-
-    folder = os.path.dirname(pattern)
-    train_glob = glob_of(train, pattern, os.path.join(folder, "*train*.bin"))
-    return train_glob, val_data or (glob_of(val, os.path.join(folder, "*val*.bin")) if val else None)
+    shards = {path for path in glob.glob(pattern) if os.path.basename(path) != TABLE}
+    val = {*glob.glob(val_data)} if val_data else {p for p in shards if "val" in os.path.basename(p)}
+    globs = []
+    for split, files, given in (("train", shards - val, pattern), ("val", val, val_data)):
+        if given and not files:
+            raise GPT2Error(f"{given} matches no {split} shards, expected .bin files, of which those for"
+                            " validation have \"val\" in their names")
+        candidates = given or pattern, os.path.join(os.path.dirname(pattern), f"*{split}*.bin")
+        fitting = [candidate for candidate in candidates if {*glob.glob(candidate)} == files]
+        if files and not fitting:
+            raise GPT2Error(f"{pattern} matches training and validation shards that no simple glob can"
+                            " separate; name the ones with --data 'GLOB' and the others with --val-data"
+                            " 'GLOB'")
+        globs.append(fitting[0] if files else None)
+    return globs
 
 
 # ============================================================================================================
@@ -940,26 +937,25 @@ DEFAULT_TEXTS = [
 def default_text():
     """The path of the first of DEFAULT_TEXTS that is cached or can be had. Prints one line: which it is, and
     why not one before it. GPT2_OFFLINE=1 in the environment keeps off the network."""
-    folder = os.path.join(HERE, "dev", "data")
-    os.makedirs(folder, exist_ok=True)
     reasons = []
     for name, title, origin, sha256, fetch in DEFAULT_TEXTS:
-        path = os.path.join(folder, name)
-        cached = [(os.path.relpath(path), functools.partial(read_file, path))] if os.path.exists(path) else []
-        for source, get in [*cached, (origin, fetch)]:
-            try:
-                if get is fetch and sha256 and os.environ.get("GPT2_OFFLINE"):
-                    raise OSError("GPT2_OFFLINE is set")
-                text = get()
-                if sha256 and hashlib.sha256(text).hexdigest() != sha256:
-                    raise OSError("its sha256 is not the expected one")
-            except Exception as error:       # whatever it is, there is another text
-                reasons.append(f"not {title} from {source}: {describe(error)}")
-                continue
-            if get is fetch:
-                replace_file(path, text)
-            print(f"text:   {title} from {source}, {len(text):,} bytes", *(f"({r})" for r in reasons))
-            return path
+        path = os.path.join(HERE, "dev", "data", name)
+        cached = os.path.exists(path)
+        source = os.path.relpath(path) if cached else origin
+        try:
+            if not cached and sha256 and os.environ.get("GPT2_OFFLINE"):
+                raise OSError("GPT2_OFFLINE is set")
+            text = read_file(path) if cached else fetch()
+            if sha256 and hashlib.sha256(text).hexdigest() != sha256:
+                raise OSError("its sha256 is not the expected one" + "; delete it" * cached)
+        except Exception as error:           # whatever it is, there is another text
+            reasons.append(f"not {title} from {source}: {describe(error)}")
+            continue
+        if not cached:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            replace_file(path, text)
+        print(f"text:   {title} from {source}, {len(text):,} bytes", *(f"({r})" for r in reasons))
+        return path
     raise GPT2Error(f"no text to train on: {'; '.join(reasons)}; name one with --data FILE")
 
 
