@@ -978,32 +978,32 @@ NAMES = {
 # What a config.json of Hugging Face's may say of what we compute; the first is the default.
 COMPUTED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
-# A layer of our tensor `index`, from its number `first` on. turned: of the shape (in,out), and ours (out,in).
-Part = collections.namedtuple("Part", "index first shape turned")
+# A layer of our tensor `index`, from its number `first` on, and in their file its shape, kind of numbers and
+# bytes. turned: there it is (in,out), and ours (out,in).
+Part = collections.namedtuple("Part", "index first shape turned dtype size")
 Stored = collections.namedtuple("Stored", "path begin end dtype shape")     # in a safetensors file
 
 
-def model_parts(config, lib, gguf=False):
-    """The parts of a model by Hugging Face's names (or GGUF's)."""
+def model_parts(config, lib, dtype="F32", gguf=False):
+    """The parts of a model by Hugging Face's names (or GGUF's, of which vectors and wpe have to be F32)."""
     parts = {}
     for index, (name, shape) in enumerate(tensor_shapes(config, lib).items()):
         theirs = NAMES.get(name) or NAMES[name[:-1]]
         theirs = theirs[gguf] + (".bias" if name.endswith("b") else ".weight")
         layered = "*" in theirs
         shape = (config.V, config.C) if name == "wte" else shape[layered:]
+        count = math.prod(shape)
         turned = layered and len(shape) == 2 and not gguf
+        kind = "F32" if gguf and (len(shape) == 1 or name == "wpe") else dtype
         for layer in range(config.L if layered else 1):
-            part = Part(index, layer * math.prod(shape), shape[::-1] if turned else shape, turned)
-            parts[theirs.replace("*", str(layer))] = part
+            parts[theirs.replace("*", str(layer))] = Part(
+                index, layer * count, shape[::-1] if turned else shape, turned, kind, count * NUMBERS[kind][0])
     return parts
 
 
-def transposed(values, columns):
-    """A matrix of so many columns, an array of its rows, as an array of its columns."""
-    result = array.array("f")
-    for column in range(columns):
-        result += values[column::columns]
-    return result
+def columns(values, count):
+    """Yields the columns of a matrix, an array of its rows: the rows of the matrix turned."""
+    return (values[column::count] for column in range(count))
 
 
 def from_bytes(data, dtype):
@@ -1123,7 +1123,7 @@ def import_model(path, device):
     for name, part in parts.items():
         pieces = read_tensor(stored[name])
         if part.turned:
-            pieces = [transposed(array.array("f", b"".join(pieces)), part.shape[1])]
+            pieces = columns(array.array("f", b"".join(pieces)), part.shape[1])
         first = part.first
         for piece in pieces:
             lib.gpt2_set(model.handle, part.index, 0, first, len(piece), piece.buffer_info()[0])
@@ -1242,23 +1242,20 @@ def spell(tokenizer):
     return tokens, merges
 
 
-def model_bytes(model, parts, kinds, align=1):
-    """Yields the parts of a model as bytes, of the kinds by their names, each filled up to a multiple of
-    align."""
+def model_bytes(model, parts, align=1):
+    """Yields the parts of a model as bytes, each filled up to a multiple of align."""
     progress = Progress(len(parts), "tensors", "written: ")
-    for name, part in parts.items():
+    for part in parts.values():
         count = math.prod(part.shape)
         size = count if part.turned else PIECE
         for at in range(0, count, size):
             values = array.array("f", bytes(4 * min(size, count - at)))
             address = values.buffer_info()[0]
             model.lib.gpt2_get(model.handle, part.index, 0, part.first + at, len(values), address)
-            if part.turned:
-                values = transposed(values, part.shape[0])
-            for first in range(0, len(values), PIECE):
-                yield to_bytes(values[first:first + PIECE], kinds[name])
+            for piece in columns(values, part.shape[0]) if part.turned else [values]:
+                yield to_bytes(piece, part.dtype)
         progress.advance(1)
-        yield bytes(-count * NUMBERS[kinds[name]][0] % align)
+        yield bytes(-part.size % align)
     progress.close()
 
 
@@ -1277,11 +1274,11 @@ def export_hf(model, tokenizer, folder, dtype):
         texts["tokenizer_config.json"] = {
             "tokenizer_class": "GPT2Tokenizer", "model_max_length": c.max_T,
             **dict.fromkeys(["bos_token", "eos_token", "unk_token"], END_OF_TEXT)}
-    parts, entries, at = model_parts(c, model.lib), {"__metadata__": {"format": "pt"}}, 0
+    parts, entries, at = model_parts(c, model.lib, dtype), {"__metadata__": {"format": "pt"}}, 0
     for name, part in parts.items():
-        end = at + NUMBERS[dtype][0] * math.prod(part.shape)
-        entries["transformer." + name] = {"dtype": dtype, "shape": part.shape, "data_offsets": [at, end]}
-        at = end
+        place = at, at + part.size
+        entries["transformer." + name] = {"dtype": dtype, "shape": part.shape, "data_offsets": place}
+        at += part.size
     head = json.dumps(entries).encode()
     head += b" " * (-len(head) % 8)
     os.makedirs(folder, exist_ok=True)
@@ -1290,7 +1287,7 @@ def export_hf(model, tokenizer, folder, dtype):
     if tokenizer:
         replace_file(os.path.join(folder, "merges.txt"), "\n".join(["#version: 0.2", *merges, ""]).encode())
     replace_file(os.path.join(folder, WEIGHTS), len(head).to_bytes(8, "little"), head,
-                 model_bytes(model, parts, dict.fromkeys(parts, dtype)))
+                 model_bytes(model, parts))
 
 
 def gguf(value):
@@ -1305,7 +1302,7 @@ def gguf(value):
 
 def export_gguf(model, tokenizer, path, dtype):
     """Writes a GGUF file, version 3, for llama.cpp: facts, names and places of the tensors, the tensors, each
-    at a multiple of 32 bytes. It wants vectors and wpe in F32, and without output.weight it ties the head."""
+    at a multiple of 32 bytes. Without output.weight it ties the head."""
     c = model.config
     facts = {
         "general.architecture": "gpt2", "general.name": os.path.basename(path), "general.alignment": 32,
@@ -1319,19 +1316,16 @@ def export_gguf(model, tokenizer, path, dtype):
             "tokenizer.ggml.merges": merges,
             "tokenizer.ggml.token_type": [3 if token == END_OF_TEXT else 1 for token in tokens],     # control
             "tokenizer.ggml.bos_token_id": tokenizer.end, "tokenizer.ggml.eos_token_id": tokenizer.end})
-    parts = model_parts(c, model.lib, gguf=True)
+    parts, at = model_parts(c, model.lib, dtype, gguf=True), 0
     head = b"GGUF" + struct.pack("<IQQ", 3, len(parts), len(facts))
     for name, fact in facts.items():
         code, data = gguf(fact)
         head += gguf(name)[1] + struct.pack("<I", code) + data
-    kinds, at = {}, 0
     for name, part in parts.items():
-        kinds[name] = dtype if len(part.shape) == 2 and name != "position_embd.weight" else "F32"
-        size, code = NUMBERS[kinds[name]]
         shape = struct.pack(f"<I{len(part.shape)}Q", len(part.shape), *part.shape[::-1])
-        head += gguf(name)[1] + shape + struct.pack("<IQ", code, at)
-        at += -(-size * math.prod(part.shape) // 32) * 32
-    replace_file(path, head, bytes(-len(head) % 32), model_bytes(model, parts, kinds, 32))
+        head += gguf(name)[1] + shape + struct.pack("<IQ", NUMBERS[part.dtype][1], at)
+        at += part.size + -part.size % 32
+    replace_file(path, head, bytes(-len(head) % 32), model_bytes(model, parts, 32))
 
 
 def export_llmc(model, tokenizer, path, dtype):
