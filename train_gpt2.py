@@ -166,12 +166,6 @@ class GPT2Diff(ctypes.Structure):
                 ("ok", ctypes.c_int32), ("padding", ctypes.c_int32)]
 
 
-class GPT2Table(ctypes.Structure):
-    """The C library's tokenizer table: where in `bytes` each token begins, with its length."""
-    _fields_ = [("V", ctypes.c_int32), ("end", ctypes.c_int32), ("at", ctypes.POINTER(ctypes.c_int64)),
-                ("bytes", ctypes.c_void_p)]
-
-
 TENSORS = 16
 KINDS = {"param": 0, "grad": 1, "m": 2, "v": 3}     # of a tensor: parameter, gradient, AdamW's moments
 
@@ -206,26 +200,15 @@ C_FUNCTIONS = """
 """
 
 
-def declare(lib):
-    """Gives every function of the library its types, and makes failures raise GPT2Error."""
+@functools.lru_cache(maxsize=None)
+def library(device="auto"):
+    """The C library of "cpu" or "cuda"; "auto" is cuda's where that was built and loads. The environment's
+    GPT2_LIBRARY names a file that is taken instead. Where a function of it fails, it raises GPT2Error."""
     def check(result, function, arguments):
         if result is None or result < 0:
             raise GPT2Error(lib.gpt2_error().decode(errors="replace"))
         return result
 
-    for result, fails, name, arguments in re.findall(r"(\S)(!?) +(\w+)\((\w*)\)", C_FUNCTIONS):
-        function = getattr(lib, name)
-        function.restype = C_TYPES[result]
-        function.argtypes = [C_TYPES[code] for code in arguments]
-        if fails:
-            function.errcheck = check
-    return lib
-
-
-@functools.lru_cache(maxsize=None)
-def library(device="auto"):
-    """The C library of "cpu" or "cuda"; "auto" is cuda's where that was built and loads. The environment's
-    GPT2_LIBRARY names a file that is taken instead."""
     if device == "auto":
         try:
             return library("cuda")
@@ -238,9 +221,16 @@ def library(device="auto"):
     if not os.path.exists(path):
         raise GPT2Error(f"the library {path} is missing; run `{target}` first")
     try:
-        return declare(ctypes.CDLL(path))
+        lib = ctypes.CDLL(path)
+        for result, fails, name, arguments in re.findall(r"(\S)(!?) +(\w+)\((\w*)\)", C_FUNCTIONS):
+            function = getattr(lib, name)
+            function.restype = C_TYPES[result]
+            function.argtypes = [C_TYPES[code] for code in arguments]
+            if fails:
+                function.errcheck = check
     except (OSError, AttributeError) as error:
         raise GPT2Error(f"the library {path} does not load ({error}); run `{target}` again") from None
+    return lib
 
 
 def token_rows(x):
@@ -414,17 +404,15 @@ class Loader(Owner):
     def __init__(self, pattern, B, T, V, shuffle=False, seed=0, device="auto"):
         lib = library(device)
         self.own(lib, lib.gpt2_loader_open(pattern, B, T, V, shuffle, seed), lib.gpt2_loader_close)
-        self.x = (ctypes.c_int32 * T * B)()
-        self.y = (ctypes.c_int32 * T * B)()
+        self.batch = (ctypes.c_int32 * T * B * 2)()
         # of all shards: their number, their tokens, the batches in an epoch
         self.shards, self.tokens, self.batches = self.lib.gpt2_loader_size(self.handle).values
 
     def next(self):
         """The next x and y (B,T), in memory that the next call overwrites. Wraps round for ever."""
         batch = self.lib.gpt2_loader_next(self.handle)     # copied: x and y may outlive the loader
-        ctypes.memmove(self.x, batch, ctypes.sizeof(self.x))
-        ctypes.memmove(self.y, batch + ctypes.sizeof(self.x), ctypes.sizeof(self.y))
-        return self.x, self.y
+        ctypes.memmove(self.batch, batch, ctypes.sizeof(self.batch))
+        return tuple(self.batch)
 
     def reset(self):
         """Back to the first batch."""
@@ -504,15 +492,14 @@ class Tokenizer:
     @staticmethod
     def load(path, lib):
         """The tokenizer whose table a file holds."""
-        handle = lib.gpt2_tokenizer_load(path)
-        table = GPT2Table.from_address(handle)
-        pieces = [ctypes.string_at(table.bytes + at + 1, ctypes.string_at(table.bytes + at, 1)[0])
-                  for at in table.at[:table.V]]
-        end = table.end
-        lib.gpt2_tokenizer_free(handle)
+        lib.gpt2_tokenizer_free(lib.gpt2_tokenizer_load(path))     # which refuses what is not such a file
+        with open(path, "rb") as file:
+            V, end = array.array("i", file.read(1024))[2:4]
+            pieces = [file.read(file.read(1)[0]) for _ in range(V)]
         if pieces == ByteTokenizer().pieces:
             return ByteTokenizer()
-        return GPT2Tokenizer(pieces, end) if len(pieces) == 50257 else Tokenizer(pieces, end)
+        kind = GPT2Tokenizer if V == 50257 else Tokenizer
+        return kind(pieces, end if 0 <= end < V else -1)
 
     def encode(self, text):
         """The token ids of a str, as an array of uint16."""
@@ -978,10 +965,15 @@ NAMES = {
 # What a config.json of Hugging Face's may say of what we compute; the first is the default.
 COMPUTED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
-# A layer of our tensor `index`, from its number `first` on, and in their file its shape, kind of numbers and
-# bytes. turned: there it is (in,out), and ours (out,in).
-Part = collections.namedtuple("Part", "index first shape turned dtype size")
 Stored = collections.namedtuple("Stored", "path begin end dtype shape")     # in a safetensors file
+
+
+class Part(collections.namedtuple("Part", "index first shape turned dtype")):
+    """A layer of our tensor `index`, from its number `first` on, and its shape and kind of numbers in their
+    file. turned: there it is (in,out), and ours (out,in)."""
+    @property
+    def size(self):
+        return math.prod(self.shape) * NUMBERS[self.dtype][0]
 
 
 def model_parts(config, lib, dtype="F32", gguf=False):
@@ -996,8 +988,8 @@ def model_parts(config, lib, dtype="F32", gguf=False):
         turned = layered and len(shape) == 2 and not gguf
         kind = "F32" if gguf and (len(shape) == 1 or name == "wpe") else dtype
         for layer in range(config.L if layered else 1):
-            parts[theirs.replace("*", str(layer))] = Part(
-                index, layer * count, shape[::-1] if turned else shape, turned, kind, count * NUMBERS[kind][0])
+            part = Part(index, layer * count, shape[::-1] if turned else shape, turned, kind)
+            parts[theirs.replace("*", str(layer))] = part
     return parts
 
 
@@ -1480,10 +1472,17 @@ def draw_curves(runs, path):
 # 6. Training
 # ============================================================================================================
 class Run:
-    """A run directory, and what a run has to remember. `stop` turns true with the first Ctrl-C or SIGTERM,
-    and the training loop then saves and returns."""
+    """A run directory, which no other process can open meanwhile, and what a run has to remember. `stop`
+    turns true with the first Ctrl-C or SIGTERM, and the training loop then saves and returns."""
 
     def __init__(self, folder, lib, settings, tokenizer, peak):
+        os.makedirs(folder, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GPT2Error(f"{folder} has a run that has not ended; choose another --out") from None
         self.folder = folder
         self.lib = lib
         self.settings = settings
@@ -1606,20 +1605,17 @@ def train(model, train_loader, val_loader, settings, run):
         return step == s.steps or (interval > 0 and step > 0 and step % interval == 0)
 
     for step in range(run.progress.step, s.steps + 1):
-        if due(step, s.checkpoint_every) or run.stop:
+        if due(step, s.checkpoint_every):
             run.checkpoint(model, train_loader)
-        if run.stop:
-            break
-        if val_loader and s.val_every and (due(step, s.val_every) or step == 0):
+        if val_loader and s.val_every and (due(step, s.val_every) or step == 0) and not run.stop:
             run.validated(step, model.evaluate(val_loader, s.val_batches), model)
         rng = run.progress.rng
-        if s.sample_tokens and due(step, s.sample_every):
+        if s.sample_tokens and due(step, s.sample_every) and not run.stop:
             run.sample(model)
-        if run.stop:                         # saves here: resumed, the run makes this sample again
-            run.progress.rng = rng
-            run.checkpoint(model, train_loader)
-            break
-        if step == s.steps or 0 < s.patience <= run.waited:
+        stop = run.stop
+        if stop:
+            run.progress.rng = rng           # resumed, the run makes this sample again
+        if stop or step == s.steps or 0 < s.patience <= run.waited:
             run.checkpoint(model, train_loader)
             break
 
@@ -1759,15 +1755,12 @@ def memory_there():
 
 def command_line(*words):
     """What to type to run this file with those words."""
-    return " ".join(shlex.quote(word) for word in ("python3", os.path.relpath(__file__), *words))
+    return shlex.join(("python3", os.path.relpath(__file__), *words))
 
 
 def train_command(args):
     lib, memory = library(args.device), memory_there()
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
-    for name in ("data", "val_data", "init"):
-        if name in given and given[name] not in ("scratch", *HUB_MODELS):
-            given[name] = os.path.abspath(given[name])
     folder, s, step = open_run(args, given, lib)
 
     # The model before the data: most mistakes then show before there is anything in the run directory.
@@ -1801,17 +1794,9 @@ def train_command(args):
     train_loader = Loader(train_glob, B, T, V, shuffle=True, seed=s.seed, device=args.device)
     val_loader = Loader(val_glob, B, T, V, device=args.device) if val_glob else None
 
-    os.makedirs(folder, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)     # until the process ends, or `run` does
-    except BlockingIOError:
-        os.close(lock)
-        raise GPT2Error(f"{folder} has a run that has not ended; choose another --out") from None
     peak = lib.gpt2_ceiling() / lib.gpt2_flops_per_token(ctypes.byref(config), T)
     ids = Tokenizer([b"%d " % token for token in range(V)], end=V - 1)
     run = Run(folder, lib, s, tokenizer or ids, peak)
-    weakref.finalize(run, os.close, lock)
     if step is None:
         replace_file(os.path.join(folder, "main.log"))
         replace_file(os.path.join(folder, METRICS))
@@ -2064,7 +2049,8 @@ COUNT = number(int, 1, 2**31 - 1)
 COUNT0 = number(int, 0, 2**31 - 1)
 REAL = number(float, 0)
 FRACTION = number(float, 0, 1)
-METAVARS = {str: "PATH", REAL: "X", FRACTION: "X"}
+PATH = os.path.abspath                       # of what a run, which may go on elsewhere, will need again
+METAVARS = {str: "PATH", PATH: "PATH", REAL: "X", FRACTION: "X"}
 REQUIRED = object()
 MODELS = ("d2", "d4", "d6", "d12", "d24", "d36", "d48")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -2074,8 +2060,8 @@ SCHEDULES = ("cosine", "linear", "constant", "wsd")
 # channels, a short context and many small batches came out best.
 SETTINGS = {
     "the text": [
-        ("data", None, str, "text file, folder of .txt, folder or quoted glob of .bin shards (Shakespeare)"),
-        ("val-data", None, str, "quoted glob of validation shards (those with \"val\" in their names)"),
+        ("data", None, PATH, "text file, folder of .txt, folder or quoted glob of .bin shards (Shakespeare)"),
+        ("val-data", None, PATH, "quoted glob of validation shards (those with \"val\" in their names)"),
         ("tokenizer", "bytes", tuple(TOKENIZERS), "what a token of a text is"),
     ],
     "the model": [
