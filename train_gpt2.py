@@ -1475,7 +1475,7 @@ class Run:
     """A run directory, which no other process can open meanwhile, and what a run has to remember. `stop`
     turns true with the first Ctrl-C or SIGTERM, and the training loop then saves and returns."""
 
-    def __init__(self, folder, lib, settings, tokenizer, peak):
+    def __init__(self, folder, settings, model, tokenizer):
         os.makedirs(folder, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
         weakref.finalize(self, os.close, lock)
@@ -1484,10 +1484,13 @@ class Run:
         except BlockingIOError:
             raise GPT2Error(f"{folder} has a run that has not ended; choose another --out") from None
         self.folder = folder
-        self.lib = lib
         self.settings = settings
-        self.tokenizer = tokenizer
-        self.peak = peak                     # tokens/s if the machine did nothing but multiply and add
+        self.model = model
+        self.lib = model.lib
+        V = model.config.V
+        self.tokenizer = tokenizer or Tokenizer([b"%d " % token for token in range(V)], end=V - 1)
+        flops = self.lib.gpt2_flops_per_token(ctypes.byref(model.config), settings.seq_len)
+        self.peak = self.lib.gpt2_ceiling() / flops     # tokens/s of nothing but multiplying and adding
         self.live = Progress()
         self.recent = collections.deque(maxlen=50)     # seconds of the last steps
         self.progress = GPT2Progress(rng=settings.seed)
@@ -1550,7 +1553,7 @@ class Run:
         if time.perf_counter() > self.draw_at:
             self.draw()
 
-    def validated(self, step, loss, model):
+    def validated(self, step, loss):
         """Notes a validation loss, and keeps the model if there was no better one until this step."""
         if not math.isfinite(loss):
             raise GPT2Error(f"the validation loss of step {step} is {loss}: the training has diverged; try a"
@@ -1561,28 +1564,28 @@ class Run:
         self.best = min(losses, key=lambda point: point[1], default=None)
         self.waited = sum(at > self.best[0] for at, _ in losses)
         if self.waited == 0:
-            model.save(self.best_file)
+            self.model.save(self.best_file)
         self.live.say(f"step {step}: validation loss {loss:.4f}" + ", the best so far" * (self.waited == 0))
 
-    def sample(self, model):
+    def sample(self):
         """Shows what the model writes by now. The sampler's state goes on, and into the checkpoints."""
         rng = ctypes.c_uint64.from_buffer(self.progress, GPT2Progress.rng.offset)
         self.live.say(f"step {self.progress.step}: a sample\n")
-        tokens = model.generate([self.tokenizer.start], self.settings.sample_tokens, 0.8, rng=rng)
+        tokens = self.model.generate([self.tokenizer.start], self.settings.sample_tokens, 0.8, rng=rng)
         for text in self.tokenizer.stream(tokens):
             print(end=text, flush=True)
             if self.stop:
                 break
         print("\n", flush=True)
 
-    def checkpoint(self, model, loader):
+    def checkpoint(self, loader):
         """Saves all that going on needs, unless it did so at this step."""
         s, path = self.settings, model_path(self.folder, self.progress.step)
         if self.saved == path:
             return
         try:
-            self.lib.gpt2_checkpoint(self.folder, model.handle, loader.handle, ctypes.byref(self.progress),
-                                     s.checkpoint_every, s.keep, 0)
+            self.lib.gpt2_checkpoint(self.folder, self.model.handle, loader.handle,
+                                     ctypes.byref(self.progress), s.checkpoint_every, s.keep, 0)
         except GPT2Error as error:
             if self.stop or self.progress.step == s.steps:
                 raise
@@ -1592,12 +1595,12 @@ class Run:
         self.live.say(f"step {self.progress.step}: saved {path}")
 
 
-def train(model, train_loader, val_loader, settings, run):
+def train(model, train_loader, val_loader, run):
     """The training loop, from the run's step to the last one, or until run.stop, or until so many validations
     as --patience says brought nothing better. Step n begins when n steps are done, with what is due then:
     checkpoint (first, so that a resumed run repeats the rest), validation, sample. main() in train_gpt2.c
     makes the same calls in the same order, so that either goes on with the other's runs, bit for bit."""
-    s = settings
+    s = run.settings
     micro_batches = s.total_batch_size // (s.batch_size * s.seq_len)
     not_finite = 0                           # steps in a row without an update
 
@@ -1606,17 +1609,17 @@ def train(model, train_loader, val_loader, settings, run):
 
     for step in range(run.progress.step, s.steps + 1):
         if due(step, s.checkpoint_every):
-            run.checkpoint(model, train_loader)
+            run.checkpoint(train_loader)
         if val_loader and s.val_every and (due(step, s.val_every) or step == 0) and not run.stop:
-            run.validated(step, model.evaluate(val_loader, s.val_batches), model)
+            run.validated(step, model.evaluate(val_loader, s.val_batches))
         rng = run.progress.rng
         if s.sample_tokens and due(step, s.sample_every) and not run.stop:
-            run.sample(model)
+            run.sample()
         stop = run.stop
         if stop:
             run.progress.rng = rng           # resumed, the run makes this sample again
         if stop or step == s.steps or 0 < s.patience <= run.waited:
-            run.checkpoint(model, train_loader)
+            run.checkpoint(train_loader)
             break
 
         begun = time.perf_counter()
@@ -1675,10 +1678,10 @@ def shards_of(data):
     return None if text and not data.endswith(".bin") else pattern
 
 
-def find_shards(settings, folder, lib, V, resumed):
+def find_shards(settings, folder, lib, model, resumed):
     """The globs of the training and the validation shards (None: there are none), and the tokenizer (None:
-    unknown). Text becomes shards in the run directory, unless it did so before the run was resumed. V: the
-    vocabulary that its tokenizer has to have, if a model says so."""
+    unknown). Text becomes shards in the run directory, unless it did so before the run was resumed, by a
+    tokenizer that fits the model (None: any does)."""
     pattern = shards_of(settings.data or "")
     if pattern is None:
         if settings.val_data:
@@ -1687,10 +1690,10 @@ def find_shards(settings, folder, lib, V, resumed):
         pattern = os.path.join(glob.escape(tokens), "*.bin")
         if not (resumed and os.path.exists(os.path.join(tokens, TABLE))):
             tokenizer = TOKENIZERS[settings.tokenizer]()
-            if V not in (None, len(tokenizer.pieces)):
+            if model and model.config.V != len(tokenizer.pieces):
                 raise GPT2Error(f"{settings.data}: --tokenizer {settings.tokenizer} has"
-                                f" {len(tokenizer.pieces)} tokens, expected the model's {V}; give shards of"
-                                " its own tokenizer's by --data")
+                                f" {len(tokenizer.pieces)} tokens, expected the model's {model.config.V};"
+                                " give shards of its own tokenizer's by --data")
             prepare([settings.data or default_text()], tokens, tokenizer)
     train_glob, val_glob = shard_globs(pattern, settings.val_data)
     return train_glob, val_glob, tokenizer_beside(glob.glob(train_glob)[0], lib)
@@ -1775,12 +1778,11 @@ def train_command(args):
         s.tokenizer = given.get("tokenizer", "gpt2" if config.V == 50257 else "bytes")
     else:
         settle_batch(s, config.max_T)
-    V = config.V if model else None
-    train_glob, val_glob, tokenizer = find_shards(s, folder, lib, V, resumed=step is not None)
-    models_own = tokenizer_beside(model.file, lib) if model else None
-    tokenizer = tokenizer or models_own
+    train_glob, val_glob, tokenizer = find_shards(s, folder, lib, model, resumed=step is not None)
+    own = tokenizer_beside(model.file, lib) if model else None
+    tokenizer = tokenizer or own
     V = len(tokenizer.pieces) if tokenizer else config.V
-    if model and (V != config.V or models_own and models_own.pieces != tokenizer.pieces):
+    if model and (V != config.V or own and own.pieces != tokenizer.pieces):
         raise GPT2Error(f"the data has a tokenizer of {V} tokens, expected that of {model.file}, of"
                         f" {config.V}; make the shards with that one")
     config.V = V
@@ -1791,12 +1793,10 @@ def train_command(args):
               f" {s.val_every}, patience {s.patience}")
     model = model or GPT2(config, s.seed, args.device)
     B, T = s.batch_size, s.seq_len
-    train_loader = Loader(train_glob, B, T, V, shuffle=True, seed=s.seed, device=args.device)
-    val_loader = Loader(val_glob, B, T, V, device=args.device) if val_glob else None
+    train_loader = Loader(train_glob, B, T, config.V, shuffle=True, seed=s.seed, device=args.device)
+    val_loader = Loader(val_glob, B, T, config.V, device=args.device) if val_glob else None
 
-    peak = lib.gpt2_ceiling() / lib.gpt2_flops_per_token(ctypes.byref(config), T)
-    ids = Tokenizer([b"%d " % token for token in range(V)], end=V - 1)
-    run = Run(folder, lib, s, tokenizer or ids, peak)
+    run = Run(folder, s, model, tokenizer)
     if step is None:
         replace_file(os.path.join(folder, "main.log"))
         replace_file(os.path.join(folder, METRICS))
@@ -1808,26 +1808,37 @@ def train_command(args):
     if tokenizer:
         tokenizer.save(os.path.join(folder, TABLE))
     replace_file(os.path.join(folder, "run.json"), json.dumps(vars(s), indent=1).encode())
+    print_summary(run, train_loader, val_loader, memory)
+    run.watch_signals()
+    train(model, train_loader, val_loader, run)
+    run.draw()
+    return print_end(run)
 
-    print(f"device: {lib.gpt2_device().decode()}")
+
+def print_summary(run, train_loader, val_loader, memory):
+    """Says what a run is going to do."""
+    model, s = run.model, run.settings
+    c, B, T = model.config, s.batch_size, s.seq_len
+    tokens, needed = s.steps * s.total_batch_size, memory_needed(model, B, T)
+    print(f"device: {run.lib.gpt2_device().decode()}")
     print(f"data:   {train_loader.tokens:,} tokens to train on,",
           f"{val_loader.tokens:,} to validate on" if val_loader else "no validation shards, so no validation")
-    print(f"model:  {config.L} layers, {config.NH} heads, {config.C} channels, context {config.max_T},"
-          f" {V} tokens: {model.num_parameters:,} parameters")
-    tokens, needed = s.steps * s.total_batch_size, memory_needed(model, B, T)
+    print(f"model:  {c.L} layers, {c.NH} heads, {c.C} channels, context {c.max_T}, {c.V} tokens:"
+          f" {model.num_parameters:,} parameters")
     print(f"steps:  {s.steps:,} of {s.total_batch_size:,} tokens, in batches of {B} x {T}:"
           f" {tokens / train_loader.tokens:,.2f} epochs, {tokens / model.num_parameters:,.2f} tokens for each"
           " parameter")
     print(f"memory: {needed / 1e6:,.0f} MB needed of {memory / 1e6:,.0f} MB")
     if needed > memory:
         print("memory: that does not fit; a smaller --batch-size, --seq-len or model takes less")
-    print(f"run:    {folder}" + (f", resumed at step {step}" if step is not None else ""), flush=True)
-    run.watch_signals()
-    train(model, train_loader, val_loader, s, run)
-    run.draw()
+    resumed = f", resumed at step {run.progress.step}" if run.saved else ""
+    print(f"run:    {run.folder}{resumed}", flush=True)
 
-    done, seconds = run.progress.step, time.perf_counter() - run.live.begun
-    resume = command_line("--resume", "--out", folder)
+
+def print_end(run):
+    """Says what came of a run, and what to do with it. Returns the exit status."""
+    s, done = run.settings, run.progress.step
+    resume = command_line("--resume", "--out", run.folder)
     if run.stop:
         print(f"stopped after step {done} of {s.steps}; to go on: {resume}")
         return 130
@@ -1837,11 +1848,12 @@ def train_command(args):
     best = "no validation"
     if run.best:
         best = f"best validation loss {run.best[1]:.4f} at step {run.best[0]:.0f} ({run.best_file})"
-    print(f"{done} steps, {clock(seconds)}, {best}")
-    print(f"checkpoint: {run.saved}\ncurves:     {os.path.join(folder, 'loss.svg')}")
+    print(f"{done} steps, {clock(time.perf_counter() - run.live.begun)}, {best}")
+    print(f"checkpoint: {run.saved}\ncurves:     {os.path.join(run.folder, 'loss.svg')}")
     print(f"write text: {command_line('sample', run.best_file if run.best else run.saved)}")
     print(f"train on:   {resume} --steps {2 * s.steps}")
-    print(f"compare:    {command_line('plot', folder, 'ANOTHER_RUN')}")
+    print(f"compare:    {command_line('plot', run.folder, 'ANOTHER_RUN')}")
+    return 0
 
 
 def sample_command(args):
