@@ -1151,8 +1151,7 @@ def find_model(source, lib):
         url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{source}/resolve/main/"
         source = os.path.join(HERE, "dev", "data", source)
         for name in ("config.json", WEIGHTS):
-            if not os.path.exists(os.path.join(source, name)):
-                download(url + name, os.path.join(source, name))
+            download(url + name, os.path.join(source, name))
     if not os.path.isdir(source):
         return source
     theirs = WEIGHTS, WEIGHTS + ".index.json", "pytorch_model.bin"
@@ -1241,8 +1240,7 @@ def model_bytes(model, parts, align=1):
         count = math.prod(part.shape)
         size = count if part.turned else PIECE
         for at in range(0, count, size):
-            values = array.array("f", bytes(4 * min(size, count - at)))
-            address = values.buffer_info()[0]
+            address, values = float_buffer(min(size, count - at))
             model.lib.gpt2_get(model.handle, part.index, 0, part.first + at, len(values), address)
             for piece in columns(values, part.shape[0]) if part.turned else [values]:
                 yield to_bytes(piece, part.dtype)
