@@ -1724,19 +1724,20 @@ def settle_batch(s, context):
                         " --batch-size times --seq-len")
 
 
-def fine_tuning(given, config, train, val):
-    """The settings for going on with a trained model on these shards: those given, and to fit them batches of
-    1,000 tokens, or of what the smallest shard has, two epochs, ten validations. The wider the model, the
-    lower the learning rate: 3e-5 for GPT-2's 768 channels."""
+def fine_tune(s, given, config, train, val):
+    """Settles what was not given for going on with a trained model on these shards: batches of 1,000 tokens,
+    or of what the smallest shard has, two epochs, ten validations. The wider the model, the lower the
+    learning rate: 3e-5 for GPT-2's 768 channels."""
     sizes = [max(1, os.path.getsize(path) // 2 - 513) for path in train + val]     # but for the last token
-    T = given.get("seq_len", min(config.max_T, 256, *sizes))
-    B = given.get("batch_size", max(1, min(1024, *sizes) // T))
-    total = given.get("total_batch_size", B * T)
-    steps = given.get("steps", min(max(50, 2 * sum(sizes[:len(train)]) // total), 1000))
-    tenth = max(1, steps // 10)
-    return {"seq_len": T, "batch_size": B, "steps": steps, "lr": float(f"{3e-5 * 768 / config.C:.1e}"),
-            "warmup": tenth, "final_lr_frac": 0.1, "val_every": tenth, "val_batches": 40, "patience": 3,
-            "sample_tokens": 100, **given}
+    s.seq_len = given.get("seq_len", min(config.max_T, 256, *sizes))
+    s.batch_size = given.get("batch_size", max(1, min(1024, *sizes) // s.seq_len))
+    settle_batch(s, config.max_T)
+    s.steps = given.get("steps", min(max(50, 2 * sum(sizes[:len(train)]) // s.total_batch_size), 1000))
+    tenth = max(1, s.steps // 10)
+    vars(s).update({"lr": float(f"{3e-5 * 768 / config.C:.1e}"), "warmup": tenth, "final_lr_frac": 0.1,
+                    "val_every": tenth, "val_batches": 40, "patience": 3, "sample_tokens": 100, **given})
+    print(f"tuning: learning rate {s.lr:g}, {s.warmup} steps of warm-up, a validation every {s.val_every},"
+          f" patience {s.patience}")
 
 
 def memory_needed(model, B, T):
@@ -1785,10 +1786,7 @@ def train_command(args):
                         f" {config.V}; make the shards with that one")
     config.V = V
     if tuning:
-        vars(s).update(fine_tuning(given, config, glob.glob(train_glob), glob.glob(val_glob or "")))
-        settle_batch(s, config.max_T)
-        print(f"tuning: learning rate {s.lr:g}, {s.warmup} steps of warm-up, a validation every"
-              f" {s.val_every}, patience {s.patience}")
+        fine_tune(s, given, config, glob.glob(train_glob), glob.glob(val_glob or ""))
     model = model or GPT2(config, s.seed, args.device)
     B, T = s.batch_size, s.seq_len
     train_loader = Loader(train_glob, B, T, config.V, shuffle=True, seed=s.seed, device=args.device)
