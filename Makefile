@@ -2,6 +2,7 @@
 # make test       sets up .venv with what the tests need, then runs them
 # make bench      times a training step, side by side with PyTorch where that is installed
 # make fuzz       hands damaged files to every reader, for FUZZ_SECONDS=60 in all; needs clang (FUZZ_CC=clang-14)
+# make memcheck   runs the tests of the library, and the binary, under valgrind
 # make clean      removes what was built (not your runs, not the data)
 #
 #   CC=clang            another compiler
@@ -39,7 +40,7 @@ else
 CFLAGS += -Wno-unknown-pragmas
 endif
 
-.PHONY: all test bench fuzz clean
+.PHONY: all test bench fuzz memcheck clean
 all: $(BUILD)/train_gpt2 $(BUILD)/libgpt2.so
 
 $(BUILD)/train_gpt2: train_gpt2.c Makefile
@@ -89,6 +90,11 @@ fuzz: build/fuzz/readers all
 			>build/fuzz/$$reader.log 2>&1 || { tail -n 40 build/fuzz/$$reader.log; exit 1; }; \
 		tail -n 1 build/fuzz/$$reader.log; \
 	done
+
+memcheck:
+	mkdir -p build/valgrind
+	$(MAKE) BUILD=build/valgrind ARCH=x86-64 OPENMP=0 EXTRA=-g
+	$(if $(wildcard $(VENV)/bin/pytest),$(VENV)/bin/python,$(PYTHON)) dev/fuzz/memcheck.py --build build/valgrind
 
 clean:
 	rm -f train_gpt2 libgpt2.so train_gpt2cu libgpt2cu.so
