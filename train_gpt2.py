@@ -34,6 +34,7 @@ import collections
 import contextlib
 import ctypes
 import datetime
+import errno
 import fcntl
 import functools
 import glob
@@ -52,6 +53,7 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import statistics
 import struct
 import subprocess
@@ -429,8 +431,27 @@ MAGIC_MODEL = (20240326).to_bytes(4, "little")
 TABLE = "tokenizer.bin"                      # the tokenizer table beside shards and in run directories
 
 
+def regular(path, flags):
+    """open()'s opener of a regular file: anything else is refused, such as a pipe, which would wait."""
+    file = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return file
+
+
+@contextlib.contextmanager
+def naming(path):
+    """A read or write in here that fails names the file, as Python's own errors then do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+
+
 def read_file(path):
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb", opener=regular) as file:
         return file.read()
 
 
@@ -438,15 +459,12 @@ def replace_file(path, *parts):
     """Writes a file so that it is there whole or not at all. The parts are bytes, or generators of bytes."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             for part in parts:
                 file.writelines(part) if hasattr(part, "__next__") else file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or path     # a write that fails names no file
-        raise
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -576,6 +594,8 @@ def find_texts(paths):
         if os.path.isdir(path):
             found = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path, onerror=fail)
                            for name in names if name.endswith((".txt", ".txt.gz", *LINES)) and name[0] != ".")
+            for name in found:
+                os.close(regular(name, os.O_RDONLY))     # a pipe is a text only if it was named
         if not found:
             raise GPT2Error(f"{path}: no text there, expected .txt, .jsonl, .txt.gz or .jsonl.gz files")
         files += found
@@ -600,7 +620,7 @@ def read_parts(files, jsonl, end, progress):
     for path in files:
         number = 0
         try:
-            with open(0 if path == "-" else path, "rb", closefd=path != "-") as plain, \
+            with naming(path), open(0 if path == "-" else path, "rb", closefd=path != "-") as plain, \
                     gzip.open(plain) if path.endswith(".gz") else plain as file:
                 if jsonl or path.endswith(LINES):
                     for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
@@ -1031,7 +1051,7 @@ def to_bytes(values, dtype):
 def read_safetensors(path):
     """What is Stored in a file, by name. It has a header's length in 8 bytes, the header, which is JSON, and
     the tensors one after the other."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb", opener=regular) as file:
         size = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
         if start > min(size, 100_000_000):
@@ -1055,7 +1075,7 @@ def read_safetensors(path):
 def read_tensor(tensor):
     """Yields the numbers of a Stored tensor as arrays of float32."""
     size = PIECE * NUMBERS[tensor.dtype][0]
-    with open(tensor.path, "rb") as file:
+    with naming(tensor.path), open(tensor.path, "rb", opener=regular) as file:
         file.seek(tensor.begin)
         for at in range(tensor.begin, tensor.end, size):
             yield from_bytes(file.read(min(size, tensor.end - at)), tensor.dtype)
@@ -1063,7 +1083,7 @@ def read_tensor(tensor):
 
 def read_heads(path, C):
     """The number of heads in a config.json, which must not ask for computations other than ours."""
-    if not os.path.exists(path):
+    if not os.path.lexists(path):            # a link to nothing is a fault
         print(f"without {path}, the {C} channels count as heads of 64", file=sys.stderr)
         return max(C // 64, 1)
     theirs = json.loads(read_file(path))
@@ -1098,7 +1118,10 @@ def import_model(path, device):
     L = sum(name.endswith(".ln_1.weight") for name in found)
     config = GPT2Config(max_T, V, L, read_heads(os.path.join(folder, "config.json"), C), C)
     lib = library(device)
-    lib.gpt2_config_check(ctypes.byref(config))
+    try:
+        lib.gpt2_config_check(ctypes.byref(config))
+    except GPT2Error as error:
+        raise GPT2Error(f"{path}: {error}") from None
     parts = model_parts(config, lib)
     expected = {name: part.shape for name, part in parts.items()}
     wte, head = stored["wte.weight"], stored.get("lm_head.weight")
@@ -1157,7 +1180,7 @@ def find_model(source, lib):
     theirs = WEIGHTS, WEIGHTS + ".index.json", "pytorch_model.bin"
     ours = model_path(source, lib.gpt2_newest(source))
     for path in (ours, *(os.path.join(source, name) for name in theirs)):
-        if os.path.exists(path):
+        if os.path.lexists(path):
             return path
     raise GPT2Error(f"{source} has neither a checkpoint nor {WEIGHTS}; name what has one, or a model file")
 
@@ -1167,7 +1190,7 @@ def open_model(source, device="auto"):
     source is None. Its `file` is the path."""
     lib = library(device)
     path = find_model(source or newest_run(lib), lib)
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb", opener=regular) as file:
         head = file.read(9)
     if head[:4] == b"GGUF":
         raise GPT2Error(f"{path} is a GGUF file, which is only written here; take the {WEIGHTS} it came from")
@@ -1361,7 +1384,7 @@ def read_curves(path):
         files = [os.path.join(path, name) for name in ("main.log", METRICS) if name in os.listdir(path)]
     curves = collections.defaultdict(dict)
     for file in files:
-        with open(file, errors="replace") as text:
+        with naming(file), open(file, errors="replace", opener=regular) as text:
             for line in iter(functools.partial(text.readline, 1000), ""):
                 pairs = re.findall(r'([a-z_]{1,20})"?: ?(\d{1,15}(?:\.\d+)?(?:e-\d\d)?)(?=[\s,}])', line)
                 values = {LOG_NAMES.get(name, name): float(value) for name, value in pairs}
