@@ -78,10 +78,16 @@ def describe(error):
     """An exception as a part of a sentence."""
     if not isinstance(error, urllib.error.HTTPError):
         error = getattr(error, "reason", error)     # of urllib's, the cause
+    text = str(error).split("\n")[0] or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         hint = "; check its name" if isinstance(error, FileNotFoundError) else ""
-        return f"{os.fsdecode(error.filename)}: {error.strerror}{hint}" if error.filename else error.strerror
-    return str(error).split("\n")[0] or type(error).__name__
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}{hint}" if error.filename else error.strerror
+    return printable(text)
+
+
+def printable(text):
+    """A text that a file may have brought along, without what would write elsewhere on the terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def clock(seconds):
@@ -1060,7 +1066,8 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     stored = {}
     for name, entry in header.items():
-        (begin, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+        (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
+        dtype = printable(f"{entry['dtype']:.9}")
         fits = len(shape) < 9 and all(type(n) is int and 0 <= n <= size for n in (begin, end, *shape))
         if not fits or dtype in NUMBERS and math.prod(shape) * NUMBERS[dtype][0] != end - begin:
             raise GPT2Error(f"{path}: {name[:99]!r} has dtype, shape and data_offsets that do not fit")
@@ -1429,8 +1436,7 @@ def draw_curves(runs, path):
         return 8 + (step - first) / (last - first) * (inside - 16)
 
     def text(x, y, words, css=""):
-        words = "".join(letter if letter.isprintable() else "?" for letter in words)
-        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" class="{css}">{html.escape(words)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" class="{css}">{html.escape(printable(words))}</text>')
 
     def line(points, css, dots=False):
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
