@@ -1085,7 +1085,10 @@ def read_tensor(tensor):
     with naming(tensor.path), open(tensor.path, "rb", opener=regular) as file:
         file.seek(tensor.begin)
         for at in range(tensor.begin, tensor.end, size):
-            yield from_bytes(file.read(min(size, tensor.end - at)), tensor.dtype)
+            data = file.read(min(size, tensor.end - at))
+            if len(data) < min(size, tensor.end - at):
+                raise GPT2Error(f"{tensor.path} became shorter while it was read; try again")
+            yield from_bytes(data, tensor.dtype)
 
 
 def read_heads(path, C):
