@@ -434,6 +434,7 @@ MAGIC_SHARD = 20240520
 MAGIC_TABLE = 20240328
 MAGIC_CHOICES = 20240522
 MAGIC_MODEL = (20240326).to_bytes(4, "little")
+LARGEST_JSON = 10_000_000                    # bytes; Python takes some thirty times as much for it
 TABLE = "tokenizer.bin"                      # the tokenizer table beside shards and in run directories
 
 
@@ -459,6 +460,13 @@ def naming(path):
 def read_file(path):
     with naming(path), open(path, "rb", opener=regular) as file:
         return file.read()
+
+
+def read_json(path):
+    """The JSON object in a file. Raises what open_model takes for a wrong file."""
+    if os.path.getsize(path) > LARGEST_JSON:
+        raise GPT2Error(f"{path} has {os.path.getsize(path):,} bytes, expected at most {LARGEST_JSON:,}")
+    return {**json.loads(read_file(path))}
 
 
 def replace_file(path, *parts):
@@ -584,7 +592,7 @@ LINES = (".jsonl", ".jsonl.gz")              # names of files with a JSON object
 # (Of Unicode's other spaces, only the no-break space is in tokens that go on with one of these.) In LONGEST
 # bytes without such a place a part ends after any character; tiktoken itself fails at a million spaces in a
 # row.
-PART, LONGEST, LONGEST_LINE = 1 << 14, 400_000, 1 << 26     # bytes
+PART, LONGEST, LONGEST_LINE = 1 << 14, 400_000, 1 << 24     # bytes
 BOUNDARY = re.compile(rb".*[!-~\x80-\xbf](?<!\xc2\xa0)(?=[ \t\r\n])", re.DOTALL)
 CHARACTER = re.compile(rb".+(?=[^\x80-\xbf])|.+", re.DOTALL)
 
@@ -1060,8 +1068,9 @@ def read_safetensors(path):
     with naming(path), open(path, "rb", opener=regular) as file:
         size = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
-        if start > min(size, 100_000_000):
-            raise GPT2Error(f"{path} has {size} bytes, too few for a header that ends at byte {start}")
+        if start > min(size, LARGEST_JSON):
+            raise GPT2Error(f"{path} has {size} bytes, too few for a header that ends at byte {start}, or that"
+                            f" is longer than {LARGEST_JSON:,} bytes")
         header = json.loads(file.read(start - 8))
     header.pop("__metadata__", None)
     stored = {}
@@ -1096,7 +1105,7 @@ def read_heads(path, C):
     if not os.path.lexists(path):            # a link to nothing is a fault
         print(f"without {path}, the {C} channels count as heads of 64", file=sys.stderr)
         return max(C // 64, 1)
-    theirs = json.loads(read_file(path))
+    theirs = read_json(path)
     heads = theirs.get("n_head", 12)
     if type(heads) is not int or not 0 < heads <= C:
         raise GPT2Error(f"{path}: n_head is {heads!r:.99}, expected a divisor of {C}")
@@ -1111,7 +1120,7 @@ def import_model(path, device):
     """The GPT-2 in a model.safetensors, or in the files that a model.safetensors.index.json names."""
     folder, *names = os.path.split(path)
     if path.endswith(".json"):
-        names = json.loads(read_file(path))["weight_map"].values()
+        names = read_json(path)["weight_map"].values()
         if not all(re.fullmatch(r"[\w-]+\.safetensors", name) for name in names):
             raise GPT2Error(f"{path} has a weight_map to names unlike model-00001-of-00002.safetensors")
     stored = {}
