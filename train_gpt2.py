@@ -1684,6 +1684,26 @@ def train(model, train_loader, val_loader, run):
 # ============================================================================================================
 # 7. The commands
 # ============================================================================================================
+def read_settings(path):
+    """The settings in a run.json, each of a type and size that the command line takes. Those that are missing
+    have their default, but for "data"."""
+    saved = read_json(path)
+    for flag, default, kind, _ in itertools.chain(*SETTINGS.values()):
+        name = flag.replace("-", "_")
+        value = saved.setdefault(name, default) if name != "data" else saved[name]
+        fits = value is None and default is None
+        if isinstance(kind, tuple):
+            fits |= value in kind
+        elif kind in (str, PATH):
+            fits |= isinstance(value, str) and "\0" not in value
+        elif type(value) in (int, float):
+            with contextlib.suppress(argparse.ArgumentTypeError):
+                fits = kind(repr(value)) == value
+        if not fits:
+            raise GPT2Error(f"{path}: {name} is {value!r:.99}, which --{flag} does not take; mend it there")
+    return saved
+
+
 def open_run(args, given, lib):
     """The run directory, its settings (those of run.json, if it is resumed, under those that are given), and
     the step to go on from, which is None for a new run."""
@@ -1699,9 +1719,9 @@ def open_run(args, given, lib):
         raise GPT2Error(f"{folder} has no checkpoint to resume; name a run directory that has one with --out")
     path = os.path.join(folder, "run.json")
     try:
-        saved = json.loads(read_file(path)) if os.path.exists(path) else given
+        saved = read_settings(path) if os.path.lexists(path) else given
         data = saved["data"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise GPT2Error(f"no settings in {path} (a run that the binary began has none); give --data and the"
                         " others again") from None
     if given.get("data", data) != data:
