@@ -773,14 +773,17 @@ def write_choices(path, source, encode):
     for line in read_file(source).splitlines():
         try:
             example = json.loads(line)
-            texts = [encode(text) for text in (example["ctx"], *(" " + end for end in example["endings"]))]
-            numbers = array.array("H", [65535, 0, len(examples), example["label"], len(texts) - 1])
+            endings, label = example["endings"], example["label"]
+            if type(endings) is not list or len(endings) != 4 or label not in range(4):
+                raise ValueError("expected 4 endings and a label from 0 to 3")
+            texts = [encode(text) for text in ("" + example["ctx"], *(" " + end for end in endings))]
+            numbers = array.array("H", [65535, 0, len(examples), label, len(endings)])
             for tokens in texts:
                 numbers.extend([len(tokens), *tokens])
             numbers[1] = 2 * len(numbers)    # how far it is to the next example, in bytes
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise GPT2Error(f"{source}: line {len(examples) + 1} is no example of HellaSwag's"
-                            f" ({error!r})") from None
+                            f" ({type(error).__name__}, {error!s:.99})") from None
         examples.append(numbers)
     longest = 2 * max(map(len, examples), default=0)
     replace_file(path, header(MAGIC_CHOICES, 1, len(examples), longest), *examples)
