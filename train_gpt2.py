@@ -498,12 +498,13 @@ def header(*entries):
 
 
 class Tokenizer:
-    """Token ids and text. `pieces` are the bytes of each token, `end` is the id of end-of-text, and a sample
-    without a prompt begins after `start`."""
+    """Token ids and text. `pieces` are the bytes of each token, `end` is the id of end-of-text (-1: there is
+    none), and a sample without a prompt begins after `start`."""
 
     def __init__(self, pieces, end):
         self.pieces = pieces
-        self.end = self.start = end
+        self.end = end
+        self.start = max(end, 0)
 
     def stream(self, ids):
         """Yields the text of token ids as they come, a character when its last byte is there."""
@@ -536,8 +537,8 @@ class Tokenizer:
     def encode(self, text):
         """The token ids of a str, as an array of uint16."""
         if text:
-            raise GPT2Error(f"the tokenizer has {len(self.pieces)} tokens, expected 256 (bytes) or 50257"
-                            " (GPT-2's) for encoding text; leave out the prompt")
+            raise GPT2Error(f"the tokenizer has {len(self.pieces)} tokens, expected the 256 bytes or GPT-2's"
+                            " 50257 for encoding text; leave out the prompt")
         return array.array("H")
 
 
@@ -630,7 +631,7 @@ def text_parts(file):
 
 
 def read_parts(files, jsonl, end, progress):
-    """Yields the parts of all documents, before each document `end`, unless it is a text and alone."""
+    """Yields the parts of all documents, before each those of `end`, unless it is a text and alone."""
     for path in files:
         number = 0
         try:
@@ -640,12 +641,12 @@ def read_parts(files, jsonl, end, progress):
                     for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
                         progress.advance(len(line) / 1e6)
                         if line.strip():
-                            yield end
+                            yield from end
                             text = json.loads(line)["text"].encode(errors="replace")
                             yield from text_parts(io.BytesIO(text))
                     continue
                 if len(files) > 1:
-                    yield end
+                    yield from end
                 for part in text_parts(file):
                     progress.advance(len(part) / 1e6)
                     yield part
@@ -732,7 +733,7 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
     with contextlib.closing(progress), \
             tempfile.TemporaryDirectory(".tmp", "prepare-", folder) as temporary, \
             open(os.path.join(temporary, "tokens"), "w+b") as stream:
-        parts = read_parts(files, jsonl, tokenizer.end, progress)
+        parts = read_parts(files, jsonl, [tokenizer.end] * (tokenizer.end >= 0), progress)
         for tokens in encode_all(tokenizer.encode, parts, parallel=size > 1 << 22):
             tokens.tofile(stream)
         total = stream.tell() // 2
@@ -2005,7 +2006,8 @@ def eval_text(model, folder, args):
     tokenizer = find_tokenizer(model, *glob.glob(pattern)[:1])
     V, context = model.config.V, model.config.max_T
     sizes = [len(piece) for piece in tokenizer.pieces]
-    sizes[tokenizer.end] = 0
+    if tokenizer.end >= 0:
+        sizes[tokenizer.end] = 0
     tokens = Loader(pattern, 1, 1, V, device=args.device).tokens
     T = min(args.seq_len or context, context, tokens - 1)
     B = max(1, min(1024, tokens - 1) // T)
