@@ -1557,10 +1557,12 @@ class Run:
     def log(self, line, **values):
         """Adds a line to main.log, and one with the values to metrics.jsonl, where what is not finite is null."""
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        # A link could lead anywhere, and a pipe would wait.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         for name, text in (("main.log", line), (METRICS, json.dumps(values))):
             path = os.path.join(self.folder, name)
             try:
-                with open(path, "a") as file:
+                with open(os.open(path, flags, 0o666), "a") as file:
                     file.write(text + "\n")
             except OSError as error:
                 raise GPT2Error(f"{path} cannot be written: {error.strerror}; --resume goes on from the last"
