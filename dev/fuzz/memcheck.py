@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Runs the tests of the library, and the binary's runs, under valgrind's memcheck.
 
-    make memcheck                                      builds without AVX and OpenMP, then all of it: 5 minutes
+    make memcheck                                      builds without AVX and OpenMP, then all: 5 minutes
     python3 dev/fuzz/memcheck.py --build DIR binary    of that build the runs of the binary only
 
 "tests" are those sections of test_gpt2.py that call the library or the binary; both run under valgrind, a
-driver that a test starts does not. What counts is a record of valgrind's that names train_gpt2.c in one of its
-stacks: a wrong access, a jump or a system call by memory that nobody wrote, a block that is lost. "binary"
+driver that a test starts does not. What counts is a record of valgrind's that names train_gpt2.c in one of
+its stacks: a wrong access, a jump by memory that nobody wrote, a block that is lost. "binary"
 trains, saves, resumes, validates, samples, checks a reference and evaluates HellaSwag, with files that are
 damaged too; a run that ends well has to give back each block. Ends with status 1 if there was such a record.
 
@@ -52,7 +52,7 @@ def tests(build, folder):
     sections = re.split(r"(?m)^# --- (.*?) -+\n", TESTS.read_text())
     names = [name for title, body in zip(sections[1::2], sections[2::2]) if title.startswith(SECTIONS)
              for name in re.findall(r"(?m)^def (test_\w+)", body)]
-    left_out = ("torch", "2_to_the_31", "gpt2_xl", "signal", "interrupted")     # too large, or too slow to stop
+    left_out = ("torch", "2_to_the_31", "gpt2_xl", "signal", "interrupted")     # too large, too slow
     names = [name for name in names if not any(word in name for word in left_out)]
     command = [*MEMCHECK, "--show-leak-kinds=definite", f"--log-file={folder}/tests.%p.log", sys.executable,
                "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{TESTS}::{name}" for name in names)]
