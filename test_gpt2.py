@@ -2726,7 +2726,8 @@ def test_json_may_be_so_long_and_no_longer(tmp_path, small, mainly):
     ({"batch_size": "8"}, "batch_size is '8'"), ({"steps": -1}, "steps is -1"), ({"steps": 8.0}, "is 8.0"),
     ({"seq_len": [8]}, "seq_len is [8]"), ({"lr": math.nan}, "lr is nan"), ({"lr": True}, "lr is True"),
     ({"schedule": "none"}, "schedule is 'none'"), ({"tokenizer": {}}, "tokenizer is {}"),
-    ({"data": 3}, "data is 3"), ({"val_data": "a\0b"}, "val_data"), ({"seed": 2**31}, "seed"), ({"keep": None}, "keep is None"),
+    ({"data": 3}, "data is 3"), ({"val_data": "a\0b"}, "val_data"), ({"seed": 2**31}, "seed"),
+    ({"keep": None}, "keep is None"),
     ([], "no settings"), ([[1]], "no settings"), (b"[" * 100_000, "no settings"), (b"\xff", "no settings")])
 def test_a_run_json_that_lies_gets_one_sentence(whole_runs, mainly, change, words):
     shutil.copytree(whole_runs["driver"][1], "run")
@@ -2802,7 +2803,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files, self.text, self.faults = {}, b"not Shakespeare", []
+        self.files, self.text, self.faults, self.linked = {}, b"not Shakespeare", [], None
         self.requests, self.ranges = [], []      # the paths asked for, and (Range, If-Range)
         self.end_of_stall = threading.Event()
 
@@ -2825,11 +2826,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(fault, int) or "/" in fault:
             self.send_response(fault if isinstance(fault, int) else 308 if "for good" in fault else 302)
             self.send_header("Location", str(fault))
+            if state.linked:
+                self.send_header("X-Linked-ETag", state.linked)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
         self.send_response(206 if first else 200)
         self.send_header("Connection", "close")
+        if fault == "page":
+            self.send_header("Content-Type", "text/html; charset=utf-8")
         if fault != "no tag":
             self.send_header("ETag", tag)
         if first:
@@ -2960,10 +2965,38 @@ def test_a_download_gives_up(fetch, server, faults, words, asked):
     assert len(server.ranges) == asked
 @pytest.mark.parametrize("wrong, words", [
     ({"sha256": "0" * 64}, SHA256), ({"sha256": SHA256[::-1], "size": None}, SHA256),
-    ({"size": 10}, "76,800 bytes long, expected 10"), ({"body": BODY + b"?", "sha256": None}, "long")])
+    ({"sha256": "0" * 64, "body": BODY[::-1]}, "0000")])
 def test_a_wrong_file_is_deleted_and_reported(fetch, tmp_path, wrong, words):
     with refused(words, "deleted"):
         fetch(**wrong)
+    assert os.listdir(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"size": 10}, "76,800 bytes long, expected 10"), ({"body": BODY + b"?", "sha256": None}, "76,801"),
+    ({"size": 10**15}, "expected 1,000,000,000,000,000")])
+def test_a_file_of_the_wrong_size_is_not_fetched(fetch, tmp_path, wrong, words):
+    with refused(words, "nothing was fetched"):
+        fetch(**wrong)
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_a_web_page_is_no_file(fetch, tmp_path):
+    with refused("a web page"):
+        fetch("page", sha256=None, size=None)
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_the_sha256_that_the_hub_tells_is_checked(fetch, server, tmp_path):
+    for linked in (SHA256, "0" * 40):        # of a small file, git's
+        server.linked = f'"{linked}"'
+        fetch("/moved", "/cdn", sha256=None, size=None)
+        (tmp_path / "data" / "f").unlink()
+    fetch("/moved", "cut", sha256=None, size=None)
+    (tmp_path / "data" / "f").unlink()
+    server.linked = '"%s"' % ("0" * 64)
+    with refused(SHA256, "0" * 64, "deleted"):
+        fetch("/moved", sha256=None, size=None)
     assert os.listdir(tmp_path / "data") == []
 
 

