@@ -453,7 +453,8 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or path
+        if error.strerror:                   # gzip's have neither
+            error.filename = error.filename or path
         raise
 
 
@@ -835,7 +836,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 def receive(url, part, size, timeout, progress):
     """Appends to the file `part` what it lacks of a url. If that has another version by now, as its ETag or
-    date tells, which is kept in part.tag, it takes the whole. Returns the sha256 that the hub told, or None."""
+    date tells, which is kept in part.tag, it takes the whole. Returns the sha256 that the hub told or None."""
     tag = read_file(part + ".tag").decode() if os.path.exists(part + ".tag") else ""
     have = os.path.getsize(part) if tag and os.path.exists(part) else 0
     headers = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
@@ -2042,7 +2043,7 @@ def eval_hellaswag(model, folder, args):
     """Prints the accuracy on HellaSwag, of a .jsonl file or a multiple-choice .bin."""
     file = args.hellaswag
     if not file.endswith(".bin"):
-        file = os.path.join(folder, "choices.bin")
+        file = os.path.join(folder, os.path.basename(file) + ".bin")
         write_choices(file, args.hellaswag, find_tokenizer(model).encode)
     examples = min(args.examples, model.hellaswag(file, 0, 0)[2])
     if examples == 0:

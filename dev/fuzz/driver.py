@@ -454,6 +454,7 @@ def check(command, right, folder, watch, counts):
     *notes, sentence = told.getvalue().strip().split("\n")
     assert all(note.startswith("without ") for note in notes), notes     # "... config.json, ..."
     assert sentence.startswith("train_gpt2.py: ") and sentence.isprintable(), sentence
+    assert "Errno" not in sentence and "choices" not in sentence, sentence
     assert len(sentence) < 1000, sentence
     names = [str(folder), "out/", "the tokenizer", *(path.name for path in folder.rglob("*"))]
     assert any(name in sentence for name in names), sentence
@@ -474,7 +475,10 @@ def fuzz(name, examples, seed, shrink, good, base, watch):
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir()
         command, right = READERS[name](data.draw, good, folder)
-        check(command, right, folder, watch, counts)
+        try:
+            check(command, right, folder, watch, counts)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it was {' '.join(map(str, command))}") from error
 
     one()
     return counts
