@@ -2681,6 +2681,8 @@ def mainly(capsys, monkeypatch, tmp_path):
     ("a.jsonl.gz", "prepare . --out out"), ("a.jsonl", "eval good.bin --hellaswag a.jsonl"),
     ("run/run.json", "--resume --out run --steps 8")])
 def test_the_driver_says_which_file_is_none(mainly, tmp_path, whole_runs, small, name, command, make, words):
+    if words == os.strerror(errno.EIO) and not os.path.exists("/proc/self/mem"):
+        pytest.skip("no file here whose beginning cannot be read")
     if name == "config.json":
         write_safetensors(tmp_path / "model.safetensors", as_theirs(small))
     if "eval" in command:
