@@ -1,0 +1,1518 @@
+/* GPT-2 training on an NVIDIA GPU (Ampere, sm_80, and later), with the CUDA toolkit and nothing else.
+
+     make cuda                    builds ./train_gpt2cu and libgpt2cu.so from this file and train_gpt2.c
+     make cuda FP32=1             the same in pure fp32, to verify with (..._fp32)
+
+   What it is: the model half behind the C API that section 1 of train_gpt2.c documents, on a GPU. Files, loader,
+   schedule and main are train_gpt2.c's, compiled without its model. What it refuses to be: a tensor library;
+   a home for several GPUs. To be read from top to bottom:
+
+     1. The device     errors, launches, vectors of 16 bytes, sums over a warp and over a block
+     2. Layers         embedding, layer norm, GELU, classifier, column sums: all of them bound by memory
+     3. Attention      a plain pair of kernels for any head and fp32; flash attention on tensor cores
+     4. Matrix product by cuBLASLt, with what can be fused into its end
+     5. GPT-2          memory, forward, backward, logits
+     6. AdamW
+
+   Parameters, activations and their gradients are floatX: bf16, or float with -DGPT2_FP32. In fp32 are the
+   master weights, the moments, the parameters' gradients, layer norm's statistics, and every sum. No sum
+   depends on which block comes first (there are no atomics): the same run gives the same bits.
+   dev/doc/cuda.md has the memory layout, and each kernel's bound. */
+
+#undef _GNU_SOURCE                       /* C++ compilers have it defined */
+#define GPT2_API_ONLY
+#include "train_gpt2.c"
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <math.h>
+#include <new>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+/* === 1. The device ====================================================================================== */
+#ifdef GPT2_FP32
+typedef float floatX;
+#define FLOATX_NAME "fp32"
+static const cudaDataType_t FLOATX_TYPE = CUDA_R_32F;
+#else
+typedef __nv_bfloat16 floatX;
+#define FLOATX_NAME "bf16"
+static const cudaDataType_t FLOATX_TYPE = CUDA_R_16BF;
+#endif
+enum { WIDTH = 16 / sizeof(floatX), WARP = 32 };     /* elements in 16 bytes, threads */
+
+static size_t min_of(size_t a, size_t b) { return a < b ? a : b; }
+static size_t pieces(size_t n, size_t unit) { return (n + unit - 1) / unit; }
+static size_t round_to(size_t n, size_t unit) { return pieces(n, unit) * unit; }
+
+/* Whether something on the GPU went wrong since the API function that runs began; gpt2_error() has the first
+   sentence about it. A thread is in one such function at a time. */
+static thread_local int gpu_failed;
+
+static int gpu_ok(cudaError_t error) {
+    if (error == cudaSuccess) return 1;
+    cudaGetLastError();                   /* forgets it, where that is possible */
+    if (!gpu_failed) gpt2_fail("the GPU failed: %s", cudaGetErrorString(error));
+    gpu_failed = 1;
+    return 0;
+}
+
+static int blas_ok(cublasStatus_t status) {
+    if (status == CUBLAS_STATUS_SUCCESS) return 1;
+    if (!gpu_failed) gpt2_fail("cuBLASLt failed with status %d", (int)status);
+    gpu_failed = 1;
+    return 0;
+}
+
+static int begun(void) { return gpu_failed = 0; }
+static int ended(void) { return gpu_failed ? -1 : 0; }
+
+/* The tests compile this file for the CPU too, and have these two their own way. */
+#ifdef __CUDACC__
+#define LAUNCH(kernel, grid, block, shared, stream, ...) \
+    (kernel<<<grid, block, shared, stream>>>(__VA_ARGS__), (void)gpu_ok(cudaGetLastError()))
+#define SHARED(type, name) \
+    extern __shared__ uint4 shared_memory[]; \
+    type *name = (type *)shared_memory
+#endif
+
+/* A kernel may be made for vectors of WIDTH elements or of one, where a size is no multiple of WIDTH. */
+#define LAUNCH_WIDE(wide, kernel, grid, block, shared, stream, ...) do { \
+    if (wide) LAUNCH((kernel<WIDTH>), grid, block, shared, stream, __VA_ARGS__); \
+    else LAUNCH((kernel<1>), grid, block, shared, stream, __VA_ARGS__); \
+} while (0)
+
+__device__ static inline float to_float(float x) { return x; }
+__device__ static inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ static inline void from_float(float *p, float x) { *p = x; }
+__device__ static inline void from_float(__nv_bfloat16 *p, float x) { *p = __float2bfloat16_rn(x); }
+
+/* V elements at p as floats, and back: 16 bytes at a time (8, if they are no more), or a single element. */
+template <int V, typename X> __device__ static inline void load(float v[V], const X *p) {
+    constexpr int bytes = V * (int)sizeof(X), each = bytes < 16 ? V : 16 / (int)sizeof(X);
+    X x[each];
+    if constexpr (V == 1) v[0] = to_float(*p);
+    else
+#pragma unroll
+        for (int k = 0; k < V; k += each) {
+            if constexpr (bytes >= 16) {
+                const uint4 raw = *(const uint4 *)(p + k);
+                memcpy(x, &raw, sizeof x);
+            } else {
+                const uint2 raw = *(const uint2 *)(p + k);
+                memcpy(x, &raw, sizeof x);
+            }
+#pragma unroll
+            for (int i = 0; i < each; i++) v[k + i] = to_float(x[i]);
+        }
+}
+template <int V, typename X> __device__ static inline void store(X *p, const float v[V]) {
+    constexpr int bytes = V * (int)sizeof(X), each = bytes < 16 ? V : 16 / (int)sizeof(X);
+    X x[each];
+    if constexpr (V == 1) from_float(p, v[0]);
+    else
+#pragma unroll
+        for (int k = 0; k < V; k += each) {
+#pragma unroll
+            for (int i = 0; i < each; i++) from_float(x + i, v[k + i]);
+            if constexpr (bytes >= 16) {
+                uint4 raw;
+                memcpy(&raw, x, sizeof x);
+                *(uint4 *)(p + k) = raw;
+            } else {
+                uint2 raw;
+                memcpy(&raw, x, sizeof x);
+                *(uint2 *)(p + k) = raw;
+            }
+        }
+}
+
+/* Sum and maximum over a warp; all its threads get it, in the same order always. */
+__device__ static inline float warp_sum(float x) {
+#pragma unroll
+    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+    return x;
+}
+__device__ static inline float warp_max(float x) {
+#pragma unroll
+    for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
+    return x;
+}
+
+/* The same over a block of whole warps. */
+template <int MAX> __device__ static float block_reduce(float x) {
+    __shared__ float parts[WARP];
+    const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+    x = MAX ? warp_max(x) : warp_sum(x);
+    if (lane == 0) parts[threadIdx.x / WARP] = x;
+    __syncthreads();
+    x = lane < warps ? parts[lane] : MAX ? -INFINITY : 0;
+    x = MAX ? warp_max(x) : warp_sum(x);
+    __syncthreads();                      /* parts is used again */
+    return x;
+}
+
+/* === 2. Layers ==========================================================================================
+   Rows are the N = B T tokens. Kernels that go through a row give it to a warp, a lane taking WIDTH channels
+   of each 32 WIDTH; what they read a second time they find in the first-level cache. */
+enum { ROW_WARPS = 8 };                   /* warps in a block of such a kernel */
+
+/* out (N,C) = wte[x] + wpe[position]; the rows are positions 0 … T-1, again and again */
+template <int V> __global__ void encoder_forward_kernel(floatX *out, const int32_t *x, const floatX *wte,
+                                                        const floatX *wpe, size_t N, int T, int C) {
+    const size_t n = blockIdx.x * (size_t)ROW_WARPS + threadIdx.x / WARP;
+    if (n >= N) return;
+    const floatX *token = wte + (size_t)x[n] * C, *position = wpe + n % T * C;
+    for (int c = threadIdx.x % WARP * V; c < C; c += WARP * V) {
+        float a[V], b[V];
+        load<V>(a, token + c);
+        load<V>(b, position + c);
+        for (int i = 0; i < V; i++) a[i] += b[i];
+        store<V>(out + n * C + c, a);
+    }
+}
+
+/* dwpe (T,C) = (or +=) Σ over sequences of dout (B,T,C) */
+template <int V> __global__ void dwpe_kernel(float *dwpe, const floatX *dout, int B, int T, int C, int add) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V, TC = (size_t)T * C;
+    if (i >= TC) return;
+    float sum[V] = {0}, d[V];
+    if (add) load<V>(sum, dwpe + i);
+    for (int b = 0; b < B; b++) {
+        load<V>(d, dout + b * TC + i);
+        for (int k = 0; k < V; k++) sum[k] += d[k];
+    }
+    store<V>(dwpe + i, sum);
+}
+
+/* dwte: the host has sorted the positions by token, and cut each token's into segments of SEGMENT at most, so
+   that a frequent token is no block's alone. First each segment's sum, parts (segments, C)… */
+enum { SEGMENT = 32 };
+template <int V> __global__ void dwte_parts_kernel(float *parts, const floatX *dout, const int32_t *order,
+                                                   const int32_t *segments, int C) {
+    const int segment = blockIdx.x, first = segments[segment], end = segments[segment + 1];
+    for (int c = threadIdx.x * V; c < C; c += blockDim.x * V) {
+        float sum[V] = {0}, d[V];
+        for (int i = first; i < end; i++) {
+            load<V>(d, dout + (size_t)order[i] * C + c);
+            for (int k = 0; k < V; k++) sum[k] += d[k];
+        }
+        store<V>(parts + (size_t)segment * C + c, sum);
+    }
+}
+/* … then each token's; the classifier has written its part of dwte before. */
+template <int V> __global__ void dwte_kernel(float *dwte, const float *parts, const int32_t *tokens,
+                                             const int32_t *first_segment, int C) {
+    const int first = first_segment[blockIdx.x], end = first_segment[blockIdx.x + 1];
+    float *row = dwte + (size_t)tokens[blockIdx.x] * C;
+    for (int c = threadIdx.x * V; c < C; c += blockDim.x * V) {
+        float sum[V], part[V];
+        load<V>(sum, row + c);
+        for (int i = first; i < end; i++) {
+            load<V>(part, parts + (size_t)i * C + c);
+            for (int k = 0; k < V; k++) sum[k] += part[k];
+        }
+        store<V>(row + c, sum);
+    }
+}
+
+/* out (N,C) = (inp - mean) · rstd · w + b. mean (N) and rstd (N) = 1 / √(variance + ε) are kept for the backward
+   pass; with `again` they are known. */
+template <int V> __global__ void layernorm_forward_kernel(floatX *out, float *mean, float *rstd,
+                                                          const floatX *inp, const floatX *w, const floatX *b,
+                                                          size_t N, int C, int again) {
+    const size_t n = blockIdx.x * (size_t)ROW_WARPS + threadIdx.x / WARP;
+    const int lane = threadIdx.x % WARP;
+    if (n >= N) return;
+    const floatX *x = inp + n * C;
+    float m, s, v[V], scale[V], shift[V];
+    if (again) m = mean[n], s = rstd[n];
+    else {
+        float sum = 0, squares = 0;
+        for (int c = lane * V; c < C; c += WARP * V) {
+            load<V>(v, x + c);
+            for (int i = 0; i < V; i++) sum += v[i];
+        }
+        m = warp_sum(sum) / C;
+        for (int c = lane * V; c < C; c += WARP * V) {
+            load<V>(v, x + c);
+            for (int i = 0; i < V; i++) squares += (v[i] - m) * (v[i] - m);
+        }
+        s = 1.0f / sqrtf(warp_sum(squares) / C + 1e-5f);
+        if (lane == 0) mean[n] = m, rstd[n] = s;
+    }
+    for (int c = lane * V; c < C; c += WARP * V) {
+        load<V>(v, x + c);
+        load<V>(scale, w + c);
+        load<V>(shift, b + c);
+        for (int i = 0; i < V; i++) v[i] = (v[i] - m) * s * scale[i] + shift[i];
+        store<V>(out + n * C + c, v);
+    }
+}
+
+/* With norm = (inp - mean) · rstd and g = w · dout: dinp = (or with `add`, the residual stream's gradient, +=)
+   rstd · (g - mean(g) - norm · mean(g · norm)). Σ dout and Σ dout · norm over the block's rows, of which each
+   warp has a part in shared memory, go to sums (blocks, 2, C): first db, then dw. */
+template <int V> __global__ void layernorm_backward_kernel(floatX *dinp, float *sums, const floatX *dout,
+                                                           const floatX *inp, const floatX *w,
+                                                           const float *mean, const float *rstd, size_t N,
+                                                           int C, int add) {
+    SHARED(float, shared);                /* (warps, 2, C) */
+    const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP, warp = threadIdx.x / WARP;
+    float *db = shared + (size_t)warp * 2 * C, *dw = db + C;
+    for (int c = lane; c < 2 * C; c += WARP) db[c] = 0;
+    __syncwarp();
+    for (size_t n = blockIdx.x * (size_t)warps + warp; n < N; n += gridDim.x * (size_t)warps) {
+        const floatX *x = inp + n * C, *d = dout + n * C;
+        const float m = mean[n], s = rstd[n];
+        float sum_g = 0, sum_g_norm = 0, xv[V], dv[V], wv[V], b[V], a[V];
+        for (int c = lane * V; c < C; c += WARP * V) {
+            load<V>(xv, x + c);
+            load<V>(dv, d + c);
+            load<V>(wv, w + c);
+            load<V>(b, db + c);
+            load<V>(a, dw + c);
+            for (int i = 0; i < V; i++) {
+                const float norm = (xv[i] - m) * s, g = wv[i] * dv[i];
+                sum_g += g;
+                sum_g_norm += g * norm;
+                b[i] += dv[i];
+                a[i] += dv[i] * norm;
+            }
+            store<V>(db + c, b);
+            store<V>(dw + c, a);
+        }
+        const float mean_g = warp_sum(sum_g) / C, mean_g_norm = warp_sum(sum_g_norm) / C;
+        for (int c = lane * V; c < C; c += WARP * V) {
+            load<V>(xv, x + c);
+            load<V>(dv, d + c);
+            load<V>(wv, w + c);
+            float old[V] = {0};
+            if (add) load<V>(old, dinp + n * C + c);
+            for (int i = 0; i < V; i++)
+                old[i] += (wv[i] * dv[i] - mean_g - (xv[i] - m) * s * mean_g_norm) * s;
+            store<V>(dinp + n * C + c, old);
+        }
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < 2 * C; c += blockDim.x) {
+        float sum = 0;
+        for (int k = 0; k < warps; k++) sum += shared[(size_t)k * 2 * C + c];
+        sums[(size_t)blockIdx.x * 2 * C + c] = sum;
+    }
+}
+
+/* sums (blocks of rows, OC) of the columns of dout (N,OC): a block has COLUMN_WARPS · V columns by WARP rows at
+   a time. Lane is the row's, and not the column's, so that odd sizes need no other way: 16 bytes a thread. */
+enum { COLUMN_THREADS = 32, COLUMN_ROWS = 8 };
+template <int V> __global__ void column_sums_kernel(float *sums, const floatX *dout, size_t N, int OC) {
+    __shared__ float shared[COLUMN_ROWS][COLUMN_THREADS * V];
+    const int column = threadIdx.x, c = (blockIdx.x * COLUMN_THREADS + column) * V;
+    float sum[V] = {0}, d[V];
+    for (size_t n = blockIdx.y * (size_t)COLUMN_ROWS + threadIdx.y; n < N && c < OC;
+         n += gridDim.y * (size_t)COLUMN_ROWS) {
+        load<V>(d, dout + n * OC + c);
+        for (int i = 0; i < V; i++) sum[i] += d[i];
+    }
+    for (int i = 0; i < V; i++) shared[threadIdx.y][column * V + i] = sum[i];
+    __syncthreads();
+    if (threadIdx.y || c >= OC) return;
+    for (int k = 1; k < COLUMN_ROWS; k++)
+        for (int i = 0; i < V; i++) sum[i] += shared[k][column * V + i];
+    store<V>(sums + (size_t)blockIdx.y * OC + c, sum);
+}
+
+/* The second stage: out (n) = (or +=) Σ over rows of sums (rows, stride), of its first n columns */
+__global__ void column_total_kernel(float *out, const float *sums, int rows, int n, int stride, int add) {
+    __shared__ float shared[COLUMN_ROWS][COLUMN_THREADS];
+    const int c = blockIdx.x * COLUMN_THREADS + threadIdx.x;
+    float sum = 0;
+    for (int row = threadIdx.y; row < rows && c < n; row += COLUMN_ROWS) sum += sums[(size_t)row * stride + c];
+    shared[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y || c >= n) return;
+    for (int k = 1; k < COLUMN_ROWS; k++) sum += shared[k][threadIdx.x];
+    out[c] = add ? out[c] + sum : sum;
+}
+
+/* GELU in the tanh form: x σ(2u) with u = √(2/π) (x + 0.044715 x³), and its derivative σ + x σ (1 - σ) 2u'. Both
+   kernels are for where cuBLASLt cannot do it, and for making the output again. */
+__device__ static inline float gelu_sigma(float x) {
+    return 1.0f / (1.0f + expf(-x * (1.59576912f + 0.0713548163f * x * x)));
+}
+template <int V> __global__ void gelu_forward_kernel(floatX *out, const floatX *inp, size_t n) {
+    const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (at >= n) return;
+    float x[V];
+    load<V>(x, inp + at);
+    for (int i = 0; i < V; i++) x[i] *= gelu_sigma(x[i]);
+    store<V>(out + at, x);
+}
+template <int V> __global__ void gelu_backward_kernel(floatX *dx, const floatX *inp, size_t n) {
+    const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (at >= n) return;
+    float x[V], d[V];
+    load<V>(x, inp + at);
+    load<V>(d, dx + at);
+    for (int i = 0; i < V; i++) {
+        const float sigma = gelu_sigma(x[i]), slope = 1.59576912f + 3 * 0.0713548163f * x[i] * x[i];
+        d[i] *= sigma + x[i] * sigma * (1.0f - sigma) * slope;
+    }
+    store<V>(dx + at, d);
+}
+
+/* losses (rows) = -log softmax(logits)[y]. Unless scale is 0, the rows of V logits, Vp apart, become their
+   gradient scale · (softmax - one-hot), and the padding 0. A block has a row, which it reads twice; the second
+   time from the second-level cache. */
+__global__ void crossentropy_kernel(float *losses, floatX *logits, const int32_t *y, int V, int Vp, float scale) {
+    floatX *row = logits + blockIdx.x * (size_t)Vp;
+    const int target = y[blockIdx.x];
+    const float target_logit = to_float(row[target]);
+    float top = -INFINITY, sum = 0, v[WIDTH];
+    for (int c = threadIdx.x * WIDTH; c < V; c += blockDim.x * WIDTH) {
+        load<WIDTH>(v, row + c);
+        float higher = top;
+        for (int i = 0; i < WIDTH; i++) higher = c + i < V ? fmaxf(higher, v[i]) : higher;
+        if (higher > top) sum *= expf(top - higher), top = higher;
+        for (int i = 0; i < WIDTH; i++) sum += c + i < V ? expf(v[i] - top) : 0;
+    }
+    const float highest = block_reduce<1>(top);
+    sum = block_reduce<0>(top > -INFINITY ? sum * expf(top - highest) : 0);
+    if (threadIdx.x == 0) losses[blockIdx.x] = highest + logf(sum) - target_logit;
+    if (scale == 0) return;
+    const float factor = scale / sum;
+    for (int c = threadIdx.x * WIDTH; c < Vp; c += blockDim.x * WIDTH) {
+        load<WIDTH>(v, row + c);
+        for (int i = 0; i < WIDTH; i++)
+            v[i] = c + i < V ? expf(v[i] - highest) * factor - (c + i == target ? scale : 0) : 0;
+        store<WIDTH>(row + c, v);
+    }
+}
+
+/* === 3. Attention =======================================================================================
+   out = softmax(q·kᵀ / √hs)·v for each head of hs = C / NH channels, where a query sees the keys up to its own.
+   qkv is (B,T,3,NH,hs). Scores are kept in base 2: with s = q·k log₂e / √hs the softmax is 2^s / Σ 2^s, and lse
+   (B,NH,T) = log₂ Σ 2^s is all that the backward pass needs to make p = 2^(s - lse) again. There, with
+   delta (B,NH,T) = Σ dout · out, ds = p · (dout·v - delta), dq = ds·k / √hs, dk = dsᵀ·q / √hs, dv = pᵀ·dout. */
+#define LOG2E 1.44269504f
+
+/* --- The plain kernels: any head size, fp32 or bf16; a warp has a query (or a key) and all its channels --- */
+enum { PLAIN_WARPS = 4 };
+static size_t plain_shared(int warps, int hs) { return (size_t)warps * (2 * (size_t)hs + 2 * WARP) * sizeof(float); }
+
+__device__ static inline float dot(const floatX *a, const floatX *b, int n) {
+    float sum = 0;
+    for (int i = 0; i < n; i++) sum += to_float(a[i]) * to_float(b[i]);
+    return sum;
+}
+
+/* out (B, T - first, C) of the queries from `first` on; lse may be NULL. A lane scores a key; then the warp adds
+   32 keys' values, a lane some channels, with an online softmax (Milakov & Gimelshein 2018). */
+__global__ void attention_plain_forward_kernel(floatX *out, float *lse, const floatX *qkv, int first, int T,
+                                               int C, int NH) {
+    SHARED(float, shared);                /* (warps): sums of hs channels, 32 weights */
+    const int hs = C / NH, warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int t = first + blockIdx.x * warps + warp, h = blockIdx.y % NH, b = blockIdx.y / NH;
+    if (t >= T) return;
+    float *sums = shared + warp * (2 * hs + 2 * WARP), *weights = sums + hs;
+    const floatX *head = qkv + (size_t)b * T * 3 * C + h * hs, *q = head + (size_t)t * 3 * C;
+    const float factor = LOG2E / sqrtf((float)hs);
+    float top = -INFINITY, total = 0;
+    for (int c = lane; c < hs; c += WARP) sums[c] = 0;
+    for (int from = 0; from <= t; from += WARP) {
+        const int key = from + lane, keys = t + 1 - from < WARP ? t + 1 - from : WARP;
+        const float score = key <= t ? factor * dot(q, head + (size_t)key * 3 * C + C, hs) : -INFINITY;
+        const float higher = fmaxf(top, warp_max(score)), fade = exp2f(top - higher);
+        const float weight = exp2f(score - higher);
+        total = total * fade + warp_sum(weight);
+        top = higher;
+        weights[lane] = weight;
+        __syncwarp();
+        for (int c = lane; c < hs; c += WARP) {
+            const floatX *v = head + (size_t)from * 3 * C + 2 * C + c;
+            float sum = sums[c] * fade;
+            for (int k = 0; k < keys; k++) sum += weights[k] * to_float(v[(size_t)k * 3 * C]);
+            sums[c] = sum;
+        }
+        __syncwarp();
+    }
+    floatX *o = out + ((size_t)b * (T - first) + t - first) * C + h * hs;
+    for (int c = lane; c < hs; c += WARP) from_float(o + c, sums[c] / total);
+    if (lse && lane == 0) lse[(size_t)blockIdx.y * T + t] = top + log2f(total);
+}
+
+/* delta (B,NH,T), for both backward kernels; a warp has a row of a head */
+__global__ void attention_delta_kernel(float *delta, const floatX *dout, const floatX *out, size_t rows, int T,
+                                       int C, int NH) {
+    const size_t row = blockIdx.x * (size_t)ROW_WARPS + threadIdx.x / WARP;     /* of (B,T,NH) */
+    if (row >= rows) return;
+    const int hs = C / NH, h = row % NH, t = row / NH % T;
+    const size_t b = row / NH / T;
+    float sum = 0;
+    for (int c = threadIdx.x % WARP; c < hs; c += WARP)
+        sum += to_float(dout[row * hs + c]) * to_float(out[row * hs + c]);
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) delta[(b * NH + h) * T + t] = sum;
+}
+
+/* dq of a query: a lane has a key's ds, then the warp adds ds · k of 32 keys. */
+__global__ void attention_plain_dq_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse,
+                                          const float *delta, int T, int C, int NH) {
+    SHARED(float, shared);                /* (warps): sums of hs channels, 32 ds */
+    const int hs = C / NH, warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int t = blockIdx.x * warps + warp, h = blockIdx.y % NH, b = blockIdx.y / NH;
+    if (t >= T) return;
+    float *sums = shared + warp * (2 * hs + 2 * WARP), *ds = sums + hs;
+    const size_t at = (size_t)b * T * 3 * C + h * hs, row = (size_t)blockIdx.y * T + t;
+    const floatX *head = qkv + at, *q = head + (size_t)t * 3 * C, *d = dout + ((size_t)b * T + t) * C + h * hs;
+    const float factor = 1 / sqrtf((float)hs);
+    for (int c = lane; c < hs; c += WARP) sums[c] = 0;
+    for (int from = 0; from <= t; from += WARP) {
+        const int key = from + lane, keys = t + 1 - from < WARP ? t + 1 - from : WARP;
+        const floatX *k = head + (size_t)key * 3 * C + C;
+        ds[lane] = key > t ? 0 : exp2f(factor * LOG2E * dot(q, k, hs) - lse[row]) *
+                                 (dot(d, k + C, hs) - delta[row]) * factor;
+        __syncwarp();
+        for (int c = lane; c < hs; c += WARP) {
+            float sum = sums[c];
+            for (int i = 0; i < keys; i++) sum += ds[i] * to_float(head[(size_t)(from + i) * 3 * C + C + c]);
+            sums[c] = sum;
+        }
+        __syncwarp();
+    }
+    for (int c = lane; c < hs; c += WARP) from_float(dqkv + at + (size_t)t * 3 * C + c, sums[c]);
+}
+
+/* dk and dv of a key: a lane has a query's p and ds, then the warp adds p · dout and ds · q of 32 queries. */
+__global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse,
+                                            const float *delta, int T, int C, int NH) {
+    SHARED(float, shared);                /* (warps): sums of 2 hs channels, 32 p, 32 ds */
+    const int hs = C / NH, warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int t = blockIdx.x * warps + warp, h = blockIdx.y % NH, b = blockIdx.y / NH;
+    if (t >= T) return;
+    float *dk = shared + warp * (2 * hs + 2 * WARP), *dv = dk + hs, *p = dv + hs, *ds = p + WARP;
+    const size_t at = (size_t)b * T * 3 * C + h * hs;
+    const floatX *head = qkv + at, *k = head + (size_t)t * 3 * C + C, *d = dout + (size_t)b * T * C + h * hs;
+    const float factor = 1 / sqrtf((float)hs);
+    for (int c = lane; c < hs; c += WARP) dk[c] = dv[c] = 0;
+    for (int from = t; from < T; from += WARP) {
+        const int query = from + lane, queries = T - from < WARP ? T - from : WARP;
+        const size_t row = (size_t)blockIdx.y * T + query;
+        p[lane] = ds[lane] = 0;
+        if (query < T) {
+            p[lane] = exp2f(factor * LOG2E * dot(head + (size_t)query * 3 * C, k, hs) - lse[row]);
+            ds[lane] = p[lane] * (dot(d + (size_t)query * C, k + C, hs) - delta[row]) * factor;
+        }
+        __syncwarp();
+        for (int c = lane; c < hs; c += WARP) {
+            float sum_k = dk[c], sum_v = dv[c];
+            for (int i = 0; i < queries; i++) {
+                sum_k += ds[i] * to_float(head[(size_t)(from + i) * 3 * C + c]);
+                sum_v += p[i] * to_float(d[(size_t)(from + i) * C + c]);
+            }
+            dk[c] = sum_k, dv[c] = sum_v;
+        }
+        __syncwarp();
+    }
+    floatX *out = dqkv + at + (size_t)t * 3 * C + C;
+    for (int c = lane; c < hs; c += WARP) {
+        from_float(out + c, dk[c]);
+        from_float(out + C + c, dv[c]);
+    }
+}
+
+/* === 4. Matrix product ==================================================================================
+   cuBLASLt counts by columns, so that our row-major D (M,N) is its D (N,M), and D = A·B is to it D = Bᵀ'·Aᵀ'. */
+typedef struct {                          /* what makes one product different from another */
+    int64_t M, N, K, ld_a, ld_b, ld_d;    /* D (M,N) = A (M,K) · B (K,N), all row-major */
+    int32_t transposed_a, transposed_b;   /* A is given as (K,M), B as (N,K) */
+    int32_t epilogue, alignment;          /* alignment of the pointers in bytes */
+    int32_t type_d, add;                  /* D is fp32 or floatX; C is added */
+} Shape;
+
+typedef struct {                          /* and how cuBLASLt does it */
+    Shape shape;
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, d;       /* of D and C */
+    cublasLtMatmulAlgo_t algorithm;
+} Plan;
+enum { PLANS = 64, WORKSPACE = 32 << 20 };
+
+typedef struct {
+    cublasLtHandle_t handle;
+    cudaStream_t stream;
+    void *workspace;
+    Plan plans[PLANS];
+    int count;                            /* plans made so far; the 65th takes the first one's place */
+} Blas;
+
+static void plan_free(Plan *plan) {
+    if (plan->operation) cublasLtMatmulDescDestroy(plan->operation);
+    if (plan->a) cublasLtMatrixLayoutDestroy(plan->a);
+    if (plan->b) cublasLtMatrixLayoutDestroy(plan->b);
+    if (plan->d) cublasLtMatrixLayoutDestroy(plan->d);
+    *plan = Plan();
+}
+
+#define SET_OPERATION(plan, what, value) \
+    blas_ok(cublasLtMatmulDescSetAttribute((plan)->operation, CUBLASLT_MATMUL_DESC_##what, &(value), sizeof(value)))
+
+/* Describes the product, and asks for the best algorithm. Returns 0 if there is none. */
+static int plan_make(Blas *blas, Plan *plan, const Shape *s) {
+    const cublasOperation_t ops[] = {CUBLAS_OP_N, CUBLAS_OP_T};
+    const cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)s->epilogue;
+    const cudaDataType_t type_d = (cudaDataType_t)s->type_d;
+    const size_t workspace = WORKSPACE;
+    const uint32_t align = (uint32_t)s->alignment;
+    plan_free(plan);
+    plan->shape = *s;
+    int ok = blas_ok(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F)) &&
+             SET_OPERATION(plan, TRANSA, ops[s->transposed_b]) && SET_OPERATION(plan, TRANSB, ops[s->transposed_a]) &&
+             SET_OPERATION(plan, EPILOGUE, epilogue);
+    if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_DGELU)
+        ok = ok && SET_OPERATION(plan, EPILOGUE_AUX_LD, s->ld_d);
+    if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_BIAS)
+        ok = ok && SET_OPERATION(plan, BIAS_DATA_TYPE, FLOATX_TYPE);
+    const uint64_t M = s->M, N = s->N, K = s->K;
+    ok = ok && blas_ok(cublasLtMatrixLayoutCreate(&plan->a, FLOATX_TYPE, s->transposed_b ? K : N,
+                                                  s->transposed_b ? N : K, s->ld_b)) &&
+         blas_ok(cublasLtMatrixLayoutCreate(&plan->b, FLOATX_TYPE, s->transposed_a ? M : K,
+                                            s->transposed_a ? K : M, s->ld_a)) &&
+         blas_ok(cublasLtMatrixLayoutCreate(&plan->d, type_d, N, M, s->ld_d));
+    cublasLtMatmulPreference_t preference = NULL;
+    ok = ok && blas_ok(cublasLtMatmulPreferenceCreate(&preference)) &&
+         blas_ok(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                      &workspace, sizeof workspace));
+    const cublasLtMatmulPreferenceAttributes_t alignments[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    for (int i = 0; i < 4; i++)
+        ok = ok && blas_ok(cublasLtMatmulPreferenceSetAttribute(preference, alignments[i], &align, sizeof align));
+    cublasLtMatmulHeuristicResult_t best = {};
+    int found = 0;
+    if (ok && cublasLtMatmulAlgoGetHeuristic(blas->handle, plan->operation, plan->a, plan->b, plan->d, plan->d,
+                                             preference, 1, &best, &found) != CUBLAS_STATUS_SUCCESS) found = 0;
+    if (preference) cublasLtMatmulPreferenceDestroy(preference);
+    plan->algorithm = best.algo;
+    if (!found) plan_free(plan);
+    return found > 0;
+}
+
+/* The plan of a product, made when it is first needed; NULL if there is none. */
+static Plan *plan_find(Blas *blas, const Shape *shape) {
+    for (int i = 0; i < PLANS && i < blas->count; i++)
+        if (!memcmp(&blas->plans[i].shape, shape, sizeof *shape)) return &blas->plans[i];
+    Plan *plan = &blas->plans[blas->count % PLANS];
+    if (!plan_make(blas, plan, shape)) return NULL;
+    blas->count++;
+    return plan;
+}
+
+typedef struct { const floatX *data; size_t ld; int transposed; } Matrix;     /* row-major, ld from row to row */
+
+/* What is done to D before it is written; the first NULLs and DEFAULT for nothing. */
+typedef struct {
+    cublasLtEpilogue_t epilogue;
+    const floatX *bias;                   /* (N), with BIAS and GELU_AUX_BIAS */
+    floatX *aux;                          /* as D: what GELU gets, written by GELU_AUX_BIAS, read by DGELU */
+    const void *add;                      /* as D, may be D: is added, with DEFAULT and BIAS */
+} After;
+
+/* D (M,N), ld_d from row to row = A (M,K) · B (K,N) and what comes after; fp32 if D is float. Returns 0 if
+   cuBLASLt has no way to do it (and nothing was done), which with DEFAULT and BIAS is a failure. */
+template <typename D> static int gemm(Blas *blas, D *d, size_t ld_d, Matrix a, Matrix b, size_t M, size_t N,
+                                      size_t K, After after = {CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, NULL}) {
+    const void *c = after.add ? after.add : d;
+    const uintptr_t pointers = (uintptr_t)d | (uintptr_t)a.data | (uintptr_t)b.data | (uintptr_t)c;
+    const float one = 1, beta = after.add ? 1 : 0;
+    Shape shape;
+    memset(&shape, 0, sizeof shape);      /* the padding too: shapes are compared by their bytes */
+    shape.M = (int64_t)M, shape.N = (int64_t)N, shape.K = (int64_t)K;
+    shape.ld_a = (int64_t)a.ld, shape.ld_b = (int64_t)b.ld, shape.ld_d = (int64_t)ld_d;
+    shape.transposed_a = a.transposed, shape.transposed_b = b.transposed;
+    shape.epilogue = after.epilogue, shape.alignment = pointers % 16 ? (int)sizeof(floatX) : 16;
+    shape.type_d = sizeof(D) == 4 ? CUDA_R_32F : FLOATX_TYPE, shape.add = after.add != NULL;
+    Plan *plan = plan_find(blas, &shape);
+    const int optional = after.epilogue != CUBLASLT_EPILOGUE_DEFAULT && after.epilogue != CUBLASLT_EPILOGUE_BIAS;
+    if (!plan) return optional ? 0 : blas_ok(CUBLAS_STATUS_NOT_SUPPORTED);
+    if (after.bias) SET_OPERATION(plan, BIAS_POINTER, after.bias);
+    if (after.aux) SET_OPERATION(plan, EPILOGUE_AUX_POINTER, after.aux);
+    return blas_ok(cublasLtMatmul(blas->handle, plan->operation, &one, b.data, plan->a, a.data, plan->b, &beta, c,
+                                  plan->d, d, plan->d, &plan->algorithm, blas->workspace, WORKSPACE, blas->stream));
+}
+
+/* === 5. GPT-2 =========================================================================================== */
+template <typename X> union TensorsOf {
+    struct {
+        X *wte, *wpe;                     /* (Vp, C), also the classifier's weights; (max_T, C) */
+        X *ln1w, *ln1b;                   /* (L, C) from here to fcprojb: a layer after another */
+        X *qkvw, *qkvb;                   /* (L, 3C, C), (L, 3C) */
+        X *attprojw, *attprojb;           /* (L, C, C), (L, C) */
+        X *ln2w, *ln2b;                   /* (L, C) */
+        X *fcw, *fcb;                     /* (L, 4C, C), (L, 4C) */
+        X *fcprojw, *fcprojb;             /* (L, C, 4C), (L, C) */
+        X *lnfw, *lnfb;                   /* (C) */
+    };
+    X *all[GPT2_TENSORS];
+};
+
+/* Of each activation there is one for all layers, or one each; of residual1 one more, after the last layer. */
+enum Purpose { EVALUATE, GENERATE, TRAIN };
+enum { ACTIVATIONS = 24 };
+typedef union {
+    struct {
+        int32_t *batch;                   /* what the host sends: see Batch */
+        float *losses, *meanf, *rstdf;    /* (B,T) */
+        floatX *lnf, *logits;             /* (B,T,C) output of the last layer norm; (chunk, Vp) */
+        floatX *dresidual, *dln, *dwide;  /* gradients: (B,T,C); (B,T,C) of ln, att; (B,T,4C) of fc, qkv */
+        float *delta, *sums;              /* (B,NH,T) see attention; what blocks leave for a second stage */
+        floatX *residual1, *residual2;    /* (B,T,C) the residual stream before attention, before MLP */
+        floatX *ln1, *ln2, *gelu;         /* (B,T,C), (B,T,C), (B,T,4C): may be made again in the backward pass */
+        floatX *qkv, *att, *fc;           /* (B,T,3C), (B,T,C), (B,T,4C) before GELU */
+        float *mean1, *rstd1, *mean2, *rstd2;     /* (B,T) */
+        float *lse;                       /* (B,NH,T) */
+    };
+    char *all[ACTIVATIONS];
+} Activations;
+
+/* A batch as it goes to the GPU, N = B T elements each: x, y, then what the embedding's gradient needs. */
+typedef struct {
+    int32_t *x, *y;
+    int32_t *order;                       /* positions, sorted by token */
+    int32_t *segments;                    /* + 1: where each begins in order, and the end */
+    int32_t *tokens;                      /* those that occur */
+    int32_t *first_segment;               /* + 1: of each of these, and the end */
+} Batch;
+static size_t batch_bytes(size_t N) { return (6 * N + 2) * sizeof(int32_t); }
+static Batch batch_at(int32_t *p, size_t N) {
+    return Batch{p, p + N, p + 2 * N, p + 3 * N, p + 4 * N + 1, p + 5 * N + 1};
+}
+
+/* A pass as a CUDA graph: one launch instead of hundreds. It holds for what it was made with. */
+typedef struct {
+    void (*pass)(GPT2 *model);
+    size_t B, T;
+    const void *act_memory, *grads, *params;
+    int train, grads_empty, recompute;
+    float scale;
+} GraphKey;
+typedef struct { GraphKey key; cudaGraphExec_t made; } Graph;
+enum { GRAPHS = 6 };
+
+struct GPT2 {
+    GPT2Config config;
+    size_t C, NH, L, V, Vp;
+    floatX *params;                       /* what the kernels use; with fp32, the same as memory[GPT2_PARAM] */
+    float *memory[4];                     /* of each kind, fp32; NULL until needed; the first: master weights */
+    size_t start[GPT2_TENSORS + 1];       /* of each tensor in a memory, aligned, and the end */
+    int64_t updates;
+    int grads_empty;                      /* gradients count as 0: the next backward pass overwrites them */
+    int backward_due;                     /* gpt2_forward has added the classifier's part of a gradient */
+    float norm;                           /* of the gradients, NaN if not known */
+    int recompute;                        /* 0: nothing, 1: GELU, 2: GELU and layer norm */
+    int no_masters;                       /* parameters are bf16 only, rounded at random */
+    int gelu_separate;                    /* cuBLASLt has refused to do it */
+    int train;                            /* is the forward pass for a gradient? Of scale · loss */
+    float scale;
+    size_t B, T, chunk;                   /* of the last forward pass; chunk rows at a time are classified */
+    size_t cached;                        /* tokens in host.x whose keys and values are in qkv */
+    size_t act_start[ACTIVATIONS], act_step[ACTIVATIONS];     /* in bytes; to the next layer's */
+    char *act_memory;
+    size_t act_bytes;
+    Batch host;                           /* pinned */
+    int32_t *host_memory;
+    float *host_losses;                   /* pinned */
+    size_t host_rows;                     /* tokens that these, and staging, have room for */
+    int32_t *staging;                     /* on the GPU, where a batch arrives while one is in use */
+    int segments, tokens;                 /* of the batch, see Batch */
+    int32_t *token_counts;                /* (V) */
+    Graph graphs[GRAPHS];
+    int next_graph;
+    int sms;                              /* the GPU's multiprocessors */
+    size_t shared_most;                   /* bytes of shared memory that a block can have */
+    cudaStream_t stream, upload;
+    cudaEvent_t uploaded, classified;
+    Blas blas;
+};
+
+/* --- Memory --------------------------------------------------------------------------------------------- */
+static void *device_memory(size_t bytes, cudaStream_t stream) {      /* 0 */
+    void *p = NULL;
+    if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess) {
+        cudaGetLastError();
+        gpt2_fail("no memory for %.0f MB; use a smaller model, batch or sequence", (double)bytes * 1e-6);
+        return NULL;
+    }
+    if (gpu_ok(cudaMemsetAsync(p, 0, bytes, stream))) return p;
+    cudaFree(p);
+    return NULL;
+}
+
+static float *memory_of(GPT2 *m, int kind) {     /* made when it is first asked for */
+    if (!m->memory[kind]) m->memory[kind] = (float *)device_memory(m->start[GPT2_TENSORS] * 4, m->stream);
+    return m->memory[kind];
+}
+
+/* The tensors of a memory; of those that each layer has, layer l's. */
+template <typename X> static TensorsOf<X> tensors(const GPT2 *m, X *memory, size_t l) {
+    TensorsOf<X> t;
+    for (int i = 0; i < GPT2_TENSORS; i++) {
+        const size_t step = i < 2 || i > 13 ? 0 : (size_t)gpt2_tensor(&m->config, i, NULL, NULL) / m->L;
+        t.all[i] = memory + m->start[i] + l * step;
+    }
+    return t;
+}
+static Activations acts(const GPT2 *m, size_t l) {
+    Activations a;
+    for (int i = 0; i < ACTIVATIONS; i++) a.all[i] = m->act_memory + m->act_start[i] + l * m->act_step[i];
+    return a;
+}
+
+/* Rows of logits that are made at a time, and how many of them: even pieces, of about this many bytes. */
+#ifndef GPT2_LOGITS_BYTES
+#define GPT2_LOGITS_BYTES (2.0 * (1 << 30))
+#endif
+static size_t chunk_rows(size_t N, size_t row_bytes) {
+    const size_t most = (size_t)(GPT2_LOGITS_BYTES / (double)row_bytes) + 1;
+    return min_of(N, round_to(pieces(N, pieces(N, most)), 16));
+}
+
+/* Where activations lie for B × T tokens; returns the bytes of all. */
+static size_t acts_place(GPT2 *m, size_t B, size_t T, Purpose purpose) {
+    const size_t N = B * T, BTC = N * m->C * sizeof(floatX), BT = N * sizeof(float), heads = BT * m->NH;
+    const size_t train = purpose == TRAIN, L = m->L, each = train ? L : 1;
+    const size_t ln = m->recompute < 2 ? each : 1, gelu = m->recompute < 1 ? each : 1;
+    const size_t sums = (4 * (size_t)m->sms + 1) * 4 * m->C * sizeof(float);
+    const size_t logit = train ? sizeof(floatX) : sizeof(float);     /* gpt2_logits makes them in fp32 */
+    m->chunk = purpose == GENERATE ? 1 : chunk_rows(N, m->Vp * logit);
+    const struct { size_t bytes, layers; } sizes[] = {
+        {batch_bytes(N), 1}, {BT, 1}, {BT, 1}, {BT, 1},                               /* batch … rstdf */
+        {BTC, 1}, {m->chunk * m->Vp * logit, 1},                                      /* lnf, logits */
+        {train * BTC, 1}, {train * BTC, 1}, {train * 4 * BTC, 1},                     /* dresidual … dwide */
+        {train * heads, 1}, {train * sums, 1},                                        /* delta, sums */
+        {BTC, train ? L + 1 : 1}, {BTC, each}, {BTC, ln}, {BTC, ln}, {4 * BTC, gelu},     /* residual1 … gelu */
+        {3 * BTC, purpose == EVALUATE ? 1 : L}, {BTC, each}, {4 * BTC, each},         /* qkv, att, fc */
+        {BT, each}, {BT, each}, {BT, each}, {BT, each}, {heads, each},                /* mean1 … lse */
+    };
+    static_assert(sizeof sizes / sizeof *sizes == ACTIVATIONS, "a size for each activation");
+    static_assert(sizeof(Activations) == ACTIVATIONS * sizeof(char *), "a pointer for each activation");
+    size_t at = 0;
+    for (int i = 0; i < ACTIVATIONS; i++) {
+        const size_t bytes = round_to(sizes[i].bytes, 256), layers = sizes[i].layers;
+        m->act_start[i] = at;
+        m->act_step[i] = layers > 1 ? bytes : 0;
+        at += bytes * layers;
+    }
+    return at;
+}
+
+/* Lays out the activations, and makes again in the backward pass what does not fit otherwise. */
+static int acts_layout(GPT2 *m, size_t B, size_t T, Purpose purpose) {
+    if ((double)B * (double)T * (double)m->C * (double)m->L > 1e15)
+        return gpt2_fail("a batch of %zu x %zu tokens fits no memory; use a smaller one", B, T);
+    size_t free_bytes = 0, gpu_bytes, total = acts_place(m, B, T, purpose);
+    if (total > m->act_bytes) {
+        cudaFree(m->act_memory);
+        m->act_memory = NULL, m->act_bytes = 0;
+        if (!gpu_ok(cudaMemGetInfo(&free_bytes, &gpu_bytes))) return -1;
+        for (; total > free_bytes && m->recompute < 2; m->recompute++, total = acts_place(m, B, T, purpose));
+        m->act_memory = (char *)device_memory(total, m->stream);
+        m->act_bytes = m->act_memory ? total : 0;
+    }
+    if (!m->act_memory) return -1;
+    if (B * T <= m->host_rows) return 0;
+    cudaFree(m->staging);
+    cudaFreeHost(m->host_memory);
+    cudaFreeHost(m->host_losses);
+    m->host_memory = NULL, m->host_losses = NULL, m->host_rows = 0;
+    m->staging = (int32_t *)device_memory(batch_bytes(B * T), m->stream);
+    if (!m->staging || !gpu_ok(cudaStreamSynchronize(m->stream)) || !gpu_ok(cudaMallocHost((void **)&m->host_memory, batch_bytes(B * T))) ||
+        !gpu_ok(cudaMallocHost((void **)&m->host_losses, B * T * sizeof(float)))) return -1;
+    memset(m->host_losses, 0, B * T * sizeof(float));
+    m->host_rows = B * T;
+    return 0;
+}
+
+/* --- Making and freeing --------------------------------------------------------------------------------- */
+GPT2 *gpt2_create(const GPT2Config *config) { return gpt2_create_mapped(config, -1); }
+
+/* Streams, events and cuBLASLt. */
+static int device_open(GPT2 *m) {
+    int count = 0, device = 0, shared_most = 0;
+    cudaDeviceProp properties;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || count == 0) {
+        cudaGetLastError();
+        return gpt2_fail("there is no GPU: %s; use the CPU's library", error ? cudaGetErrorString(error) : "none");
+    }
+    if (!gpu_ok(cudaGetDevice(&device)) || !gpu_ok(cudaGetDeviceProperties(&properties, device))) return -1;
+    if (properties.major < 8)
+        return gpt2_fail("the GPU '%s' has compute capability %d.%d, expected 8.0 or more", properties.name,
+                         properties.major, properties.minor);
+    m->sms = properties.multiProcessorCount;
+    shared_most = (int)properties.sharedMemPerBlockOptin;
+    m->shared_most = (size_t)shared_most;
+    if (plain_shared(1, (int)m->C) > m->shared_most)
+        return gpt2_fail("model has C %zu, this GPU's shared memory has room for %zu at most", m->C,
+                         (m->shared_most / sizeof(float) - 2 * WARP) / 2);
+    if (!gpu_ok(cudaFuncSetAttribute(layernorm_backward_kernel<1>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     shared_most)) ||
+        !gpu_ok(cudaFuncSetAttribute(layernorm_backward_kernel<WIDTH>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     shared_most)) ||
+        !gpu_ok(cudaFuncSetAttribute(attention_plain_forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     shared_most)) ||
+        !gpu_ok(cudaFuncSetAttribute(attention_plain_dq_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     shared_most)) ||
+        !gpu_ok(cudaFuncSetAttribute(attention_plain_dkdv_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     shared_most))) return -1;
+    if (!gpu_ok(cudaStreamCreate(&m->stream)) || !gpu_ok(cudaStreamCreate(&m->upload)) ||
+        !gpu_ok(cudaEventCreate(&m->uploaded)) || !gpu_ok(cudaEventCreate(&m->classified)) ||
+        !blas_ok(cublasLtCreate(&m->blas.handle))) return -1;
+    m->blas.stream = m->stream;
+    m->blas.workspace = device_memory(WORKSPACE, m->stream);
+    return m->blas.workspace ? 0 : -1;
+}
+
+/* The parameters in an open file, 1024 bytes from its beginning. */
+static int params_read(GPT2 *m, int file) {
+    const size_t most = 1 << 20;
+    float *piece = new (std::nothrow) float[most];
+    off_t at = 1024;
+    int failed = piece ? 0 : gpt2_fail("no memory for %zu bytes", most * sizeof *piece);
+    for (int t = 0; t < GPT2_TENSORS; t++) {
+        const int64_t size = gpt2_tensor(&m->config, t, NULL, NULL);
+        for (int64_t first = 0, count; first < size && !failed; first += count) {
+            count = (int64_t)min_of(most, (size_t)(size - first));
+            const ssize_t bytes = (ssize_t)count * (ssize_t)sizeof *piece;
+            if (pread(file, piece, (size_t)bytes, at) != bytes) failed = gpt2_fail("the model's file ends early");
+            failed = failed || gpt2_set(m, t, GPT2_PARAM, first, count, piece);
+            at += bytes;
+        }
+    }
+    delete[] piece;
+    return failed;
+}
+
+GPT2 *gpt2_create_mapped(const GPT2Config *config, int file) {
+    begun();
+    if (gpt2_config_check(config)) return NULL;
+    GPT2 *m = new (std::nothrow) GPT2();
+    int32_t *counts = m ? new (std::nothrow) int32_t[(size_t)config->V] : NULL;
+    if (!counts) {
+        gpt2_fail("no memory for a model");
+        delete m;
+        return NULL;
+    }
+    m->config = *config;
+    m->C = (size_t)config->C, m->NH = (size_t)config->NH, m->L = (size_t)config->L, m->V = (size_t)config->V;
+    m->Vp = round_to(m->V, 128);
+    m->grads_empty = 1, m->norm = NAN;
+    m->token_counts = counts;
+    for (int i = 0; i < GPT2_TENSORS; i++)
+        m->start[i + 1] = m->start[i] + round_to((size_t)gpt2_tensor(config, i, NULL, NULL), 64);
+    if (!device_open(m) && memory_of(m, GPT2_PARAM)) {
+        m->params = sizeof(floatX) == sizeof(float) ? (floatX *)m->memory[GPT2_PARAM]
+                        : (floatX *)device_memory(m->start[GPT2_TENSORS] * sizeof(floatX), m->stream);
+        if (m->params && (file < 0 || !params_read(m, file))) return m;
+    }
+    gpt2_free(m);
+    return NULL;
+}
+
+void gpt2_free(GPT2 *m) {
+    if (!m) return;
+    if (m->stream) cudaStreamSynchronize(m->stream);
+    for (int i = 0; i < GRAPHS; i++)
+        if (m->graphs[i].made) cudaGraphExecDestroy(m->graphs[i].made);
+    for (int i = 0; i < PLANS; i++) plan_free(&m->blas.plans[i]);
+    if (m->blas.handle) cublasLtDestroy(m->blas.handle);
+    if ((void *)m->params != (void *)m->memory[GPT2_PARAM]) cudaFree(m->params);
+    for (int kind = 0; kind < 4; kind++) cudaFree(m->memory[kind]);
+    cudaFree(m->act_memory);
+    cudaFree(m->blas.workspace);
+    cudaFree(m->staging);
+    cudaFreeHost(m->host_memory);
+    cudaFreeHost(m->host_losses);
+    if (m->uploaded) cudaEventDestroy(m->uploaded);
+    if (m->classified) cudaEventDestroy(m->classified);
+    if (m->upload) cudaStreamDestroy(m->upload);
+    if (m->stream) cudaStreamDestroy(m->stream);
+    cudaGetLastError();
+    delete[] m->token_counts;
+    delete m;
+}
+
+GPT2Config gpt2_config(const GPT2 *m) { return m->config; }
+int64_t *gpt2_updates(GPT2 *m) { return &m->updates; }
+void gpt2_zero_grad(GPT2 *m) { m->grads_empty = 1, m->backward_due = 0, m->norm = NAN; }
+const float *gpt2_losses(GPT2 *m) { return m->host_losses; }
+
+/* --- Tensors in and out --------------------------------------------------------------------------------- */
+__global__ void to_floatX_kernel(floatX *out, const float *in, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) from_float(out + i, in[i]);
+}
+__global__ void to_float_kernel(float *out, const floatX *in, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = to_float(in[i]);
+}
+
+/* The memory of a kind to look into: not while gradients are half made, and those that count as 0 are 0. */
+static float *whole_memory(GPT2 *m, int kind) {
+    const int grads = kind == GPT2_GRAD, due = grads && m->backward_due;
+    if (due) gpt2_fail("the gradients are half made: call gpt2_backward after gpt2_forward");
+    float *memory = due ? NULL : memory_of(m, kind);
+    if (memory && grads && m->grads_empty &&
+        !gpu_ok(cudaMemsetAsync(memory, 0, m->start[GPT2_TENSORS] * sizeof *memory, m->stream))) return NULL;
+    return memory;
+}
+
+/* Parameters that are bf16 only go in and out through a piece of fp32. */
+static int bf16_copy(GPT2 *m, size_t at, size_t count, float *out, const float *in) {
+    const size_t most = min_of(count, 1 << 20);
+    float *piece = (float *)device_memory(most * sizeof *piece, m->stream);
+    for (size_t i = 0, n; piece && i < count && !gpu_failed; i += n) {
+        n = min_of(most, count - i);
+        if (in) gpu_ok(cudaMemcpyAsync(piece, in + i, n * sizeof *in, cudaMemcpyHostToDevice, m->stream));
+        if (in) LAUNCH(to_floatX_kernel, (unsigned)pieces(n, 256), 256, 0, m->stream, m->params + at + i, piece, n);
+        else LAUNCH(to_float_kernel, (unsigned)pieces(n, 256), 256, 0, m->stream, piece, m->params + at + i, n);
+        if (out) gpu_ok(cudaMemcpyAsync(out + i, piece, n * sizeof *out, cudaMemcpyDeviceToHost, m->stream));
+        gpu_ok(cudaStreamSynchronize(m->stream));
+    }
+    cudaFree(piece);
+    return piece ? ended() : -1;
+}
+
+/* Copies a part of a tensor to `out`, or from `in`; the other is NULL. */
+static int tensor_copy(GPT2 *m, int t, int kind, int64_t first, int64_t count, float *out, const float *in) {
+    begun();
+    const int64_t size = gpt2_tensor(&m->config, t, NULL, NULL);
+    if (size < 0) return -1;
+    if (kind < GPT2_PARAM || kind > GPT2_MOMENT2 || first < 0 || count < 0 || first > size - count)
+        return gpt2_fail("tensor %d, kind %d: elements %lld + %lld asked for, it has %lld, in kinds 0 to 3",
+                         t, kind, (long long)first, (long long)count, (long long)size);
+    if (in && kind == GPT2_PARAM) m->cached = 0;
+    const size_t at = m->start[t] + (size_t)first, n = (size_t)count;
+    if (kind == GPT2_PARAM && m->no_masters) return bf16_copy(m, at, n, out, in);
+    float *memory = whole_memory(m, kind), *part = memory ? memory + at : NULL;
+    if (!part) return -1;
+    if (out) gpu_ok(cudaMemcpyAsync(out, part, n * sizeof *out, cudaMemcpyDeviceToHost, m->stream));
+    if (in) gpu_ok(cudaMemcpyAsync(part, in, n * sizeof *in, cudaMemcpyHostToDevice, m->stream));
+    if (in && kind == GPT2_PARAM && (void *)m->params != (void *)memory && n)
+        LAUNCH(to_floatX_kernel, (unsigned)pieces(n, 256), 256, 0, m->stream, m->params + at, part, n);
+    if (in && kind == GPT2_GRAD) m->grads_empty = 0, m->norm = NAN;
+    gpu_ok(cudaStreamSynchronize(m->stream));
+    return ended();
+}
+
+int gpt2_get(GPT2 *m, int tensor, int kind, int64_t first, int64_t count, float *out) {
+    return tensor_copy(m, tensor, kind, first, count, out, NULL);
+}
+int gpt2_set(GPT2 *m, int tensor, int kind, int64_t first, int64_t count, const float *in) {
+    return tensor_copy(m, tensor, kind, first, count, NULL, in);
+}
+
+/* --- Layers, launched ----------------------------------------------------------------------------------- */
+static unsigned blocks(size_t n, size_t each) { return (unsigned)pieces(n, each); }
+static int whole_vectors(size_t C) { return C % WIDTH == 0; }
+
+static void layernorm_forward(GPT2 *m, floatX *out, float *mean, float *rstd, const floatX *inp, const floatX *w,
+                              const floatX *b, size_t N, int again) {
+    LAUNCH_WIDE(whole_vectors(m->C), layernorm_forward_kernel, blocks(N, ROW_WARPS), ROW_WARPS * WARP, 0,
+                m->stream, out, mean, rstd, inp, w, b, N, (int)m->C, again);
+}
+
+static void column_total(GPT2 *m, float *out, const float *sums, size_t rows, size_t n, size_t stride, int add) {
+    LAUNCH(column_total_kernel, blocks(n, COLUMN_THREADS), dim3(COLUMN_THREADS, COLUMN_ROWS), 0, m->stream, out,
+           sums, (int)rows, (int)n, (int)stride, add);
+}
+
+/* dx (N,C) = or += what layernorm_backward_kernel says; dw, db (C) */
+static void layernorm_backward(GPT2 *m, floatX *dx, float *dw, float *db, const floatX *dout, const floatX *inp,
+                               const floatX *w, const float *mean, const float *rstd, size_t N, int add_dx) {
+    const size_t C = m->C, warp_bytes = 2 * C * sizeof(float);
+    const size_t warps = min_of(ROW_WARPS, m->shared_most / warp_bytes), grid = min_of(blocks(N, warps), 4 * m->sms);
+    float *sums = acts(m, 0).sums;
+    LAUNCH_WIDE(whole_vectors(C), layernorm_backward_kernel, (unsigned)grid, (unsigned)warps * WARP,
+                warps * warp_bytes, m->stream, dx, sums, dout, inp, w, mean, rstd, N, (int)C, add_dx);
+    column_total(m, db, sums, grid, C, 2 * C, !m->grads_empty);
+    column_total(m, dw, sums + C, grid, C, 2 * C, !m->grads_empty);
+}
+
+/* With w (OC,C): out (N,OC) = inp (N,C) · wᵀ + b, plus the residual stream before (N,OC) unless NULL.
+   Backward: dinp (N,C) = dout (N,OC) · w, dw (OC,C) = doutᵀ · inp, db (OC) = Σ dout over rows. */
+static void linear_forward(GPT2 *m, floatX *out, const floatX *inp, const floatX *w, const floatX *b,
+                           const floatX *residual, size_t N, size_t C, size_t OC) {
+    gemm(&m->blas, out, OC, Matrix{inp, C, 0}, Matrix{w, C, 1}, N, OC, C,
+         After{CUBLASLT_EPILOGUE_BIAS, b, NULL, residual});
+}
+static void linear_backward_input(GPT2 *m, floatX *dinp, const floatX *dout, const floatX *w, size_t N, size_t C,
+                                  size_t OC) {
+    gemm(&m->blas, dinp, C, Matrix{dout, OC, 0}, Matrix{w, C, 0}, N, C, OC);
+}
+static void linear_backward_weight(GPT2 *m, float *dw, float *db, const floatX *dout, const floatX *inp, size_t N,
+                                   size_t C, size_t OC) {
+    const int wide = whole_vectors(OC), add = !m->grads_empty;
+    const unsigned across = blocks(OC, COLUMN_THREADS * (wide ? WIDTH : 1));
+    const unsigned down = (unsigned)min_of(blocks(N, COLUMN_ROWS), 1 + 8 * (size_t)m->sms / (across + 2));
+    float *sums = acts(m, 0).sums;
+    gemm(&m->blas, dw, C, Matrix{dout, OC, 1}, Matrix{inp, C, 0}, OC, C, N,
+         After{CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, add ? dw : NULL});
+    LAUNCH_WIDE(wide, column_sums_kernel, dim3(across, down), dim3(COLUMN_THREADS, COLUMN_ROWS), 0, m->stream, sums,
+                dout, N, (int)OC);
+    column_total(m, db, sums, down, OC, OC, add);
+}
+
+/* Can cuBLASLt do the GELU at a product's end? It wants whole vectors, and does not do it in fp32. */
+static int gelu_fused(const GPT2 *m) { return sizeof(floatX) == 2 && m->C % 8 == 0 && !m->gelu_separate; }
+
+static void gelu_forward(GPT2 *m, floatX *out, const floatX *inp, size_t n) {
+    LAUNCH_WIDE(whole_vectors(n), gelu_forward_kernel, blocks(n, 256 * (whole_vectors(n) ? WIDTH : 1)), 256, 0,
+                m->stream, out, inp, n);
+}
+static void gelu_backward(GPT2 *m, floatX *dx, const floatX *inp, size_t n) {
+    LAUNCH_WIDE(whole_vectors(n), gelu_backward_kernel, blocks(n, 256 * (whole_vectors(n) ? WIDTH : 1)), 256, 0,
+                m->stream, dx, inp, n);
+}
+
+/* fc (N,4C) = ln (N,C) · fcwᵀ + fcb and its GELU; backward, dfc (N,4C) = dout (N,C) · fcprojw · GELU'(fc) */
+static void fc_forward(GPT2 *m, floatX *gelu, floatX *fc, const floatX *ln, const floatX *w, const floatX *b,
+                       size_t N) {
+    const size_t C = m->C;
+    if (gelu_fused(m) && gemm(&m->blas, gelu, 4 * C, Matrix{ln, C, 0}, Matrix{w, C, 1}, N, 4 * C, C,
+                              After{CUBLASLT_EPILOGUE_GELU_AUX_BIAS, b, fc, NULL})) return;
+    m->gelu_separate = 1;
+    linear_forward(m, fc, ln, w, b, NULL, N, C, 4 * C);
+    gelu_forward(m, gelu, fc, N * 4 * C);
+}
+static void fcproj_backward_input(GPT2 *m, floatX *dfc, const floatX *dout, const floatX *w, floatX *fc, size_t N) {
+    const size_t C = m->C;
+    if (gelu_fused(m) && gemm(&m->blas, dfc, 4 * C, Matrix{dout, C, 0}, Matrix{w, 4 * C, 0}, N, 4 * C, C,
+                              After{CUBLASLT_EPILOGUE_DGELU, NULL, fc, NULL})) return;
+    m->gelu_separate = 1;
+    linear_backward_input(m, dfc, dout, w, N, 4 * C, C);
+    gelu_backward(m, dfc, fc, N * 4 * C);
+}
+
+static int plain_warps(const GPT2 *m, int hs) {
+    return plain_shared(PLAIN_WARPS, hs) <= m->shared_most ? PLAIN_WARPS : 1;
+}
+static void attention_forward(GPT2 *m, floatX *out, float *lse, const floatX *qkv, size_t first) {
+    const int T = (int)m->T, C = (int)m->C, NH = (int)m->NH, warps = plain_warps(m, C / NH);
+    LAUNCH(attention_plain_forward_kernel, dim3(blocks(m->T - first, warps), (unsigned)(m->B * m->NH)), warps * WARP,
+           plain_shared(warps, C / NH), m->stream, out, lse, qkv, (int)first, T, C, NH);
+}
+static void attention_backward(GPT2 *m, floatX *dqkv, float *delta, const floatX *dout, const floatX *out,
+                               const floatX *qkv, const float *lse) {
+    const int T = (int)m->T, C = (int)m->C, NH = (int)m->NH, warps = plain_warps(m, C / NH);
+    const size_t rows = m->B * m->T * m->NH;
+    LAUNCH(attention_delta_kernel, blocks(rows, ROW_WARPS), ROW_WARPS * WARP, 0, m->stream, delta, dout, out, rows,
+           T, C, NH);
+    const dim3 grid(blocks(m->T, warps), (unsigned)(m->B * m->NH));
+    LAUNCH(attention_plain_dq_kernel, grid, warps * WARP, plain_shared(warps, C / NH), m->stream, dqkv, dout, qkv,
+           lse, delta, T, C, NH);
+    LAUNCH(attention_plain_dkdv_kernel, grid, warps * WARP, plain_shared(warps, C / NH), m->stream, dqkv, dout, qkv,
+           lse, delta, T, C, NH);
+}
+
+/* --- Passes --------------------------------------------------------------------------------------------- */
+/* Launches a pass: the first time kernel by kernel, the second time into a graph, and then that. Where a graph
+   is refused, kernel by kernel always. */
+static void run(GPT2 *m, void (*pass)(GPT2 *)) {
+    GraphKey key;
+    memset(&key, 0, sizeof key);          /* the padding too: keys are compared by their bytes */
+    key.pass = pass, key.B = m->B, key.T = m->T, key.act_memory = m->act_memory, key.params = m->params;
+    key.grads = m->memory[GPT2_GRAD], key.train = m->train, key.grads_empty = m->grads_empty;
+    key.recompute = m->recompute, key.scale = m->scale;
+    Graph *graph = m->graphs;
+    while (graph < m->graphs + GRAPHS && memcmp(&graph->key, &key, sizeof key)) graph++;
+    if (graph == m->graphs + GRAPHS) {    /* not seen before */
+        graph = &m->graphs[m->next_graph++ % GRAPHS];
+        if (graph->made) cudaGraphExecDestroy(graph->made);
+        graph->made = NULL;
+        memcpy(&graph->key, &key, sizeof key);
+        pass(m);
+        return;
+    }
+    cudaGraph_t captured = NULL;
+    if (!graph->made && cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess) {
+        pass(m);
+        if (!gpu_ok(cudaStreamEndCapture(m->stream, &captured))) return;
+        if (cudaGraphInstantiate(&graph->made, captured, 0) != cudaSuccess) graph->made = NULL;
+        cudaGraphDestroy(captured);
+    }
+    if (graph->made) gpu_ok(cudaGraphLaunch(graph->made, m->stream));
+    else cudaGetLastError(), pass(m);
+}
+
+static int tokens_check(const GPT2 *m, const char *what, const int32_t *tokens, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= m->config.V)
+            return gpt2_fail("token %zu of %s is %d, expected 0 to %zu", i, what, tokens[i], m->V - 1);
+    return 0;
+}
+
+/* Sorts the positions of a batch by token, and cuts each token's into segments; see dwte_parts_kernel. */
+static void batch_sort(GPT2 *m, size_t N) {
+    const Batch b = m->host;
+    int32_t *next = m->token_counts;
+    memset(next, 0, m->V * sizeof *next);
+    for (size_t n = 0; n < N; n++) next[b.x[n]]++;
+    int32_t at = 0;
+    m->segments = m->tokens = 0;
+    for (size_t v = 0; v < m->V; v++) {
+        const int32_t end = at + next[v];
+        next[v] = at;
+        if (end == at) continue;
+        b.tokens[m->tokens] = (int32_t)v;
+        b.first_segment[m->tokens++] = m->segments;
+        for (; at < end; at += SEGMENT) b.segments[m->segments++] = at;
+        at = end;
+    }
+    b.segments[m->segments] = (int32_t)N;
+    b.first_segment[m->tokens] = m->segments;
+    for (size_t n = 0; n < N; n++) b.order[next[b.x[n]]++] = (int32_t)n;
+}
+
+/* Brings a batch to the GPU, while it may still be busy with the one before: that one's x is in a.batch until
+   its backward pass is done, so what follows on the stream waits, and not this. y NULL: only x. */
+static void batch_send(GPT2 *m, const int32_t *x, const int32_t *y, size_t N) {
+    m->host = batch_at(m->host_memory, N);
+    memcpy(m->host.x, x, N * sizeof *x);
+    if (y) memcpy(m->host.y, y, N * sizeof *y);
+    if (m->train) batch_sort(m, N);
+    const size_t bytes = m->train ? batch_bytes(N) : (y ? 2 : 1) * N * sizeof *x;
+    gpu_ok(cudaMemcpyAsync(m->staging, m->host_memory, bytes, cudaMemcpyHostToDevice, m->upload));
+    gpu_ok(cudaEventRecord(m->uploaded, m->upload));
+    gpu_ok(cudaStreamWaitEvent(m->stream, m->uploaded, 0));
+    gpu_ok(cudaMemcpyAsync(acts(m, 0).batch, m->staging, bytes, cudaMemcpyDeviceToDevice, m->stream));
+}
+
+/* Embedding, blocks and the last layer norm, of the positions from `first` on, the keys and values of those
+   before being kept. */
+static void forward_blocks(GPT2 *m, size_t first) {
+    const size_t C = m->C, N = m->B * m->T - first;
+    Activations a = acts(m, 0);
+    TensorsOf<floatX> p = tensors(m, m->params, 0);
+    LAUNCH_WIDE(whole_vectors(C), encoder_forward_kernel, blocks(N, ROW_WARPS), ROW_WARPS * WARP, 0, m->stream,
+                a.residual1, a.batch + first, p.wte, p.wpe + first * C, N, (int)m->T, (int)C);
+    for (size_t l = 0; l < m->L; l++) {
+        p = tensors(m, m->params, l), a = acts(m, l);
+        layernorm_forward(m, a.ln1, a.mean1, a.rstd1, a.residual1, p.ln1w, p.ln1b, N, 0);
+        linear_forward(m, a.qkv + first * 3 * C, a.ln1, p.qkvw, p.qkvb, NULL, N, C, 3 * C);
+        attention_forward(m, a.att, m->train ? a.lse : NULL, a.qkv, first);
+        linear_forward(m, a.residual2, a.att, p.attprojw, p.attprojb, a.residual1, N, C, C);
+        layernorm_forward(m, a.ln2, a.mean2, a.rstd2, a.residual2, p.ln2w, p.ln2b, N, 0);
+        fc_forward(m, a.gelu, a.fc, a.ln2, p.fcw, p.fcb, N);
+        linear_forward(m, acts(m, l + 1).residual1, a.gelu, p.fcprojw, p.fcprojb, a.residual2, N, 4 * C, C);
+    }
+    layernorm_forward(m, a.lnf, a.meanf, a.rstdf, acts(m, m->L).residual1, p.lnfw, p.lnfb, N, 0);
+}
+
+/* Rows n … of the logits, and their losses; for a gradient the logits become it. */
+static void classify(GPT2 *m, size_t n) {
+    const size_t C = m->C, Vp = m->Vp, rows = min_of(m->chunk, m->B * m->T - n);
+    const Activations a = acts(m, 0);
+    const unsigned threads = (unsigned)min_of(512, round_to(Vp / WIDTH, WARP));
+    gemm(&m->blas, a.logits, Vp, Matrix{a.lnf + n * C, C, 0}, Matrix{m->params, C, 1}, rows, Vp, C);
+    LAUNCH(crossentropy_kernel, (unsigned)rows, threads, 0, m->stream, a.losses + n, a.logits,
+           batch_at(a.batch, m->B * m->T).y + n, (int)m->V, (int)Vp, m->train ? m->scale : 0);
+}
+/* The gradient of the last layer norm's output and wte, from that of rows n … of the logits. */
+static void classify_backward(GPT2 *m, size_t n) {
+    const size_t C = m->C, Vp = m->Vp, rows = min_of(m->chunk, m->B * m->T - n);
+    const Activations a = acts(m, 0);
+    float *dwte = m->memory[GPT2_GRAD];
+    gemm(&m->blas, a.dln + n * C, C, Matrix{a.logits, Vp, 0}, Matrix{m->params, C, 0}, rows, C, Vp);
+    gemm(&m->blas, dwte, C, Matrix{a.logits, Vp, 1}, Matrix{a.lnf + n * C, C, 0}, Vp, C, rows,
+         After{CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, n || !m->grads_empty ? dwte : NULL});
+}
+
+static size_t last_chunk(const GPT2 *m) { return (m->B * m->T - 1) / m->chunk * m->chunk; }
+
+/* The forward pass up to the losses; the last chunk's gradient is left to be queued behind their copy. */
+static void forward_pass(GPT2 *m) {
+    forward_blocks(m, 0);
+    for (size_t n = 0; n < m->B * m->T; n += m->chunk) {
+        classify(m, n);
+        if (m->train && n != last_chunk(m)) classify_backward(m, n);
+    }
+}
+
+/* What every pass begins with: is the batch right, is there room for it? */
+static int pass_begin(GPT2 *m, const int32_t *x, const int32_t *y, int batch, int length, Purpose purpose) {
+    if (batch < 1 || length < 1 || length > m->config.max_T)
+        return gpt2_fail("batch is %d x %d tokens, expected sequences of 1 to %d, the model's context", batch,
+                         length, m->config.max_T);
+    if (m->backward_due && !m->grads_empty)
+        return gpt2_fail("a gradient is half added; call gpt2_backward after gpt2_forward");
+    const size_t B = (size_t)batch, T = (size_t)length;
+    m->backward_due = 0;
+    m->B = B, m->T = T;
+    m->train = purpose == TRAIN;
+    if (purpose != GENERATE) m->cached = 0;
+    if (tokens_check(m, "x", x, B * T) || (y && tokens_check(m, "y", y, B * T))) return -1;
+    return !m->cached && acts_layout(m, B, purpose == GENERATE ? (size_t)m->config.max_T : T, purpose) ? -1 : 0;
+}
+
+int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, float grad_scale, float *loss) {
+    const int train = grad_scale != 0;
+    begun();
+    if (train && !memory_of(m, GPT2_GRAD)) return -1;
+    if (pass_begin(m, x, y, B, T, train ? TRAIN : EVALUATE)) return -1;
+    const size_t N = m->B * m->T;
+    m->scale = grad_scale / (float)N;
+    batch_send(m, x, y, N);
+    run(m, forward_pass);
+    gpu_ok(cudaMemcpyAsync(m->host_losses, acts(m, 0).losses, N * sizeof(float), cudaMemcpyDeviceToHost, m->stream));
+    gpu_ok(cudaEventRecord(m->classified, m->stream));
+    if (train) classify_backward(m, last_chunk(m));     /* while the host wakes up */
+    gpu_ok(cudaEventSynchronize(m->classified));
+    if (ended()) return -1;
+    double sum = 0;
+    for (size_t n = 0; n < N; n++) sum += m->host_losses[n];
+    *loss = (float)(sum / (double)N);
+    m->backward_due = train;
+    if (train) m->norm = NAN;
+    return 0;
+}
+
+static void backward_pass(GPT2 *m) {
+    const size_t N = m->B * m->T, C = m->C;
+    Activations a = acts(m, m->L);
+    TensorsOf<floatX> p = tensors(m, m->params, 0);
+    TensorsOf<float> g = tensors(m, m->memory[GPT2_GRAD], 0);
+    floatX *dx = a.dresidual, *dln = a.dln, *dwide = a.dwide;
+    layernorm_backward(m, dx, g.lnfw, g.lnfb, dln, a.residual1, p.lnfw, a.meanf, a.rstdf, N, 0);
+    for (size_t l = m->L; l-- > 0;) {
+        p = tensors(m, m->params, l), g = tensors(m, m->memory[GPT2_GRAD], l), a = acts(m, l);
+        if (m->recompute >= 1) gelu_forward(m, a.gelu, a.fc, N * 4 * C);
+        linear_backward_weight(m, g.fcprojw, g.fcprojb, dx, a.gelu, N, 4 * C, C);
+        fcproj_backward_input(m, dwide, dx, p.fcprojw, a.fc, N);
+        if (m->recompute >= 2) layernorm_forward(m, a.ln2, a.mean2, a.rstd2, a.residual2, p.ln2w, p.ln2b, N, 1);
+        linear_backward_weight(m, g.fcw, g.fcb, dwide, a.ln2, N, C, 4 * C);
+        linear_backward_input(m, dln, dwide, p.fcw, N, C, 4 * C);
+        layernorm_backward(m, dx, g.ln2w, g.ln2b, dln, a.residual2, p.ln2w, a.mean2, a.rstd2, N, 1);
+
+        linear_backward_weight(m, g.attprojw, g.attprojb, dx, a.att, N, C, C);
+        linear_backward_input(m, dln, dx, p.attprojw, N, C, C);
+        attention_backward(m, dwide, a.delta, dln, a.att, a.qkv, a.lse);
+        if (m->recompute >= 2) layernorm_forward(m, a.ln1, a.mean1, a.rstd1, a.residual1, p.ln1w, p.ln1b, N, 1);
+        linear_backward_weight(m, g.qkvw, g.qkvb, dwide, a.ln1, N, C, 3 * C);
+        linear_backward_input(m, dln, dwide, p.qkvw, N, C, 3 * C);
+        layernorm_backward(m, dx, g.ln1w, g.ln1b, dln, a.residual1, p.ln1w, a.mean1, a.rstd1, N, 1);
+    }
+}
+
+/* The embedding's gradients; not in the graph, for how many blocks they take depends on the tokens. dwide is
+   free by now, and holds the segments' sums. */
+static void encoder_backward(GPT2 *m) {
+    const size_t C = m->C, T = m->T, N = m->B * T, V = whole_vectors(C) ? WIDTH : 1;
+    const Activations a = acts(m, 0);
+    const TensorsOf<float> g = tensors(m, m->memory[GPT2_GRAD], 0);
+    const Batch b = batch_at(a.batch, N);
+    const unsigned threads = (unsigned)min_of(128, round_to(pieces(C, V), WARP));
+    float *parts = (float *)a.dwide;
+    const size_t rest = ((size_t)m->config.max_T - T) * C * sizeof(float);
+    if (m->grads_empty && rest) gpu_ok(cudaMemsetAsync(g.wpe + T * C, 0, rest, m->stream));
+    LAUNCH_WIDE(V > 1, dwpe_kernel, blocks(T * C, 128 * V), 128, 0, m->stream, g.wpe, a.dresidual, (int)m->B, (int)T,
+                (int)C, !m->grads_empty);
+    LAUNCH_WIDE(V > 1, dwte_parts_kernel, (unsigned)m->segments, threads, 0, m->stream, parts, a.dresidual, b.order,
+                b.segments, (int)C);
+    LAUNCH_WIDE(V > 1, dwte_kernel, (unsigned)m->tokens, threads, 0, m->stream, g.wte, parts, b.tokens,
+                b.first_segment, (int)C);
+}
+
+int gpt2_backward(GPT2 *m) {
+    if (!m->backward_due)
+        return gpt2_fail("gpt2_backward needs a gpt2_forward with a gradient scale before it, one for each");
+    begun();
+    run(m, backward_pass);
+    encoder_backward(m);
+    m->grads_empty = m->backward_due = 0;
+    return ended();
+}
+
+int gpt2_logits(GPT2 *m, const int32_t *x, int B, int T, int last_only, float *out) {
+    const int generate = last_only && B == 1;
+    begun();
+    if (pass_begin(m, x, NULL, B, T, generate ? GENERATE : EVALUATE)) return -1;
+    const size_t N = m->B * m->T, C = m->C, V = m->V, every = last_only ? m->T : 1;
+    size_t first = 0;
+    while (first + 1 < m->T && first < m->cached && x[first] == m->host.x[first]) first++;
+    m->cached = 0;                        /* should this fail */
+    batch_send(m, x, NULL, N);
+    forward_blocks(m, first);
+    const Activations a = acts(m, 0);
+    for (size_t n = 0, rows; n < N / every && !gpu_failed; n += rows) {
+        rows = min_of(m->chunk, N / every - n);
+        const floatX *ln = a.lnf + ((n + 1) * every - 1 - first) * C;
+        gemm(&m->blas, (float *)a.logits, V, Matrix{ln, every * C, 0}, Matrix{m->params, C, 1}, rows, V, C);
+        gpu_ok(cudaMemcpyAsync(out + n * V, a.logits, rows * V * sizeof *out, cudaMemcpyDeviceToHost, m->stream));
+    }
+    gpu_ok(cudaStreamSynchronize(m->stream));
+    if (ended()) return -1;
+    m->cached = generate ? m->T : 0;
+    return 0;
+}
+
+/* === 6. AdamW =========================================================================================== */
+enum { NORM_BLOCKS = 1024, NORM_THREADS = 256 };
+
+/* squares (blocks): of what a block finds at its places among n numbers */
+__global__ void norm_kernel(double *squares, const float *g, size_t n) {
+    __shared__ double shared[NORM_THREADS];
+    double sum = 0;
+    const size_t step = (size_t)gridDim.x * NORM_THREADS * 4;
+    for (size_t i = ((size_t)blockIdx.x * NORM_THREADS + threadIdx.x) * 4; i < n; i += step) {
+        float v[4];
+        load<4>(v, g + i);
+        sum += v[0] * v[0] + v[1] * v[1] + (v[2] * v[2] + v[3] * v[3]);
+    }
+    shared[threadIdx.x] = sum;
+    for (int half = NORM_THREADS / 2; half; half /= 2) {
+        __syncthreads();
+        if ((int)threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) squares[blockIdx.x] = shared[0];
+}
+
+float gpt2_grad_norm(GPT2 *m) {
+    begun();
+    const float *g = isnan(m->norm) ? whole_memory(m, GPT2_GRAD) : NULL;
+    const size_t count = m->start[GPT2_TENSORS], grid = min_of(NORM_BLOCKS, pieces(count, 4 * NORM_THREADS));
+    double squares[NORM_BLOCKS], sum = 0;
+    if (!g) return m->norm;
+    double *parts = (double *)m->blas.workspace;     /* no product runs beside this */
+    LAUNCH(norm_kernel, (unsigned)grid, NORM_THREADS, 0, m->stream, parts, g, count);
+    gpu_ok(cudaMemcpyAsync(squares, parts, grid * sizeof *squares, cudaMemcpyDeviceToHost, m->stream));
+    gpu_ok(cudaStreamSynchronize(m->stream));
+    if (ended()) return NAN;
+    for (size_t i = 0; i < grid; i++) sum += squares[i];
+    return m->norm = (float)sqrt(sum);
+}
+
+typedef struct {
+    size_t start[GPT2_TENSORS + 1];       /* of the tensors, of which those in GPT2_DECAYED decay by keep */
+    float clip, keep, keep1, add1, keep2, add2, rate, scale2, epsilon;
+    uint32_t seed;
+} Step;
+
+/* A number for each place and seed: a step of a counter and two rounds of mixing (Wellons' "lowbias32"). */
+__device__ static inline uint32_t hash(uint32_t x) {
+    x = (x ^ x >> 16) * 0x7FEB352Du;
+    x = (x ^ x >> 15) * 0x846CA68Bu;
+    return x ^ x >> 16;
+}
+
+/* bf16 is the upper half of a float: adding a random lower half rounds up as often as the lower half says. */
+__device__ static inline float round_at_random(float x, uint32_t random) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits & 0x7F800000) == 0x7F800000 ? bits : bits + (random & 0xFFFF);
+    bits &= 0xFFFF0000;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* All tensors at once, four elements a thread: 16 bytes of each array. masters or params may be NULL. */
+__global__ void adamw_kernel(float *masters, floatX *params, float *moment1, float *moment2, const float *grads,
+                             Step s) {
+    const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (at >= s.start[GPT2_TENSORS]) return;
+    int decayed = 0;
+#pragma unroll
+    for (int t = 0; t < GPT2_TENSORS; t++)
+        if (at >= s.start[t]) decayed = GPT2_DECAYED >> t & 1;
+    float p[4], g[4], m1[4], m2[4];
+    if (masters) load<4>(p, masters + at);
+    else load<4>(p, params + at);
+    load<4>(g, grads + at);
+    load<4>(m1, moment1 + at);
+    load<4>(m2, moment2 + at);
+    for (int i = 0; i < 4; i++) {
+        const float grad = g[i] * s.clip;
+        m1[i] = s.keep1 * m1[i] + s.add1 * grad;
+        m2[i] = s.keep2 * m2[i] + s.add2 * grad * grad;
+        p[i] = (decayed ? s.keep : 1) * p[i] - s.rate * m1[i] / (sqrtf(m2[i] * s.scale2) + s.epsilon);
+        if (!masters) p[i] = round_at_random(p[i], hash(hash((uint32_t)(at + i)) ^ hash(s.seed + (uint32_t)(at >> 32))));
+    }
+    store<4>(moment1 + at, m1);
+    store<4>(moment2 + at, m2);
+    if (masters) store<4>(masters + at, p);
+    if (params) store<4>(params + at, p);
+}
+
+int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, double decay, double max_norm) {
+    begun();
+    const float *g = whole_memory(m, GPT2_GRAD);
+    float *m1 = g ? memory_of(m, GPT2_MOMENT1) : NULL, *m2 = m1 ? memory_of(m, GPT2_MOMENT2) : NULL;
+    if (!m2) return -1;
+    const double norm = gpt2_grad_norm(m), n = (double)m->updates + 1;
+    if (ended()) return -1;
+    if (!(isfinite(norm) && fabs(lr) < 1e10))
+        return gpt2_fail("gradient norm %f, learning rate %g: it diverged; use a lower one", norm, lr);
+    m->updates++;
+    Step s = {};
+    memcpy(s.start, m->start, sizeof s.start);
+    s.clip = (float)(max_norm > 0 && norm > max_norm ? max_norm / norm : 1);
+    s.keep = (float)(1 - lr * decay);
+    s.keep1 = (float)beta1, s.add1 = (float)(1 - beta1), s.rate = (float)(lr / (1 - pow(beta1, n)));
+    s.keep2 = (float)beta2, s.add2 = (float)(1 - beta2), s.scale2 = (float)(1 / (1 - pow(beta2, n)));
+    s.epsilon = (float)eps;
+    s.seed = (uint32_t)m->updates * 0x9E3779B9u;
+    float *masters = m->memory[GPT2_PARAM];
+    LAUNCH(adamw_kernel, blocks(m->start[GPT2_TENSORS], 4 * 256), 256, 0, m->stream, masters,
+           (void *)m->params == (void *)masters ? (floatX *)NULL : m->params, m1, m2, g, s);
+    gpt2_zero_grad(m);
+    m->cached = 0;
+    return ended();
+}
+
+/* --- The machine ---------------------------------------------------------------------------------------- */
+const char *gpt2_device(void) {
+    static thread_local char text[320];
+    cudaDeviceProp properties;
+    int device = 0, count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || !count || cudaGetDevice(&device) != cudaSuccess ||
+        cudaGetDeviceProperties(&properties, device) != cudaSuccess) {
+        cudaGetLastError();
+        return "no GPU";
+    }
+    snprintf(text, sizeof text, "%s, %d multiprocessors, %s", properties.name, properties.multiProcessorCount,
+             FLOATX_NAME);
+    return text;
+}
+
+__global__ void noise_kernel(floatX *out, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) from_float(out + i, (float)hash((uint32_t)i) * 0x1p-31f - 1);
+}
+
+/* The best rate of square products, each size twice the one before, up to the first that takes long. */
+double gpt2_ceiling(void) {
+    enum { SMALLEST = 128, LARGEST = 8192, RUNS = 16 };
+    double best = 0;
+    float took = 0;                       /* ms */
+    begun();
+    GPT2 *m = new (std::nothrow) GPT2();
+    if (m && !device_open(m))
+        for (size_t n = SMALLEST; n <= LARGEST && took < 20 && !gpu_failed; n *= 2) {
+            floatX *a = (floatX *)device_memory(3 * n * n * sizeof *a, m->stream), *b = a + n * n, *d = b + n * n;
+            if (!a) break;
+            LAUNCH(noise_kernel, blocks(2 * n * n, 256), 256, 0, m->stream, a, 2 * n * n);
+            for (int run = -1; run < RUNS; run++) {     /* the first finds an algorithm, and warms up */
+                if (run == 0) gpu_ok(cudaEventRecord(m->uploaded, m->stream));
+                gemm(&m->blas, d, n, Matrix{a, n, 0}, Matrix{b, n, 1}, n, n, n);
+            }
+            gpu_ok(cudaEventRecord(m->classified, m->stream));
+            gpu_ok(cudaEventSynchronize(m->classified));
+            if (gpu_ok(cudaEventElapsedTime(&took, m->uploaded, m->classified)) && took > 0)
+                best = fmax(best, 2.0 * (double)(n * n * n) * RUNS / (took * 1e-3));
+            cudaFree(a);
+        }
+    gpt2_free(m);
+    return best;
+}
