@@ -60,7 +60,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 /* The device is a thread of this process, and shared arrays are all that it has of its own (see shared_fill). */
 #define __shared__ static thread_local
 #define SHARED(type, name) type *name = (type *)emulate::block.shared
@@ -151,8 +151,8 @@ typedef cudaDataType_t cudaDataType;
 
 namespace emulate {
 /* === 2. Memory ========================================================================================== */
-inline char sentence[1024];               /* about the latest error */
-inline cudaError_t sticky, latest;
+inline char sentence[1024];               /* about the latest error, `said` */
+inline cudaError_t said, sticky, latest;  /* sticky: a kernel's; latest: cudaGetLastError's */
 
 __attribute__((format(printf, 2, 3)))
 inline cudaError_t fail(cudaError_t error, const char *format, ...) {
@@ -160,7 +160,7 @@ inline cudaError_t fail(cudaError_t error, const char *format, ...) {
     va_start(list, format);
     vsnprintf(sentence, sizeof sentence, format, list);
     va_end(list);
-    return latest = error;
+    return said = latest = error;
 }
 
 /* What cudaMalloc gave: whole pages, the bytes at their end (rounded up to 256, CUDA's alignment), a page that
@@ -465,13 +465,14 @@ struct Block {
     size_t shared_bytes;
     int threads, slots, warps;            /* slots: threads rounded up to whole warps */
     int current;                          /* slot of the running thread */
+    bool descending;                      /* the last slot is thread 0 */
     int at_barrier, ended;
     uint32_t busy;                        /* warps that have a thread which can run */
     uint32_t exists[WARP], ready[WARP];   /* threads of a warp: there at all; can run */
     uint32_t waits[WARP];                 /* at an operation of the warp */
     void (*operation[WARP])(void **);
     const char *name[WARP];
-    void *brought[MOST_THREADS];          /* to the warp's operation, by slot */
+    void *brought[WARP][WARP];            /* to the warp's operation, by lane; NULL where there is none */
     const char *state[MOST_THREADS];      /* for messages: where the thread waits, by slot; NULL: runs */
     uint3 index[MOST_THREADS];            /* threadIdx by slot */
     Fiber *fiber[MOST_THREADS];           /* of threads that have begun and not ended, by slot */
@@ -486,7 +487,8 @@ struct Block {
 inline Block block;
 inline thread_local char one_of_ours;     /* see shared_fill */
 
-inline int thread_of(int slot) { return device().descending ? block.slots - 1 - slot : slot; }
+inline int thread_of(int slot) { return block.descending ? block.slots - 1 - slot : slot; }
+inline int lane_id(void) { return (block.descending ? ~block.current : block.current) & (WARP - 1); }
 inline void become(int slot) {
     block.current = slot;
     threadIdx = block.index[slot];
@@ -613,21 +615,17 @@ inline void barrier(void) {
    all 32 (NULL where a block is no whole number of warps) and leaves the results in them. */
 inline void warp_operation(const char *name, void (*finish)(void **), void *mine) {
     const int warp = block.current / WARP, lane = block.current % WARP;
-    if (block.waits[warp] && (block.operation[warp] != finish || strcmp(block.name[warp], name)))
+    if (block.waits[warp] && (block.operation[warp] != finish || block.name[warp] != name))
         stop(cudaErrorLaunchFailure, "it is at %s while other threads of its warp are at %s", name, block.name[warp]);
     block.operation[warp] = finish;
     block.name[warp] = name;
-    block.brought[block.current] = mine;
+    block.brought[warp][lane_id()] = mine;
     block.waits[warp] |= 1u << lane;
     if (block.waits[warp] != block.exists[warp]) {
         sleep_at(name);
         return;
     }
-    void *lanes[WARP] = {NULL};
-    for (int i = 0; i < WARP; i++)
-        if (block.exists[warp] >> i & 1)
-            lanes[thread_of(warp * WARP + i) % WARP] = block.brought[warp * WARP + i];
-    finish(lanes);
+    finish(block.brought[warp]);
     block.waits[warp] = 0;
     wake(warp);
 }
@@ -678,7 +676,9 @@ inline cudaError_t run_grid(const char *kernel, dim3 grid, dim3 threads, size_t 
     block.threads = (int)(threads.x * threads.y * threads.z);
     block.warps = (block.threads + WARP - 1) / WARP;
     block.slots = block.warps * WARP;
+    block.descending = device().descending;
     memset(block.exists, 0, sizeof block.exists);
+    memset(block.brought, 0, sizeof block.brought);
     for (int slot = 0; slot < block.slots; slot++) {
         const unsigned t = (unsigned)thread_of(slot);
         block.index[slot] = {t % threads.x, t / threads.x % threads.y, t / threads.x / threads.y};
@@ -843,7 +843,7 @@ enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCap
 #define EMULATE_CALL std::lock_guard<std::recursive_mutex> emulate_lock(emulate::device().calls); \
     if (emulate::sticky) return emulate::sticky
 inline const char *cudaGetErrorString(cudaError_t error) {
-    return error == cudaSuccess ? "no error" : error == emulate::latest ? emulate::sentence : "an earlier error";
+    return error == cudaSuccess ? "no error" : error == emulate::said ? emulate::sentence : "an earlier error";
 }
 inline const char *cudaGetErrorName(cudaError_t error) { return error ? "cudaError" : "cudaSuccess"; }
 inline cudaError_t cudaPeekAtLastError(void) { return emulate::sticky ? emulate::sticky : emulate::latest; }
@@ -1070,7 +1070,6 @@ template <class T> T shuffle(const char *name, unsigned mask, T value, int lane)
     warp_operation(name, shuffle_finish<T>, &s);
     return s.result;
 }
-inline int lane_id(void) { return thread_of(block.current) % WARP; }
 /* The lane that is asked for, or the own one if that is not in the group of `width` lanes. */
 inline int lane_in(int lane, int width) { return lane / width == lane_id() / width ? lane : lane_id(); }
 
@@ -1265,7 +1264,7 @@ inline cublasStatus_t refuse(cublasStatus_t status, const char *format, ...) {
     va_start(list, format);
     vsnprintf(sentence, sizeof sentence, format, list);
     va_end(list);
-    latest = cudaErrorInvalidValue;       /* so that cudaGetErrorString has the sentence */
+    said = latest = cudaErrorInvalidValue;        /* so that cudaGetErrorString has the sentence */
     return status;
 }
 inline size_t size_of(int type) { return type == CUDA_R_16BF ? 2 : 4; }
