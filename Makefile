@@ -1,6 +1,7 @@
 # make            ./train_gpt2 and libgpt2.so, for this machine's processor
 # make test       sets up .venv with what the tests need, then runs them
 # make bench      times a training step, side by side with PyTorch where that is installed
+# make emulated   train_gpt2.cu for a GPU that is emulated, see dev/cuda/emulate.h; needs a C++ compiler; for tests
 # make fuzz       hands damaged files to every reader, for FUZZ_SECONDS=60 in all; needs clang (FUZZ_CC=clang-14)
 # make memcheck   runs the tests of the library, and the binary, under valgrind
 # make clean      removes what was built (not your runs, not the data)
@@ -40,7 +41,7 @@ else
 CFLAGS += -Wno-unknown-pragmas
 endif
 
-.PHONY: all test bench fuzz memcheck clean
+.PHONY: all emulated test bench fuzz memcheck clean
 all: $(BUILD)/train_gpt2 $(BUILD)/libgpt2.so
 
 $(BUILD)/train_gpt2: train_gpt2.c Makefile
@@ -48,6 +49,45 @@ $(BUILD)/train_gpt2: train_gpt2.c Makefile
 
 $(BUILD)/libgpt2.so: train_gpt2.c Makefile
 	$(CC) $(CFLAGS) -fPIC -shared -fvisibility=hidden -DGPT2_NO_MAIN -o $@ train_gpt2.c -lm
+
+# The CUDA source as C++ for the CPU, in both precisions, and the tests of the layer that makes this possible. Its
+# host half is train_gpt2.c's, as in the real build.
+EMULATED ?= build/emulated
+EMULATED_FLAGS = -O2 -std=c++17 -march=$(MARCH) -fno-math-errno -fPIC -fvisibility=hidden $(WARNINGS) \
+	-Wno-unknown-pragmas $(EXTRA) -DGPT2_EMULATE -Idev/cuda/include
+ifeq ($(SANITIZE),1)
+EMULATED_FLAGS += -g -fsanitize=address,undefined -fno-sanitize-recover=all
+endif
+ifneq ($(call try,-march=$(MARCH)),yes)
+EMULATED_FLAGS := $(filter-out -march=%,$(EMULATED_FLAGS))
+endif
+
+emulated: $(addprefix $(EMULATED)/,selftest libgpt2cu.so libgpt2cu_fp32.so train_gpt2cu train_gpt2cu_fp32)
+
+$(EMULATED)/host.o: train_gpt2.c Makefile
+	mkdir -p $(EMULATED)
+	$(CC) $(CFLAGS) -fPIC -fvisibility=hidden -DGPT2_NO_MODEL -DGPT2_NO_MAIN -c -o $@ train_gpt2.c
+
+$(EMULATED)/main.o: train_gpt2.c Makefile
+	mkdir -p $(EMULATED)
+	$(CC) $(CFLAGS) -DGPT2_NO_MODEL -c -o $@ train_gpt2.c
+
+$(EMULATED)/model.o $(EMULATED)/model_fp32.o: train_gpt2.cu train_gpt2.c dev/cuda/emulate.h Makefile
+	mkdir -p $(EMULATED)
+	$(CXX) $(EMULATED_FLAGS) $(if $(findstring fp32,$@),-DGPT2_FP32) -c -o $@ -x c++ train_gpt2.cu
+
+$(EMULATED)/libgpt2cu%so: $(EMULATED)/model%o $(EMULATED)/host.o
+	$(CXX) $(EMULATED_FLAGS) -shared -o $@ $^ $(filter -fopenmp,$(CFLAGS)) -lpthread -lm
+
+$(EMULATED)/train_gpt2cu: $(EMULATED)/model.o $(EMULATED)/main.o
+	$(CXX) $(EMULATED_FLAGS) -o $@ $^ $(filter -fopenmp,$(CFLAGS)) -lpthread -lm
+
+$(EMULATED)/train_gpt2cu_fp32: $(EMULATED)/model_fp32.o $(EMULATED)/main.o
+	$(CXX) $(EMULATED_FLAGS) -o $@ $^ $(filter -fopenmp,$(CFLAGS)) -lpthread -lm
+
+$(EMULATED)/selftest: dev/cuda/selftest.cu dev/cuda/emulate.h Makefile
+	mkdir -p $(EMULATED)
+	$(CXX) $(EMULATED_FLAGS) -o $@ -x c++ dev/cuda/selftest.cu -lpthread -lm
 
 # pytest is all that the tests need; those that hold us against torch, transformers or tiktoken skip without them.
 $(VENV)/bin/pytest:
