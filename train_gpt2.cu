@@ -408,7 +408,7 @@ __device__ static inline float dot(const floatX *a, const floatX *b, int n) {
     return sum;
 }
 
-/* out (B, T - first, C) of the queries from `first` on; lse may be NULL. A lane scores a key; then the warp adds
+/* out (B, T - first, C) of the queries from `first` on, and their lse. A lane scores a key; then the warp adds
    32 keys' values, a lane some channels, with an online softmax (Milakov & Gimelshein 2018). */
 __global__ void attention_plain_forward_kernel(floatX *out, float *lse, const floatX *qkv, int first, int T,
                                                int C, int NH) {
@@ -440,7 +440,7 @@ __global__ void attention_plain_forward_kernel(floatX *out, float *lse, const fl
     }
     floatX *o = out + ((size_t)b * (T - first) + t - first) * C + h * hs;
     for (int c = lane; c < hs; c += WARP) from_float(o + c, sums[c] / total);
-    if (lse && lane == 0) lse[(size_t)blockIdx.y * T + t] = top + log2f(total);
+    if (lane == 0) lse[(size_t)blockIdx.y * T + t] = top + log2f(total);
 }
 
 /* delta (B,NH,T), for both backward kernels; a warp has a row of a head */
@@ -522,6 +522,399 @@ __global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, co
         from_float(out + C + c, dv[c]);
     }
 }
+
+/* --- Flash attention on tensor cores: bf16, heads of 64 channels (Dao 2023, "FlashAttention-2") -----------
+   A block has some queries (for dk and dv: keys) of a head, 16 ROW_TILES for each warp, and goes through tiles
+   of 64 keys (queries) in shared memory, of which the next one is on its way while one is worked on. Scores, P and
+   the sums stay in registers: the accumulators of a product have the layout that the next one's A wants. */
+#ifndef GPT2_FP32
+enum { HS = 64, TILE = 64, STEPS = HS / 16, FLASH_WARPS = 4, FLASH_THREADS = FLASH_WARPS * WARP };
+enum { FORWARD_TILES = 2, DQ_TILES = 2 };         /* 16 queries each, of a warp; of dk and dv it has one of keys */
+enum { FORWARD_ROWS = 16 * FORWARD_TILES * FLASH_WARPS, DQ_ROWS = 16 * DQ_TILES * FLASH_WARPS };
+enum { TILE_BYTES = TILE * HS * 2, FORWARD_SHARED = FORWARD_ROWS * HS * 2 + 4 * TILE_BYTES,
+       DQ_SHARED = 2 * DQ_ROWS * HS * 2 + 4 * TILE_BYTES, DKDV_SHARED = 6 * TILE_BYTES + 4 * TILE * 4 };
+typedef __nv_bfloat16 bf16;
+
+#ifdef __CUDACC__                         /* the tests have these their own way, too */
+/* d (16,8) += a (16,16) · b (16,8). Of a, a thread has (row, 2 columns) at (g, 2t), (g + 8, 2t), (g, 2t + 8) and
+   (g + 8, 2t + 8), of b (2 rows, column) at (2t, g), (2t + 8, g), of d (g, 2t) and (g + 8, 2t): g = lane / 4, t =
+   lane % 4. */
+__device__ static inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+/* Four 8 × 8 matrices: lanes 8 i … 8 i + 7 have the addresses of rows of the i-th, and each lane gets of row lane / 4
+   (or column, of the transposed) the elements 2 (lane % 4) and the one after. */
+__device__ static inline void ldmatrix_x4(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+}
+__device__ static inline void ldmatrix_x4_trans(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+}
+/* 16 bytes to shared memory, past registers and the first-level cache; in groups, to be waited for. */
+__device__ static inline void copy_async_16(void *shared, const void *global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
+}
+__device__ static inline void copy_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ static inline void copy_async_wait(void) {
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+}
+#endif
+
+/* A tile has rows of 64 bf16: eight pieces of 16 bytes, which lie where piece ^ row % 8 says, so that eight rows'
+   pieces of the same number are in different banks. */
+__device__ static inline bf16 *piece_at(bf16 *tile, int row, int piece) {
+    return tile + row * HS + (piece ^ (row & 7)) * 8;
+}
+
+/* Rows first … of a head, stride elements apart in memory, begin their way to a tile. What lies behind row T - 1
+   is that row again: of no account, but finite. */
+__device__ static inline void tile_load(bf16 *tile, const bf16 *head, size_t stride, int first, int rows, int T) {
+    for (int i = threadIdx.x; i < rows * 8; i += FLASH_THREADS) {
+        const int t = first + i / 8 < T ? first + i / 8 : T - 1;
+        copy_async_16(piece_at(tile, i / 8, i % 8), head + t * stride + i % 8 * 8);
+    }
+}
+
+/* Operands of a product: the 16 × 16 of A at a row and step; of B (k, n), given by rows n (as K in q·kᵀ) or by rows
+   k (as V in p·v), two times 16 × 8 side by side. Steps are 16 channels. */
+__device__ static inline void operand_a(uint32_t a[4], bf16 *tile, int row, int step) {
+    const int lane = threadIdx.x % WARP;
+    ldmatrix_x4(a, piece_at(tile, row + lane % 16, step * 2 + lane / 16));
+}
+__device__ static inline void operand_b_rows_n(uint32_t b[4], bf16 *tile, int n, int step) {
+    const int lane = threadIdx.x % WARP;
+    ldmatrix_x4(b, piece_at(tile, n + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+}
+__device__ static inline void operand_b_rows_k(uint32_t b[4], bf16 *tile, int k, int step) {
+    const int lane = threadIdx.x % WARP;
+    ldmatrix_x4_trans(b, piece_at(tile, k + lane % 16, step * 2 + lane / 16));
+}
+
+/* Two neighbouring 16 × 8 accumulators as A of the next product */
+__device__ static inline uint32_t pack(float low, float high) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &both, sizeof bits);
+    return bits;
+}
+__device__ static inline void pack_a(uint32_t a[4], const float left[4], const float right[4]) {
+    a[0] = pack(left[0], left[1]);
+    a[1] = pack(left[2], left[3]);
+    a[2] = pack(right[0], right[1]);
+    a[3] = pack(right[2], right[3]);
+}
+
+/* A warp's 16 × 64 sums, times a factor for each half, go through 16 rows of a tile that are its own to rows
+   first … of a head in memory. */
+__device__ static inline void sums_store(bf16 *head, size_t stride, int first, int T, bf16 *tile, int row,
+                                         const float sums[8][4], float upper, float lower) {
+    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        const uint32_t high = pack(sums[n][0] * upper, sums[n][1] * upper);
+        const uint32_t low = pack(sums[n][2] * lower, sums[n][3] * lower);
+        memcpy(piece_at(tile, row + g, n) + 2 * t, &high, 4);
+        memcpy(piece_at(tile, row + g + 8, n) + 2 * t, &low, 4);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = lane; i < 16 * 8; i += WARP)
+        if (first + i / 8 < T)
+            *(uint4 *)(head + (first + i / 8) * stride + i % 8 * 8) = *(uint4 *)piece_at(tile, row + i / 8, i % 8);
+}
+
+__device__ static inline float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+}
+__device__ static inline float quad_sum(float x) {
+    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+}
+
+/* out (B,T,C), lse (B,NH,T). Blocks of later queries, which see more keys, come first. */
+__global__ __launch_bounds__(FLASH_THREADS) void flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
+                                                                      int C, int NH) {
+    SHARED(bf16, shared);                 /* queries; two stages of keys, then values */
+    bf16 *queries = shared, *stages = shared + FORWARD_ROWS * HS;
+    const int first = (gridDim.x - 1 - blockIdx.x) * FORWARD_ROWS, h = blockIdx.y % NH, b = blockIdx.y / NH;
+    const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16 * FORWARD_TILES;
+    const int last = (min(first + FORWARD_ROWS, T) - 1) / TILE;
+    const size_t stride = 3 * (size_t)C;
+    const bf16 *q = qkv + b * T * stride + h * HS, *k = q + C, *v = k + C;
+    const float factor = LOG2E / 8;       /* √HS is 8 */
+    tile_load(queries, q, stride, first, FORWARD_ROWS, T);
+    tile_load(stages, k, stride, 0, TILE, T);
+    tile_load(stages + TILE * HS, v, stride, 0, TILE, T);
+    copy_async_commit();
+    float sums[FORWARD_TILES][8][4] = {}, top[FORWARD_TILES][2], total[FORWARD_TILES][2];
+    uint32_t qs[FORWARD_TILES][STEPS][4], operand[4];
+    for (int m = 0; m < FORWARD_TILES; m++)
+        for (int half = 0; half < 2; half++) top[m][half] = -INFINITY, total[m][half] = 0;
+    for (int tile = 0; tile <= last; tile++) {
+        bf16 *keys = stages + tile % 2 * 2 * TILE * HS, *values = keys + TILE * HS;
+        bf16 *next = stages + (tile + 1) % 2 * 2 * TILE * HS;
+        if (tile < last) {
+            tile_load(next, k, stride, (tile + 1) * TILE, TILE, T);
+            tile_load(next + TILE * HS, v, stride, (tile + 1) * TILE, TILE, T);
+        }
+        copy_async_commit();              /* a group each time, be it empty: all but the newest are here */
+        copy_async_wait<1>();
+        __syncthreads();
+        if (tile == 0)
+#pragma unroll
+            for (int m = 0; m < FORWARD_TILES; m++)
+#pragma unroll
+                for (int step = 0; step < STEPS; step++) operand_a(qs[m][step], queries, own + m * 16, step);
+        float s[FORWARD_TILES][8][4] = {};
+#pragma unroll
+        for (int step = 0; step < STEPS; step++)
+#pragma unroll
+            for (int n = 0; n < 8; n += 2) {
+                operand_b_rows_n(operand, keys, n * 8, step);
+#pragma unroll
+                for (int m = 0; m < FORWARD_TILES; m++) {
+                    mma_m16n8k16_bf16(s[m][n], qs[m][step], operand);
+                    mma_m16n8k16_bf16(s[m][n + 1], qs[m][step], operand + 2);
+                }
+            }
+        const int causal = tile * TILE + TILE > first + own;     /* has keys behind a query of this warp */
+#pragma unroll
+        for (int m = 0; m < FORWARD_TILES; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int query = first + own + m * 16 + lane / 4 + half * 8, key = tile * TILE + lane % 4 * 2;
+                float highest = -INFINITY;
+#pragma unroll
+                for (int i = 0; i < 16; i++) {
+                    float *score = &s[m][i / 2][half * 2 + i % 2];
+                    if (causal && key + i / 2 * 8 + i % 2 > query) *score = -INFINITY;
+                    highest = fmaxf(highest, *score);
+                }
+                const float higher = fmaxf(top[m][half], quad_max(highest) * factor);
+                const float fade = exp2f(top[m][half] - higher);
+                top[m][half] = higher;
+                total[m][half] *= fade;
+#pragma unroll
+                for (int i = 0; i < 16; i++) {
+                    float *score = &s[m][i / 2][half * 2 + i % 2];
+                    *score = exp2f(*score * factor - higher);
+                    total[m][half] += *score;
+                    sums[m][i / 2][half * 2 + i % 2] *= fade;
+                }
+            }
+#pragma unroll
+        for (int step = 0; step < TILE / 16; step++) {
+            uint32_t p[FORWARD_TILES][4];
+#pragma unroll
+            for (int m = 0; m < FORWARD_TILES; m++) pack_a(p[m], s[m][step * 2], s[m][step * 2 + 1]);
+#pragma unroll
+            for (int n = 0; n < 8; n += 2) {
+                operand_b_rows_k(operand, values, step * 16, n / 2);
+#pragma unroll
+                for (int m = 0; m < FORWARD_TILES; m++) {
+                    mma_m16n8k16_bf16(sums[m][n], p[m], operand);
+                    mma_m16n8k16_bf16(sums[m][n + 1], p[m], operand + 2);
+                }
+            }
+        }
+        __syncthreads();                  /* the stage is loaded again */
+    }
+#pragma unroll
+    for (int m = 0; m < FORWARD_TILES; m++) {
+        const int row = first + own + m * 16, query = row + lane / 4;
+        const float upper = quad_sum(total[m][0]), lower = quad_sum(total[m][1]);
+        float *row_lse = lse + (size_t)blockIdx.y * T;
+        if (lane % 4 == 0 && query < T) row_lse[query] = top[m][0] + log2f(upper);
+        if (lane % 4 == 0 && query + 8 < T) row_lse[query + 8] = top[m][1] + log2f(lower);
+        sums_store(out + (size_t)b * T * C + h * HS, C, row, T, queries, own + m * 16, sums[m], 1 / upper, 1 / lower);
+    }
+}
+
+/* dq: the blocks and tiles are the forward pass's. Scores are made 16 keys at a time, and used at once. */
+__global__ __launch_bounds__(FLASH_THREADS) void flash_dq_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv,
+                                                                 const float *lse, const float *delta, int T, int C,
+                                                                 int NH) {
+    SHARED(bf16, shared);                 /* queries, dout; two stages of keys, then values */
+    bf16 *queries = shared, *douts = queries + DQ_ROWS * HS, *stages = douts + DQ_ROWS * HS;
+    const int first = (gridDim.x - 1 - blockIdx.x) * DQ_ROWS, h = blockIdx.y % NH, b = blockIdx.y / NH;
+    const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16 * DQ_TILES;
+    const int last = (min(first + DQ_ROWS, T) - 1) / TILE;
+    const size_t stride = 3 * (size_t)C, head = b * T * stride + h * HS;
+    const bf16 *k = qkv + head + C, *v = k + C;
+    const float factor = LOG2E / 8;
+    tile_load(queries, qkv + head, stride, first, DQ_ROWS, T);
+    tile_load(douts, dout + (size_t)b * T * C + h * HS, C, first, DQ_ROWS, T);
+    tile_load(stages, k, stride, 0, TILE, T);
+    tile_load(stages + TILE * HS, v, stride, 0, TILE, T);
+    copy_async_commit();
+    float sums[DQ_TILES][8][4] = {}, row_lse[DQ_TILES][2], row_delta[DQ_TILES][2];
+    uint32_t qs[DQ_TILES][STEPS][4], ds_out[DQ_TILES][STEPS][4], operand[4];
+#pragma unroll
+    for (int m = 0; m < DQ_TILES; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {     /* where there is no query, p becomes 0 */
+            const int query = first + own + m * 16 + lane / 4 + half * 8;
+            const size_t row = (size_t)blockIdx.y * T + query;
+            row_lse[m][half] = query < T ? lse[row] : INFINITY;
+            row_delta[m][half] = query < T ? delta[row] : 0;
+        }
+    for (int tile = 0; tile <= last; tile++) {
+        bf16 *keys = stages + tile % 2 * 2 * TILE * HS, *values = keys + TILE * HS;
+        bf16 *next = stages + (tile + 1) % 2 * 2 * TILE * HS;
+        if (tile < last) {
+            tile_load(next, k, stride, (tile + 1) * TILE, TILE, T);
+            tile_load(next + TILE * HS, v, stride, (tile + 1) * TILE, TILE, T);
+        }
+        copy_async_commit();
+        copy_async_wait<1>();
+        __syncthreads();
+        if (tile == 0)
+#pragma unroll
+            for (int m = 0; m < DQ_TILES; m++)
+#pragma unroll
+                for (int step = 0; step < STEPS; step++) {
+                    operand_a(qs[m][step], queries, own + m * 16, step);
+                    operand_a(ds_out[m][step], douts, own + m * 16, step);
+                }
+#pragma unroll
+        for (int part = 0; part < TILE; part += 16) {
+            float s[DQ_TILES][2][4] = {}, dp[DQ_TILES][2][4] = {};
+            uint32_t ds[DQ_TILES][4];
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                operand_b_rows_n(operand, keys, part, step);
+#pragma unroll
+                for (int m = 0; m < DQ_TILES; m++) {
+                    mma_m16n8k16_bf16(s[m][0], qs[m][step], operand);
+                    mma_m16n8k16_bf16(s[m][1], qs[m][step], operand + 2);
+                }
+                operand_b_rows_n(operand, values, part, step);
+#pragma unroll
+                for (int m = 0; m < DQ_TILES; m++) {
+                    mma_m16n8k16_bf16(dp[m][0], ds_out[m][step], operand);
+                    mma_m16n8k16_bf16(dp[m][1], ds_out[m][step], operand + 2);
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < DQ_TILES; m++) {
+                const int query = first + own + m * 16 + lane / 4, key = tile * TILE + part + lane % 4 * 2;
+#pragma unroll
+                for (int i = 0; i < 8; i++) {     /* half i / 2 % 2, of 8 keys i / 4 */
+                    float *score = &s[m][i / 4][i % 4];
+                    const int half = i / 2 % 2, seen = key + i / 4 * 8 + i % 2 <= query + half * 8;
+                    const float p = seen ? exp2f(*score * factor - row_lse[m][half]) : 0;
+                    *score = p * (dp[m][i / 4][i % 4] - row_delta[m][half]);
+                }
+                pack_a(ds[m], s[m][0], s[m][1]);
+            }
+#pragma unroll
+            for (int n = 0; n < 8; n += 2) {
+                operand_b_rows_k(operand, keys, part, n / 2);
+#pragma unroll
+                for (int m = 0; m < DQ_TILES; m++) {
+                    mma_m16n8k16_bf16(sums[m][n], ds[m], operand);
+                    mma_m16n8k16_bf16(sums[m][n + 1], ds[m], operand + 2);
+                }
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int m = 0; m < DQ_TILES; m++)
+        sums_store(dqkv + head, stride, first + own + m * 16, T, queries, own + m * 16, sums[m], 0.125f, 0.125f);
+}
+
+/* dk and dv of 64 keys, 16 a warp, from all queries that see them. Here the scores are transposed (keys by queries),
+   so that they are A of both products as they are. */
+__global__ __launch_bounds__(FLASH_THREADS) void flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv,
+                                                                   const float *lse, const float *delta, int T,
+                                                                   int C, int NH) {
+    SHARED(bf16, shared);                 /* keys, values; two stages of queries, then dout; of lse, then delta */
+    bf16 *keys = shared, *values = keys + TILE * HS, *stages = values + TILE * HS;
+    float *rows = (float *)(stages + 4 * TILE * HS);
+    const int first = blockIdx.x * TILE, h = blockIdx.y % NH, b = blockIdx.y / NH, thread = threadIdx.x;
+    const int lane = thread % WARP, own = thread / WARP * 16, last = (T - 1) / TILE;
+    const size_t stride = 3 * (size_t)C, head = b * T * stride + h * HS;
+    const bf16 *q = qkv + head, *o = dout + (size_t)b * T * C + h * HS;
+    const float factor = LOG2E / 8, *row_source = (thread < TILE ? lse : delta) + (size_t)blockIdx.y * T;
+    const float row_none = thread < TILE ? INFINITY : 0;     /* where there is no query, p becomes 0 */
+    int tile = blockIdx.x, query = tile * TILE + thread % TILE;
+    tile_load(keys, q + C, stride, first, TILE, T);
+    tile_load(values, q + 2 * C, stride, first, TILE, T);
+    tile_load(stages, q, stride, tile * TILE, TILE, T);
+    tile_load(stages + TILE * HS, o, C, tile * TILE, TILE, T);
+    copy_async_commit();
+    rows[thread] = query < T ? row_source[query] : row_none;
+    float dk[8][4] = {}, dv[8][4] = {};
+    uint32_t ks[STEPS][4], vs[STEPS][4], operand[4];
+    for (int stage = 0; tile <= last; tile++, stage ^= 1) {
+        bf16 *queries = stages + stage * 2 * TILE * HS, *douts = queries + TILE * HS;
+        bf16 *next = stages + (stage ^ 1) * 2 * TILE * HS;
+        const float *tile_lse = rows + stage * 2 * TILE, *tile_delta = tile_lse + TILE;
+        if (tile < last) {
+            tile_load(next, q, stride, (tile + 1) * TILE, TILE, T);
+            tile_load(next + TILE * HS, o, C, (tile + 1) * TILE, TILE, T);
+        }
+        copy_async_commit();
+        query += TILE;
+        const float next_row = query < T ? row_source[query] : row_none;
+        copy_async_wait<1>();
+        __syncthreads();
+        if (tile == (int)blockIdx.x)
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                operand_a(ks[step], keys, own, step);
+                operand_a(vs[step], values, own, step);
+            }
+#pragma unroll
+        for (int part = 0; part < TILE; part += 16) {
+            float s[2][4] = {}, dp[2][4] = {};
+            uint32_t p_a[4], ds_a[4];
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                operand_b_rows_n(operand, queries, part, step);
+                mma_m16n8k16_bf16(s[0], ks[step], operand);
+                mma_m16n8k16_bf16(s[1], ks[step], operand + 2);
+                operand_b_rows_n(operand, douts, part, step);
+                mma_m16n8k16_bf16(dp[0], vs[step], operand);
+                mma_m16n8k16_bf16(dp[1], vs[step], operand + 2);
+            }
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int at = part + i / 4 * 8 + lane % 4 * 2 + i % 2;     /* query in the tile */
+                const int seen = first + own + lane / 4 + i / 2 % 2 * 8 <= tile * TILE + at;
+                const float p = seen ? exp2f(s[i / 4][i % 4] * factor - tile_lse[at]) : 0;
+                s[i / 4][i % 4] = p;
+                dp[i / 4][i % 4] = p * (dp[i / 4][i % 4] - tile_delta[at]);
+            }
+            pack_a(p_a, s[0], s[1]);
+            pack_a(ds_a, dp[0], dp[1]);
+#pragma unroll
+            for (int n = 0; n < 8; n += 2) {
+                operand_b_rows_k(operand, douts, part, n / 2);
+                mma_m16n8k16_bf16(dv[n], p_a, operand);
+                mma_m16n8k16_bf16(dv[n + 1], p_a, operand + 2);
+                operand_b_rows_k(operand, queries, part, n / 2);
+                mma_m16n8k16_bf16(dk[n], ds_a, operand);
+                mma_m16n8k16_bf16(dk[n + 1], ds_a, operand + 2);
+            }
+        }
+        rows[(stage ^ 1) * 2 * TILE + thread] = next_row;
+        __syncthreads();
+    }
+    sums_store(dqkv + head + C, stride, first + own, T, keys, own, dk, 0.125f, 0.125f);
+    sums_store(dqkv + head + 2 * C, stride, first + own, T, values, own, dv, 1, 1);
+}
+#endif
 
 /* === 4. Matrix product ==================================================================================
    cuBLASLt counts by columns, so that our row-major D (M,N) is its D (N,M), and D = A·B is to it D = Bᵀ'·Aᵀ'. */
@@ -857,16 +1250,17 @@ static int device_open(GPT2 *m) {
     if (plain_shared(1, (int)m->C) > m->shared_most)
         return gpt2_fail("model has C %zu, this GPU's shared memory has room for %zu at most", m->C,
                          (m->shared_most / sizeof(float) - 2 * WARP) / 2);
-    if (!gpu_ok(cudaFuncSetAttribute(layernorm_backward_kernel<1>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     shared_most)) ||
-        !gpu_ok(cudaFuncSetAttribute(layernorm_backward_kernel<WIDTH>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     shared_most)) ||
-        !gpu_ok(cudaFuncSetAttribute(attention_plain_forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     shared_most)) ||
-        !gpu_ok(cudaFuncSetAttribute(attention_plain_dq_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     shared_most)) ||
-        !gpu_ok(cudaFuncSetAttribute(attention_plain_dkdv_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     shared_most))) return -1;
+    const void *kernels[] = {             /* that may want more than 48 KB of it */
+        (const void *)layernorm_backward_kernel<1>, (const void *)layernorm_backward_kernel<WIDTH>,
+        (const void *)attention_plain_forward_kernel, (const void *)attention_plain_dq_kernel,
+        (const void *)attention_plain_dkdv_kernel,
+#ifndef GPT2_FP32
+        (const void *)flash_forward_kernel, (const void *)flash_dq_kernel, (const void *)flash_dkdv_kernel,
+#endif
+    };
+    for (const void *kernel : kernels)
+        if (!gpu_ok(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_most)))
+            return -1;
     if (!gpu_ok(cudaStreamCreate(&m->stream)) || !gpu_ok(cudaStreamCreate(&m->upload)) ||
         !gpu_ok(cudaEventCreate(&m->uploaded)) || !gpu_ok(cudaEventCreate(&m->classified)) ||
         !blas_ok(cublasLtCreate(&m->blas.handle))) return -1;
@@ -1101,6 +1495,13 @@ static int plain_warps(const GPT2 *m, int hs) {
 }
 static void attention_forward(GPT2 *m, floatX *out, float *lse, const floatX *qkv, size_t first) {
     const int T = (int)m->T, C = (int)m->C, NH = (int)m->NH, warps = plain_warps(m, C / NH);
+#ifndef GPT2_FP32
+    if (C == NH * HS && first == 0) {
+        LAUNCH(flash_forward_kernel, dim3(blocks(m->T, FORWARD_ROWS), (unsigned)(m->B * m->NH)), FLASH_THREADS,
+               FORWARD_SHARED, m->stream, out, lse, qkv, T, C, NH);
+        return;
+    }
+#endif
     LAUNCH(attention_plain_forward_kernel, dim3(blocks(m->T - first, warps), (unsigned)(m->B * m->NH)), warps * WARP,
            plain_shared(warps, C / NH), m->stream, out, lse, qkv, (int)first, T, C, NH);
 }
@@ -1110,6 +1511,15 @@ static void attention_backward(GPT2 *m, floatX *dqkv, float *delta, const floatX
     const size_t rows = m->B * m->T * m->NH;
     LAUNCH(attention_delta_kernel, blocks(rows, ROW_WARPS), ROW_WARPS * WARP, 0, m->stream, delta, dout, out, rows,
            T, C, NH);
+#ifndef GPT2_FP32
+    if (C == NH * HS) {
+        LAUNCH(flash_dq_kernel, dim3(blocks(m->T, DQ_ROWS), (unsigned)(m->B * m->NH)), FLASH_THREADS, DQ_SHARED,
+               m->stream, dqkv, dout, qkv, lse, delta, T, C, NH);
+        LAUNCH(flash_dkdv_kernel, dim3(blocks(m->T, TILE), (unsigned)(m->B * m->NH)), FLASH_THREADS, DKDV_SHARED,
+               m->stream, dqkv, dout, qkv, lse, delta, T, C, NH);
+        return;
+    }
+#endif
     const dim3 grid(blocks(m->T, warps), (unsigned)(m->B * m->NH));
     LAUNCH(attention_plain_dq_kernel, grid, warps * WARP, plain_shared(warps, C / NH), m->stream, dqkv, dout, qkv,
            lse, delta, T, C, NH);
@@ -1202,7 +1612,7 @@ static void forward_blocks(GPT2 *m, size_t first) {
         p = tensors(m, m->params, l), a = acts(m, l);
         layernorm_forward(m, a.ln1, a.mean1, a.rstd1, a.residual1, p.ln1w, p.ln1b, N, 0);
         linear_forward(m, a.qkv + first * 3 * C, a.ln1, p.qkvw, p.qkvb, NULL, N, C, 3 * C);
-        attention_forward(m, a.att, m->train ? a.lse : NULL, a.qkv, first);
+        attention_forward(m, a.att, a.lse, a.qkv, first);
         linear_forward(m, a.residual2, a.att, p.attprojw, p.attprojb, a.residual1, N, C, C);
         layernorm_forward(m, a.ln2, a.mean2, a.rstd2, a.residual2, p.ln2w, p.ln2b, N, 0);
         fc_forward(m, a.gelu, a.fc, a.ln2, p.fcw, p.fcb, N);
