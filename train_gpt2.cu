@@ -785,8 +785,8 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_dq_kernel(bf16 *dqkv, con
                     operand_a(qs[m][step], queries, own + m * 16, step);
                     operand_a(ds_out[m][step], douts, own + m * 16, step);
                 }
-#pragma unroll
-        for (int part = 0; part < TILE; part += 16) {
+#pragma unroll 1
+        for (int part = 0; part < TILE; part += 16) {     /* unrolled, it would not fit in registers */
             float s[DQ_TILES][2][4] = {}, dp[DQ_TILES][2][4] = {};
             uint32_t ds[DQ_TILES][4];
 #pragma unroll
@@ -875,7 +875,7 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_dkdv_kernel(bf16 *dqkv, c
                 operand_a(ks[step], keys, own, step);
                 operand_a(vs[step], values, own, step);
             }
-#pragma unroll
+#pragma unroll 1
         for (int part = 0; part < TILE; part += 16) {
             float s[2][4] = {}, dp[2][4] = {};
             uint32_t p_a[4], ds_a[4];
