@@ -176,7 +176,7 @@ static int omp_get_thread_num(void) { return 0; }
 typedef long long wide;                   /* what %lld prints */
 static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
-static double seconds(void) {
+static inline double seconds(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
