@@ -1,6 +1,7 @@
 # make            ./train_gpt2 and libgpt2.so, for this machine's processor
 # make test       sets up .venv with what the tests need, then runs them
 # make bench      times a training step, side by side with PyTorch where that is installed
+# make cuda       ./train_gpt2cu and libgpt2cu.so, for NVIDIA GPUs; `make` does it where nvcc and a GPU are found
 # make emulated   train_gpt2.cu for a GPU that is emulated, see dev/cuda/emulate.h; needs a C++ compiler; for tests
 # make fuzz       hands damaged files to every reader, for FUZZ_SECONDS=60 in all; needs clang (FUZZ_CC=clang-14)
 # make memcheck   runs the tests of the library, and the binary, under valgrind
@@ -11,6 +12,9 @@
 #   OPENMP=0            without threads (found out by itself otherwise)
 #   SANITIZE=1          with AddressSanitizer and UBSan
 #   BUILD=DIR           where the results go (here)
+#   FP32=1              with make cuda: in fp32, to verify with; the names end in _fp32
+#   CUBLAS=DIR          cuBLASLt's include and lib, where the CUDA toolkit has none (pip install nvidia-cublas)
+#   CUDA_ARCHS='80 90'  GPUs to compile for; found out by itself, or these two
 
 CC ?= cc
 ARCH ?= native
@@ -41,8 +45,49 @@ else
 CFLAGS += -Wno-unknown-pragmas
 endif
 
-.PHONY: all emulated test bench fuzz memcheck clean
+.PHONY: all cuda emulated test bench fuzz memcheck clean
 all: $(BUILD)/train_gpt2 $(BUILD)/libgpt2.so
+
+# The GPU's half comes from nvcc; the host half is train_gpt2.c without its model. Looking for a device file takes
+# no time where there is none.
+NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc) nvcc)
+GPU = $(wildcard /dev/nvidia[0-9])
+ifneq ($(GPU),)
+ifneq ($(shell command -v $(NVCC) 2>/dev/null),)
+all: cuda
+endif
+endif
+
+CUDA_BUILD ?= build/cuda
+CUDA_SUFFIX = $(if $(filter 1,$(FP32)),_fp32)
+CUDA_FOUND = $(if $(GPU),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | tr -d . | sort -u))
+CUDA_ARCHS ?= $(or $(CUDA_FOUND),80 90)
+CUDA_LAST = $(lastword $(CUDA_ARCHS))
+NVCC_FLAGS = -O3 -std=c++17 $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
+	-gencode arch=compute_$(CUDA_LAST),code=compute_$(CUDA_LAST) -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra \
+	$(if $(CUBLAS),-I$(CUBLAS)/include) $(if $(CUDA_SUFFIX),-DGPT2_FP32) $(NVCC_EXTRA)
+CUDA_LIBS = $(if $(CUBLAS),-Xlinker $(firstword $(wildcard $(CUBLAS)/lib/libcublasLt.so*)) -Xlinker -rpath=$(abspath $(CUBLAS))/lib,-lcublasLt) \
+	$(if $(filter 1,$(OPENMP)),-Xcompiler -fopenmp)
+
+cuda: $(BUILD)/libgpt2cu$(CUDA_SUFFIX).so $(BUILD)/train_gpt2cu$(CUDA_SUFFIX)
+
+$(CUDA_BUILD)/host.o: train_gpt2.c Makefile
+	mkdir -p $(CUDA_BUILD)
+	$(CC) $(CFLAGS) -fPIC -fvisibility=hidden -DGPT2_NO_MODEL -DGPT2_NO_MAIN -c -o $@ train_gpt2.c
+
+$(CUDA_BUILD)/main.o: train_gpt2.c Makefile
+	mkdir -p $(CUDA_BUILD)
+	$(CC) $(CFLAGS) -DGPT2_NO_MODEL -c -o $@ train_gpt2.c
+
+$(CUDA_BUILD)/model$(CUDA_SUFFIX).o: train_gpt2.cu train_gpt2.c Makefile
+	mkdir -p $(CUDA_BUILD)
+	$(NVCC) $(NVCC_FLAGS) -c -o $@ train_gpt2.cu
+
+$(BUILD)/libgpt2cu$(CUDA_SUFFIX).so: $(CUDA_BUILD)/model$(CUDA_SUFFIX).o $(CUDA_BUILD)/host.o
+	$(NVCC) -shared -o $@ $^ $(CUDA_LIBS)
+
+$(BUILD)/train_gpt2cu$(CUDA_SUFFIX): $(CUDA_BUILD)/model$(CUDA_SUFFIX).o $(CUDA_BUILD)/main.o
+	$(NVCC) -o $@ $^ $(CUDA_LIBS)
 
 $(BUILD)/train_gpt2: train_gpt2.c Makefile
 	$(CC) $(CFLAGS) -o $@ train_gpt2.c -lm
@@ -137,4 +182,5 @@ memcheck:
 	$(if $(wildcard $(VENV)/bin/pytest),$(VENV)/bin/python,$(PYTHON)) dev/fuzz/memcheck.py --build build/valgrind
 
 clean:
-	rm -f train_gpt2 libgpt2.so train_gpt2cu libgpt2cu.so
+	rm -f train_gpt2 libgpt2.so train_gpt2cu libgpt2cu.so train_gpt2cu_fp32 libgpt2cu_fp32.so
+	rm -rf $(CUDA_BUILD)

@@ -85,9 +85,11 @@ static int ended(void) { return gpu_failed ? -1 : 0; }
 } while (0)
 
 __device__ static inline float to_float(float x) { return x; }
-__device__ static inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ static inline void from_float(float *p, float x) { *p = x; }
+#ifndef GPT2_FP32
+__device__ static inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ static inline void from_float(__nv_bfloat16 *p, float x) { *p = __float2bfloat16_rn(x); }
+#endif
 
 /* V elements at p as floats, and back: 16 bytes at a time (8, if they are no more), or a single element. */
 template <int V, typename X> __device__ static inline void load(float v[V], const X *p) {
