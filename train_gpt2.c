@@ -42,6 +42,10 @@ GPT2 *gpt2_create(const GPT2Config *config);     /* all parameters 0; see gpt2_i
    share them; changes stay in memory. Whoever shortens the file ends the process: replace it, as we do. */
 GPT2 *gpt2_create_mapped(const GPT2Config *config, int file);
 void gpt2_free(GPT2 *model);                     /* this one and its like allow NULL */
+/* By the names of the flags, on a GPU: "-r" 0, 1 or 2, whether the backward pass makes nothing, GELU's output, or
+   layer norm's too again rather than keep it (more if memory is short); "-w" 0, parameters in bf16 without fp32
+   master weights, rounded at random. On a CPU, and for other names, it fails. */
+int gpt2_option(GPT2 *model, const char *name, int value);
 GPT2Config gpt2_config(const GPT2 *model);
 /* Copies `count` elements from `first` on of a tensor (an index of gpt2_tensor) of a kind, out or in. */
 int gpt2_get(GPT2 *model, int tensor, int kind, int64_t first, int64_t count, float *out);
@@ -806,6 +810,10 @@ void gpt2_free(GPT2 *m) {
 }
 
 GPT2Config gpt2_config(const GPT2 *m) { return m->config; }
+int gpt2_option(GPT2 *m, const char *name, int value) {
+    (void)m, (void)value;
+    return gpt2_fail("%s is for GPUs only", name);
+}
 int64_t *gpt2_updates(GPT2 *m) { return &m->updates; }
 void gpt2_zero_grad(GPT2 *m) { m->grads_empty = 1, m->backward_due = 0, m->norm = NAN; }
 
@@ -1709,7 +1717,7 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
 /* === 4. main ==============================================================================================
    The flags are karpathy/llm.c's, so that its launch scripts work with the binary's name changed. */
 #define HELLASWAG "dev/data/hellaswag/hellaswag_val.bin"
-enum { TEXT, NOT_HERE, WHOLE, REAL };     /* kinds; `least` is the least value of a number */
+enum { TEXT, NOT_HERE, WHOLE, REAL };     /* kinds, NOT_HERE gpt2_option's; `least`: of a number's values */
 static struct { const char *name, *value; int kind, least; const char *help; } flags[] = {
     {"-i", "dev/data/tinyshakespeare/tiny_shakespeare_train.bin", TEXT, 0, "training shards, a glob"},
     {"-j", "", TEXT, 0, "validation shards, a glob"},
@@ -1738,9 +1746,12 @@ static struct { const char *name, *value; int kind, least; const char *help; } f
     {"-a", "0", WHOLE, 0, "1: overfit one batch"},
     {"--check", "", TEXT, 0, "compare the model of -e with this saved reference, and stop"},
     {"-h", "0", WHOLE, 0, "1: HellaSwag when validating, from " HELLASWAG "; more: so many examples"},
-    {"-f", "", NOT_HERE, 0, "for GPUs only"},  {"-w", "", NOT_HERE, 0, "for GPUs only"},
-    {"-ge", "", NOT_HERE, 0, "for GPUs only"}, {"-z", "", NOT_HERE, 0, "for GPUs only"},
-    {"-r", "", NOT_HERE, 0, "for GPUs only"},  {"-lg", "", NOT_HERE, 0, "for GPUs only"},
+    {"-f", "", NOT_HERE, 0, "for GPUs only"},
+    {"-w", "", NOT_HERE, 0, "GPU: 0 for parameters in bf16 only, without fp32 master weights"},
+    {"-ge", "", NOT_HERE, 0, "for GPUs only"},
+    {"-z", "", NOT_HERE, 0, "for GPUs only"},
+    {"-r", "", NOT_HERE, 0, "GPU: the backward pass makes again, 1: GELU, 2: layer norm too"},
+    {"-lg", "", NOT_HERE, 0, "for GPUs only"},
 };
 enum { FLAGS = sizeof flags / sizeof *flags };
 
@@ -1775,7 +1786,6 @@ static void parse(int argc, char **argv) {
         const int k = flag_find(argv[i]), kind = k < FLAGS ? flags[k].kind : TEXT;
         char *value = argv[i + 1], *end = value;
         if (k == FLAGS || !value) die(k == FLAGS ? "%s is not a flag" : "%s needs a value", argv[i]);
-        if (kind == NOT_HERE) fprintf(stderr, "train_gpt2: %s is ignored: %s\n", argv[i], flags[k].help);
         const double x = kind >= WHOLE ? strtod(value, &end) : 0;
         const int good = end != value && !*end && isfinite(x) && x >= flags[k].least;
         if (kind >= WHOLE && !(good && (kind == REAL || (x == floor(x) && x < 0x1p31))))
@@ -1888,6 +1898,9 @@ int main(int argc, char **argv) {
     GPT2Tokenizer *tokenizer = tokenizer_find();
     GPT2 *model = model_find(newest, tokenizer, seed);
     must(model != NULL);
+    for (int i = 0; i < FLAGS; i++)
+        if (flags[i].kind == NOT_HERE && *flags[i].value && gpt2_option(model, flags[i].name, atoi(flags[i].value)))
+            fprintf(stderr, "train_gpt2: %s is ignored: %s\n", flags[i].name, gpt2_error());
     const GPT2Config c = gpt2_config(model);
     GPT2Loader *loader = gpt2_loader_open(text("-i"), B, T, c.V, !whole("-a"), seed);
     GPT2Loader *val = loader && *val_shards ? gpt2_loader_open(val_shards, B, T, c.V, 0, seed) : NULL;

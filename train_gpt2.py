@@ -196,6 +196,7 @@ C_FUNCTIONS = """
     i! gpt2_descriptor(sp)      i! gpt2_config_check(p)       l! gpt2_tensor(pipp)
     l  gpt2_parameters(p)       d  gpt2_flops_per_token(pi)   C  gpt2_config(p)
     p! gpt2_create(p)           i! gpt2_init(pu)              -  gpt2_free(p)
+    i! gpt2_option(psi)
     p! gpt2_load(s)             i! gpt2_save(psi)             i! gpt2_check(psdp)
     i! gpt2_get(piillp)         i! gpt2_set(piillp)           i! gpt2_logits(ppiiip)
     i! gpt2_forward(pppiifp)    i! gpt2_backward(p)           -  gpt2_zero_grad(p)
@@ -210,7 +211,7 @@ C_FUNCTIONS = """
 
 @functools.lru_cache(maxsize=None)
 def library(device="auto"):
-    """The C library of "cpu" or "cuda"; "auto" is cuda's where that was built and loads. The environment's
+    """The C library of "cpu" or "cuda"; "auto" is cuda's where that was built and finds a GPU. The environment's
     GPT2_LIBRARY names a file that is taken instead. Where a function of it fails, it raises GPT2Error."""
     def check(result, function, arguments):
         if result is None or result < 0:
@@ -219,9 +220,11 @@ def library(device="auto"):
 
     if device == "auto":
         try:
-            return library("cuda")
+            if library("cuda").gpt2_device() != b"no GPU":
+                return library("cuda")
         except GPT2Error:
-            device = "cpu"
+            pass
+        device = "cpu"
     name, target = ("libgpt2cu.so", "make cuda") if device == "cuda" else ("libgpt2.so", "make")
     path = os.environ.get("GPT2_LIBRARY") or os.path.join(HERE, name)
     if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin long at a barrier hinder any other program
