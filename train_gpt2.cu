@@ -405,8 +405,15 @@ enum { PLAIN_WARPS = 4 };
 static size_t plain_shared(int warps, int hs) { return (size_t)warps * (2 * (size_t)hs + 2 * WARP) * sizeof(float); }
 
 __device__ static inline float dot(const floatX *a, const floatX *b, int n) {
-    float sum = 0;
-    for (int i = 0; i < n; i++) sum += to_float(a[i]) * to_float(b[i]);
+    float sum = 0, x[WIDTH], y[WIDTH];
+    if (n % WIDTH)
+        for (int i = 0; i < n; i++) sum += to_float(a[i]) * to_float(b[i]);
+    else
+        for (int i = 0; i < n; i += WIDTH) {     /* then all heads begin with a whole vector */
+            load<WIDTH>(x, a + i);
+            load<WIDTH>(y, b + i);
+            for (int k = 0; k < WIDTH; k++) sum += x[k] * y[k];
+        }
     return sum;
 }
 
@@ -416,7 +423,8 @@ __global__ void attention_plain_forward_kernel(floatX *out, float *lse, const fl
                                                int C, int NH) {
     SHARED(float, shared);                /* (warps): sums of hs channels, 32 weights */
     const int hs = C / NH, warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int t = first + blockIdx.x * warps + warp, h = blockIdx.y % NH, b = blockIdx.y / NH;
+    const int tiles = (T - first + warps - 1) / warps, t = first + blockIdx.x % tiles * warps + warp;
+    const size_t head_of_all = blockIdx.x / tiles, h = head_of_all % NH, b = head_of_all / NH;
     if (t >= T) return;
     float *sums = shared + warp * (2 * hs + 2 * WARP), *weights = sums + hs;
     const floatX *head = qkv + (size_t)b * T * 3 * C + h * hs, *q = head + (size_t)t * 3 * C;
@@ -442,7 +450,7 @@ __global__ void attention_plain_forward_kernel(floatX *out, float *lse, const fl
     }
     floatX *o = out + ((size_t)b * (T - first) + t - first) * C + h * hs;
     for (int c = lane; c < hs; c += WARP) from_float(o + c, sums[c] / total);
-    if (lane == 0) lse[(size_t)blockIdx.y * T + t] = top + log2f(total);
+    if (lane == 0) lse[(size_t)head_of_all * T + t] = top + log2f(total);
 }
 
 /* delta (B,NH,T), for both backward kernels; a warp has a row of a head */
@@ -464,10 +472,11 @@ __global__ void attention_plain_dq_kernel(floatX *dqkv, const floatX *dout, cons
                                           const float *delta, int T, int C, int NH) {
     SHARED(float, shared);                /* (warps): sums of hs channels, 32 ds */
     const int hs = C / NH, warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int t = blockIdx.x * warps + warp, h = blockIdx.y % NH, b = blockIdx.y / NH;
+    const int tiles = (T + warps - 1) / warps, t = blockIdx.x % tiles * warps + warp;
+    const size_t head_of_all = blockIdx.x / tiles, h = head_of_all % NH, b = head_of_all / NH;
     if (t >= T) return;
     float *sums = shared + warp * (2 * hs + 2 * WARP), *ds = sums + hs;
-    const size_t at = (size_t)b * T * 3 * C + h * hs, row = (size_t)blockIdx.y * T + t;
+    const size_t at = (size_t)b * T * 3 * C + h * hs, row = (size_t)head_of_all * T + t;
     const floatX *head = qkv + at, *q = head + (size_t)t * 3 * C, *d = dout + ((size_t)b * T + t) * C + h * hs;
     const float factor = 1 / sqrtf((float)hs);
     for (int c = lane; c < hs; c += WARP) sums[c] = 0;
@@ -492,7 +501,8 @@ __global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, co
                                             const float *delta, int T, int C, int NH) {
     SHARED(float, shared);                /* (warps): sums of 2 hs channels, 32 p, 32 ds */
     const int hs = C / NH, warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int t = blockIdx.x * warps + warp, h = blockIdx.y % NH, b = blockIdx.y / NH;
+    const int tiles = (T + warps - 1) / warps, t = blockIdx.x % tiles * warps + warp;
+    const size_t head_of_all = blockIdx.x / tiles, h = head_of_all % NH, b = head_of_all / NH;
     if (t >= T) return;
     float *dk = shared + warp * (2 * hs + 2 * WARP), *dv = dk + hs, *p = dv + hs, *ds = p + WARP;
     const size_t at = (size_t)b * T * 3 * C + h * hs;
@@ -501,7 +511,7 @@ __global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, co
     for (int c = lane; c < hs; c += WARP) dk[c] = dv[c] = 0;
     for (int from = t; from < T; from += WARP) {
         const int query = from + lane, queries = T - from < WARP ? T - from : WARP;
-        const size_t row = (size_t)blockIdx.y * T + query;
+        const size_t row = (size_t)head_of_all * T + query;
         p[lane] = ds[lane] = 0;
         if (query < T) {
             p[lane] = exp2f(factor * LOG2E * dot(head + (size_t)query * 3 * C, k, hs) - lse[row]);
@@ -647,7 +657,8 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_forward_kernel(bf16 *out,
                                                                       int C, int NH) {
     SHARED(bf16, shared);                 /* queries; two stages of keys, then values */
     bf16 *queries = shared, *stages = shared + FORWARD_ROWS * HS;
-    const int first = (gridDim.x - 1 - blockIdx.x) * FORWARD_ROWS, h = blockIdx.y % NH, b = blockIdx.y / NH;
+    const int tiles = (T + FORWARD_ROWS - 1) / FORWARD_ROWS, head_of_all = blockIdx.x / tiles;
+    const int first = (tiles - 1 - blockIdx.x % tiles) * FORWARD_ROWS, h = head_of_all % NH, b = head_of_all / NH;
     const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16 * FORWARD_TILES;
     const int last = (min(first + FORWARD_ROWS, T) - 1) / TILE;
     const size_t stride = 3 * (size_t)C;
@@ -734,7 +745,7 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_forward_kernel(bf16 *out,
     for (int m = 0; m < FORWARD_TILES; m++) {
         const int row = first + own + m * 16, query = row + lane / 4;
         const float upper = quad_sum(total[m][0]), lower = quad_sum(total[m][1]);
-        float *row_lse = lse + (size_t)blockIdx.y * T;
+        float *row_lse = lse + (size_t)head_of_all * T;
         if (lane % 4 == 0 && query < T) row_lse[query] = top[m][0] + log2f(upper);
         if (lane % 4 == 0 && query + 8 < T) row_lse[query + 8] = top[m][1] + log2f(lower);
         sums_store(out + (size_t)b * T * C + h * HS, C, row, T, queries, own + m * 16, sums[m], 1 / upper, 1 / lower);
@@ -747,7 +758,8 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_dq_kernel(bf16 *dqkv, con
                                                                  int NH) {
     SHARED(bf16, shared);                 /* queries, dout; two stages of keys, then values */
     bf16 *queries = shared, *douts = queries + DQ_ROWS * HS, *stages = douts + DQ_ROWS * HS;
-    const int first = (gridDim.x - 1 - blockIdx.x) * DQ_ROWS, h = blockIdx.y % NH, b = blockIdx.y / NH;
+    const int tiles = (T + DQ_ROWS - 1) / DQ_ROWS, head_of_all = blockIdx.x / tiles;
+    const int first = (tiles - 1 - blockIdx.x % tiles) * DQ_ROWS, h = head_of_all % NH, b = head_of_all / NH;
     const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16 * DQ_TILES;
     const int last = (min(first + DQ_ROWS, T) - 1) / TILE;
     const size_t stride = 3 * (size_t)C, head = b * T * stride + h * HS;
@@ -765,7 +777,7 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_dq_kernel(bf16 *dqkv, con
 #pragma unroll
         for (int half = 0; half < 2; half++) {     /* where there is no query, p becomes 0 */
             const int query = first + own + m * 16 + lane / 4 + half * 8;
-            const size_t row = (size_t)blockIdx.y * T + query;
+            const size_t row = (size_t)head_of_all * T + query;
             row_lse[m][half] = query < T ? lse[row] : INFINITY;
             row_delta[m][half] = query < T ? delta[row] : 0;
         }
@@ -843,13 +855,14 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_dkdv_kernel(bf16 *dqkv, c
     SHARED(bf16, shared);                 /* keys, values; two stages of queries, then dout; of lse, then delta */
     bf16 *keys = shared, *values = keys + TILE * HS, *stages = values + TILE * HS;
     float *rows = (float *)(stages + 4 * TILE * HS);
-    const int first = blockIdx.x * TILE, h = blockIdx.y % NH, b = blockIdx.y / NH, thread = threadIdx.x;
-    const int lane = thread % WARP, own = thread / WARP * 16, last = (T - 1) / TILE;
+    const int tiles = (T + TILE - 1) / TILE, head_of_all = blockIdx.x / tiles, first_tile = blockIdx.x % tiles;
+    const int first = first_tile * TILE, h = head_of_all % NH, b = head_of_all / NH, thread = threadIdx.x;
+    const int lane = thread % WARP, own = thread / WARP * 16, last = tiles - 1;
     const size_t stride = 3 * (size_t)C, head = b * T * stride + h * HS;
     const bf16 *q = qkv + head, *o = dout + (size_t)b * T * C + h * HS;
-    const float factor = LOG2E / 8, *row_source = (thread < TILE ? lse : delta) + (size_t)blockIdx.y * T;
+    const float factor = LOG2E / 8, *row_source = (thread < TILE ? lse : delta) + (size_t)head_of_all * T;
     const float row_none = thread < TILE ? INFINITY : 0;     /* where there is no query, p becomes 0 */
-    int tile = blockIdx.x, query = tile * TILE + thread % TILE;
+    int tile = first_tile, query = tile * TILE + thread % TILE;
     tile_load(keys, q + C, stride, first, TILE, T);
     tile_load(values, q + 2 * C, stride, first, TILE, T);
     tile_load(stages, q, stride, tile * TILE, TILE, T);
@@ -871,7 +884,7 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_dkdv_kernel(bf16 *dqkv, c
         const float next_row = query < T ? row_source[query] : row_none;
         copy_async_wait<1>();
         __syncthreads();
-        if (tile == (int)blockIdx.x)
+        if (tile == first_tile)
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
                 operand_a(ks[step], keys, own, step);
@@ -1381,6 +1394,34 @@ static int bf16_copy(GPT2 *m, size_t at, size_t count, float *out, const float *
     return piece ? ended() : -1;
 }
 
+/* Whether there are fp32 master weights, which begin as the parameters that are there. */
+static int masters_set(GPT2 *m, int wanted) {
+    const size_t count = m->start[GPT2_TENSORS];
+    if (sizeof(floatX) == sizeof(float) || wanted != m->no_masters) return 0;
+    m->no_masters = 0;
+    if (wanted && !memory_of(m, GPT2_PARAM)) m->no_masters = 1;
+    if (wanted && !m->no_masters)
+        LAUNCH(to_float_kernel, (unsigned)pieces(count, 256), 256, 0, m->stream, m->memory[GPT2_PARAM], m->params,
+               count);
+    if (wanted) return m->no_masters ? -1 : ended();
+    gpu_ok(cudaStreamSynchronize(m->stream));
+    gpu_ok(cudaFree(m->memory[GPT2_PARAM]));
+    m->memory[GPT2_PARAM] = NULL, m->no_masters = 1;
+    return ended();
+}
+
+int gpt2_option(GPT2 *m, const char *name, int value) {
+    const int recompute = !strcmp(name, "-r"), most = recompute ? 2 : 1;
+    begun();
+    if (!recompute && strcmp(name, "-w")) return gpt2_fail("%s has no effect with this program", name);
+    if (value < 0 || value > most) return gpt2_fail("%s is %d, expected 0 to %d", name, value, most);
+    if (m->backward_due) return gpt2_fail("%s cannot change between gpt2_forward and gpt2_backward", name);
+    m->cached = 0;
+    if (!recompute) return masters_set(m, value);
+    m->recompute = value;
+    return 0;
+}
+
 /* Copies a part of a tensor to `out`, or from `in`; the other is NULL. */
 static int tensor_copy(GPT2 *m, int t, int kind, int64_t first, int64_t count, float *out, const float *in) {
     begun();
@@ -1497,32 +1538,34 @@ static int plain_warps(const GPT2 *m, int hs) {
 }
 static void attention_forward(GPT2 *m, floatX *out, float *lse, const floatX *qkv, size_t first) {
     const int T = (int)m->T, C = (int)m->C, NH = (int)m->NH, warps = plain_warps(m, C / NH);
+    const unsigned heads = (unsigned)(m->B * m->NH);
 #ifndef GPT2_FP32
     if (C == NH * HS && first == 0) {
-        LAUNCH(flash_forward_kernel, dim3(blocks(m->T, FORWARD_ROWS), (unsigned)(m->B * m->NH)), FLASH_THREADS,
+        LAUNCH(flash_forward_kernel, blocks(m->T, FORWARD_ROWS) * heads, FLASH_THREADS,
                FORWARD_SHARED, m->stream, out, lse, qkv, T, C, NH);
         return;
     }
 #endif
-    LAUNCH(attention_plain_forward_kernel, dim3(blocks(m->T - first, warps), (unsigned)(m->B * m->NH)), warps * WARP,
+    LAUNCH(attention_plain_forward_kernel, blocks(m->T - first, warps) * heads, warps * WARP,
            plain_shared(warps, C / NH), m->stream, out, lse, qkv, (int)first, T, C, NH);
 }
 static void attention_backward(GPT2 *m, floatX *dqkv, float *delta, const floatX *dout, const floatX *out,
                                const floatX *qkv, const float *lse) {
     const int T = (int)m->T, C = (int)m->C, NH = (int)m->NH, warps = plain_warps(m, C / NH);
+    const unsigned heads = (unsigned)(m->B * m->NH);
     const size_t rows = m->B * m->T * m->NH;
     LAUNCH(attention_delta_kernel, blocks(rows, ROW_WARPS), ROW_WARPS * WARP, 0, m->stream, delta, dout, out, rows,
            T, C, NH);
 #ifndef GPT2_FP32
     if (C == NH * HS) {
-        LAUNCH(flash_dq_kernel, dim3(blocks(m->T, DQ_ROWS), (unsigned)(m->B * m->NH)), FLASH_THREADS, DQ_SHARED,
+        LAUNCH(flash_dq_kernel, blocks(m->T, DQ_ROWS) * heads, FLASH_THREADS, DQ_SHARED,
                m->stream, dqkv, dout, qkv, lse, delta, T, C, NH);
-        LAUNCH(flash_dkdv_kernel, dim3(blocks(m->T, TILE), (unsigned)(m->B * m->NH)), FLASH_THREADS, DKDV_SHARED,
+        LAUNCH(flash_dkdv_kernel, blocks(m->T, TILE) * heads, FLASH_THREADS, DKDV_SHARED,
                m->stream, dqkv, dout, qkv, lse, delta, T, C, NH);
         return;
     }
 #endif
-    const dim3 grid(blocks(m->T, warps), (unsigned)(m->B * m->NH));
+    const unsigned grid = blocks(m->T, warps) * heads;
     LAUNCH(attention_plain_dq_kernel, grid, warps * WARP, plain_shared(warps, C / NH), m->stream, dqkv, dout, qkv,
            lse, delta, T, C, NH);
     LAUNCH(attention_plain_dkdv_kernel, grid, warps * WARP, plain_shared(warps, C / NH), m->stream, dqkv, dout, qkv,
@@ -1551,9 +1594,10 @@ static void run(GPT2 *m, void (*pass)(GPT2 *)) {
     cudaGraph_t captured = NULL;
     if (!graph->made && cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess) {
         pass(m);
-        if (!gpu_ok(cudaStreamEndCapture(m->stream, &captured))) return;
-        if (cudaGraphInstantiate(&graph->made, captured, 0) != cudaSuccess) graph->made = NULL;
-        cudaGraphDestroy(captured);
+        if (cudaStreamEndCapture(m->stream, &captured) == cudaSuccess) {
+            if (cudaGraphInstantiate(&graph->made, captured, 0) != cudaSuccess) graph->made = NULL;
+            cudaGraphDestroy(captured);
+        }
     }
     if (graph->made) gpu_ok(cudaGraphLaunch(graph->made, m->stream));
     else cudaGetLastError(), pass(m);
