@@ -139,7 +139,7 @@ $(VENV)/bin/pytest:
 	$(PYTHON) -m venv $(VENV) || { echo "make test needs Python's venv module (on Debian: apt install python3-venv)"; exit 1; }
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest
 
-test: all $(VENV)/bin/pytest
+test: all $(if $(shell command -v $(firstword $(CXX))),emulated) $(VENV)/bin/pytest
 	$(VENV)/bin/python -m pytest -q test_gpt2.py
 
 # TORCH names a Python that has PyTorch, for the comparison; without one, this project is timed alone.

@@ -3195,6 +3195,220 @@ def test_a_model_agrees_with_transformers(maker):
     agrees(maker, (33, 200, 2, 3, 12, 2, 31), functools.partial(maker.run_transformers, transformers))
 
 
+# --- The GPU, here or emulated ------------------------------------------------------------------------------
+# GPT2_GPU_BUILD=DIR names the builds under test: those of `make emulated`, or on a machine with a GPU the real
+# ones (dev/cuda/on_gpu.sh does that). dev/cuda/emulate.h says what the emulation finds, and its environment.
+GPU_BUILD = pathlib.Path(os.environ.get("GPT2_GPU_BUILD", HERE / "build" / "emulated")).resolve()
+EMULATED = (GPU_BUILD / "selftest").exists()
+needs_gpu_build = pytest.mark.skipif(not (GPU_BUILD / "libgpt2cu_fp32.so").exists(),
+                                     reason="needs `make emulated`, and that a C++ compiler, or a GPU's build")
+needs_emulation = pytest.mark.skipif(not EMULATED, reason="needs `make emulated`, and that a C++ compiler")
+each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+BF16 = json.loads((HERE / "dev" / "cuda" / "bf16_errors.json").read_text())
+
+
+def gpu_file(name, precision):
+    stem, dot, extension = name.partition(".")
+    return GPU_BUILD / f"{stem}{'_fp32' if precision == 'fp32' else ''}{dot}{extension}"
+
+
+@functools.lru_cache(maxsize=None)
+def gpu_library(precision):
+    return train_gpt2.declare(ctypes.CDLL(str(gpu_file("libgpt2cu.so", precision))))
+
+
+@pytest.fixture
+def on_gpu(precision, monkeypatch):
+    """Within the test, models are the GPU's."""
+    monkeypatch.setattr(train_gpt2, "library", lambda device="auto": gpu_library(precision))
+
+
+def bf16_limits(name):
+    """What bf16 may differ from a reference by: somewhat more than PyTorch in bf16 does. Single numbers may be
+    near by chance, so for them it is the furthest of all references."""
+    limits = {row: BF16["factor"] * error for row, error in BF16["errors"][name].items()}
+    for row in ("loss", "losses"):
+        limits[row] = BF16["factor"] * max(errors[row] for errors in BF16["errors"].values())
+    return limits
+
+
+@needs_gpu_build
+@each_precision
+@each_reference
+def test_on_a_gpu_logits_loss_and_gradients_are_the_references(name, precision, on_gpu):
+    model, x, y, theirs = open_reference(name)
+    ours = results(model, x, y)
+    limits = bf16_limits(name) if precision == "bf16" else dict.fromkeys(theirs, 1e-5)
+    errors = {row: relative(ours[row], theirs[row]) for row in theirs}
+    assert {row: error for row, error in errors.items() if not error <= limits[row]} == {}
+
+
+@needs_gpu_build
+@each_precision
+@each_reference
+def test_on_a_gpu_the_losses_of_ten_adamw_steps_are_the_references(name, precision, on_gpu):
+    model, x, y, _ = open_reference(name)
+    r = json.loads((REFERENCES / f"{name}_losses.json").read_text())
+    limit = bf16_limits(name)["losses"] if precision == "bf16" else 2e-6
+    for loss, norm in zip(r["losses"], r["gradient_norms"]):
+        assert model.forward(x, y) == pytest.approx(loss, rel=limit)
+        model.backward()
+        ours = model.update(r["lr"], r["beta1"], r["beta2"], r["eps"], r["weight_decay"], r["max_norm"])
+        assert ours == pytest.approx(norm, rel=20 * limit)
+    assert model.updates == 10
+
+
+@needs_gpu_build
+@each_precision
+@pytest.mark.parametrize("shape", [
+    (1, 1, 1, 1, 1, 1, 1), (130, 127, 2, 2, 64, 2, 130), (64, 300, 1, 2, 64, 3, 64), (65, 129, 1, 4, 32, 1, 65),
+    (200, 60, 1, 1, 64, 1, 193), (70, 60, 1, 2, 128, 1, 70), (40, 1700, 1, 1, 80, 2, 33), (9, 300, 4, 7, 3, 21, 3)])
+def test_a_gpu_computes_what_the_cpu_does(shape, precision, monkeypatch):
+    max_T, vocabulary, L, NH, hs, B, T = shape
+    spread = min(0.2, 1 / math.sqrt(NH * hs))
+    ours = lively(max_T, vocabulary, L, NH, NH * hs, spread)
+    x, y = token_rows(B, T, vocabulary)
+    monkeypatch.setattr(train_gpt2, "library", lambda device="auto": gpu_library(precision))
+    theirs = GPT2(ours.config)
+    for name in TENSORS:
+        theirs.set(name, ours.get(name))
+    expected, found = results(ours, x, y), results(theirs, x, y)
+    worst = {row: max(errors[row] for errors in BF16["errors"].values()) for row in expected}
+    limits = {row: 2 * worst[row] if precision == "bf16" else 1e-5 for row in expected}
+    scale = max(math.sqrt(math.fsum(v * v for v in expected[row])) for row in TENSORS)
+    for row, limit in limits.items():
+        norm = math.sqrt(math.fsum(v * v for v in expected[row]))
+        assert relative(found[row], expected[row]) <= limit or norm < 1e-4 * scale, row
+
+
+def gpu_run(data, precision, out, flags="", resume=False, **environment):
+    """A run by a GPU's binary, and what it wrote."""
+    words = command("binary", data, flags, out, resume)
+    run(gpu_file("train_gpt2cu", precision), *words[1:], **environment)
+    return outputs(out)
+
+
+@pytest.fixture(scope="module")
+def gpu_runs(data, tmp_path_factory):
+    """By precision, what an uninterrupted run writes."""
+    folder = tmp_path_factory.mktemp("gpu")
+    return functools.lru_cache(lambda precision: gpu_run(data, precision, folder / precision))
+
+
+def begun_by(files, folder):
+    """A folder with the checkpoint of step 4 from a run's files, as if it had been stopped there."""
+    for name in ("DONE_00000004", "model_00000004.bin", "state_00000004_00000.bin"):
+        (folder / name).write_bytes(files[name])
+    (folder / "main.log").write_bytes(files["main.log"].partition(b"s:4 ")[0])
+    return folder
+
+
+@needs_gpu_build
+@each_precision
+@pytest.mark.parametrize("environment", [{}, {"GPT2_EMULATE_ORDER": "descending"},
+                                         {"GPT2_EMULATE_STREAMS": "at-once"}])
+def test_a_run_on_a_gpu_gives_the_same_bytes_again(data, gpu_runs, tmp_path, precision, environment):
+    again = gpu_run(data, precision, tmp_path / "run", **environment)
+    whole = gpu_runs(precision)
+    assert sorted(again) == sorted(whole) and len(whole) == 7
+    assert [name for name in whole if again[name] != whole[name]] == []
+
+
+@needs_gpu_build
+@each_precision
+def test_a_run_that_is_resumed_on_a_gpu_ends_with_the_same_bytes(data, gpu_runs, tmp_path, precision):
+    whole = gpu_runs(precision)
+    resumed = gpu_run(data, precision, begun_by(whole, tmp_path), resume=True)
+    assert [name for name in whole if resumed[name] != whole[name]] == []
+
+
+def parameters_of(contents):
+    """The parameters of a model file of version 3."""
+    return array.array("f", contents[1024:])
+
+
+@needs_gpu_build
+@each_precision
+@pytest.mark.parametrize("first", ["cpu", "gpu"])
+def test_a_run_goes_on_where_the_other_device_stopped(data, whole_runs, gpu_runs, tmp_path, precision, first):
+    cpu = outputs(whole_runs["binary"][1])
+    if first == "cpu":
+        ended = gpu_run(data, precision, begun_by(cpu, tmp_path), resume=True)
+    else:
+        begun_by(gpu_runs(precision), tmp_path)
+        run(*command("binary", data, "", tmp_path, resume=True))
+        ended = outputs(tmp_path)
+    limit = 1e-5 if precision == "fp32" else 1e-2
+    name = "model_00000008.bin"
+    start = parameters_of((data / "model.bin").read_bytes())
+    ours, theirs = ([a - b for a, b in zip(parameters_of(files[name]), start)] for files in (ended, cpu))
+    assert relative(parameters_of(ended[name]), parameters_of(cpu[name])) <= limit
+    assert relative(ours, theirs) <= (0.01 if precision == "fp32" else 0.3)     # of the way that they went
+    logs = [re.findall(r"(s:\d+ t[re]l:)(\S+)", files["main.log"].decode()) for files in (ended, cpu)]
+    assert [step for step, _ in logs[0]] == [step for step, _ in logs[1]] and len(logs[0]) == 12
+    for (_, a), (_, b) in zip(*logs):
+        assert float(a) == pytest.approx(float(b), abs=2e-4 if precision == "fp32" else 0.02)
+
+
+@needs_gpu_build
+def test_a_gpu_writes_the_text_that_the_cpu_writes(monkeypatch):
+    ours = lively(24, 61, 2, 2, 32)
+    monkeypatch.setattr(train_gpt2, "library", lambda device="auto": gpu_library("fp32"))
+    theirs = GPT2(ours.config)
+    for name in TENSORS:
+        theirs.set(name, ours.get(name))
+    for temperature in (0, 0.8):             # past max_T, where half of the text is dropped
+        texts = [list(model.generate([1, 2, 3], 60, temperature, top_k=20)) for model in (ours, theirs)]
+        assert texts[0] == texts[1] and len(set(texts[0])) > 5
+
+
+@needs_emulation
+@each_precision
+def test_too_small_a_gpu_is_told_in_a_sentence(data, tmp_path, precision):
+    for memory in ("1000", "33700000", "34500000"):     # 32 MiB are cuBLASLt's
+        done = run(gpu_file("train_gpt2cu", precision), *command("binary", data, "", tmp_path / memory)[1:],
+                   status=1, GPT2_EMULATE_MEMORY=memory)
+        one_sentence(done.stderr, "memory")
+
+
+@needs_emulation
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+def test_the_emulation_computes_what_a_gpu_would(order):
+    assert run(GPU_BUILD / "selftest", "results", GPT2_EMULATE_ORDER=order).stdout == "ok\n"
+
+
+MISTAKES = {
+    "no_wait": "NaN: 0 256 512", "fresh": "numbers: 0", "no_synchronize": "NaN 2", "no_event": "NaN",
+    "with_event": "a number", "half_barrier": "deadlock.*__syncthreads.*its end",
+    "half_shuffle": "deadlock.*__shfl_xor_sync.*thread 5", "crossed": "deadlock.*__sync",
+    "mixed": "__shfl_sync.*__any_sync|__any_sync.*__shfl_sync", "past_end": "byte 4096 of a device allocation",
+    "before": "byte -4 of", "beside": "written beside an allocation of 4000", "freed": "that was freed",
+    "misaligned": "not aligned", "shared_end": "byte 256 of 256 bytes of dynamic shared",
+    "host_pointer": "is host memory", "host_pointer_in_struct": "is host memory",
+    "wrong_way": "to device memory was given", "long_copy": "260 bytes to .* of 256 bytes is out of bounds",
+    "no_memory": "out of memory", "large_block": "1025", "much_shared": "51200 bytes of shared memory, 49152",
+    "matmul_mistakes": r"D, 284 bytes|C, 284 bytes.*\n.*leading dimension of 7.*\n.*256.*\n.*multiple of 8.*\n"
+                       ".*attribute 27",
+    "host_reads": "host touched .* copy is missing", "host_writes": "host touched .* copy is missing",
+}
+
+
+@needs_emulation
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+@pytest.mark.parametrize("name", MISTAKES)
+def test_the_emulation_finds(name, order):
+    status = -signal.SIGSEGV if name.startswith("host_") and "pointer" not in name else 0
+    done = run(GPU_BUILD / "selftest", name, status=status, GPT2_EMULATE_ORDER=order)
+    assert re.search(MISTAKES[name], done.stdout + done.stderr), done.stdout + done.stderr
+
+
+@needs_emulation
+def test_the_emulation_shows_a_missing_barrier_by_another_order():
+    shown = {name: {run(GPU_BUILD / "selftest", name, GPT2_EMULATE_ORDER=order).stdout
+                    for order in ("ascending", "descending")} for name in ("no_barrier", "with_barrier")}
+    assert len(shown["no_barrier"]) == 2 and len(shown["with_barrier"]) == 1
+
+
 # --- A layer of one's own, as dev/doc/layers.md shows it ----------------------------------------------------
 DOC = HERE / "dev" / "doc"
 needs_tools = pytest.mark.skipif(not all(map(shutil.which, ("cc", "make", "git", "python3"))),

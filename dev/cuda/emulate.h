@@ -41,12 +41,10 @@
 #include <time.h>
 #include <unistd.h>
 #include <cmath>
-#include <condition_variable>
 #include <deque>
 #include <functional>
 #include <map>
 #include <mutex>
-#include <thread>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -61,7 +59,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-/* The device is a thread of this process, and shared arrays are all that it has of its own (see shared_fill). */
+/* The library's thread_local variables can be found, and so filled with NaN before each block: see shared_fill. */
 #define __shared__ static thread_local
 #define SHARED(type, name) type *name = (type *)emulate::block.shared
 #define LAUNCH(kernel, grid, threads, shared, stream, ...) \
@@ -227,6 +225,7 @@ inline cudaError_t allocate(void **out, size_t bytes, bool device) {
     if (p == MAP_FAILED || mprotect(p + page, inside, PROT_READ | PROT_WRITE))
         return fail(cudaErrorMemoryAllocation, "out of memory: %zu bytes wanted", bytes);
     const Allocation a = {p + page + inside - rounded, p + page, bytes, inside, device, true};
+    madvise(a.pages, inside, MADV_HUGEPAGE);      /* only for speed: whole tables of pages change at once */
     memset(a.pages, 0xff, inside);
     if (device) {
         memory_used += bytes;
@@ -281,41 +280,24 @@ struct Stream {
 };
 struct Event { Point at; Graph *capture; timespec time; };
 
-/* The device: a thread, which runs one task at a time while a caller waits. */
 struct Device {
     std::recursive_mutex calls;           /* one call of the runtime at a time */
-    std::mutex mutex;
-    std::condition_variable change;
-    const std::function<cudaError_t()> *task = NULL;
-    cudaError_t result;
-    std::thread *thread = NULL;
-    pthread_t id;
     std::vector<Stream *> streams;        /* [0] is the default stream */
     bool at_once, descending;
+    bool busy;                            /* running what streams hold, on this thread: */
+    pthread_t thread;
+    char *tls;                            /* the thread's own variables of this library, of which shared arrays */
+    size_t tls_bytes;                     /* are some */
 };
-inline Device &device();
+inline thread_local char one_of_ours;
 inline void watch_faults(void);
 inline void fault_stack(void);
 
-inline void device_main(Device *d) {
-    fault_stack();
-    std::unique_lock<std::mutex> lock(d->mutex);
-    for (;;) {
-        d->change.wait(lock, [&] { return d->task; });
-        device_memory(PROT_READ | PROT_WRITE);
-        d->result = (*d->task)();
-        if (d->result == cudaSuccess) d->result = check_surroundings();
-        device_memory(PROT_NONE);
-        if (d->result != cudaSuccess) sticky = d->result;
-        d->task = NULL;
-        d->change.notify_all();
-    }
-}
 inline Device &device() {
     static Device *d = NULL;
     if (!d) {
         const char *order = getenv("GPT2_EMULATE_ORDER"), *streams = getenv("GPT2_EMULATE_STREAMS");
-        d = new Device;
+        d = new Device();
         d->descending = order && !strcmp(order, "descending");
         d->at_once = streams && !strcmp(streams, "at-once");
         d->streams.push_back(new Stream);
@@ -323,18 +305,38 @@ inline Device &device() {
     }
     return *d;
 }
-inline cudaError_t on_device(const std::function<cudaError_t()> &task) {
-    Device &d = device();
-    if (sticky) return sticky;
-    std::unique_lock<std::mutex> lock(d.mutex);
-    if (!d.thread) {
-        d.thread = new std::thread(device_main, &d);
-        d.id = d.thread->native_handle();
+inline int tls_find(struct dl_phdr_info *info, size_t, void *) {
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        char *tls = (char *)info->dlpi_tls_data;
+        const size_t bytes = info->dlpi_phdr[i].p_memsz;
+        if (info->dlpi_phdr[i].p_type == PT_TLS && tls && &one_of_ours >= tls && &one_of_ours < tls + bytes) {
+            device().tls = tls;
+            device().tls_bytes = bytes;
+            return 1;
+        }
     }
-    d.task = &task;
-    d.change.notify_all();
-    d.change.wait(lock, [&] { return !d.task; });
-    return d.result;
+    return 0;
+}
+
+/* Runs something for which device memory is there; afterwards, it is not, and the caller's thread_local variables
+   are what they were. */
+template <class Task> cudaError_t on_device(Task task) {
+    Device &d = device();
+    if (sticky || d.busy) return sticky;
+    one_of_ours = 0;                      /* so that they exist */
+    dl_iterate_phdr(tls_find, NULL);
+    const std::vector<char> before(d.tls, d.tls + d.tls_bytes);
+    d.busy = true;
+    d.thread = pthread_self();
+    fault_stack();
+    device_memory(PROT_READ | PROT_WRITE);
+    cudaError_t result = task();
+    if (result == cudaSuccess) result = check_surroundings();
+    device_memory(PROT_NONE);
+    d.busy = false;
+    memcpy(d.tls, before.data(), d.tls_bytes);
+    if (result != cudaSuccess) sticky = result;
+    return result;
 }
 
 inline Stream *find(Stream *stream) { return stream ? stream : device().streams[0]; }
@@ -478,15 +480,11 @@ struct Block {
     Fiber *fiber[MOST_THREADS];           /* of threads that have begun and not ended, by slot */
     Copies copies[MOST_THREADS];          /* of cp.async, by slot */
     bool copied;                          /* is there any? */
-    char *tls;                            /* where static shared arrays are, see shared_fill */
-    size_t tls_bytes;
     std::vector<Fiber *> *idle, *all;
     Fiber *running, host;
     cudaError_t error;
 };
 inline Block block;
-inline thread_local char one_of_ours;     /* see shared_fill */
-
 inline int thread_of(int slot) { return block.descending ? block.slots - 1 - slot : slot; }
 inline int lane_id(void) { return (block.descending ? ~block.current : block.current) & (WARP - 1); }
 inline void become(int slot) {
@@ -630,24 +628,9 @@ inline void warp_operation(const char *name, void (*finish)(void **), void *mine
     wake(warp);
 }
 
-/* Shared memory is NaN at first. Static shared arrays are thread_local variables, of which there are no others
-   in the device's thread that matter: so all of this library's in this thread are filled. */
-inline int shared_find(struct dl_phdr_info *info, size_t, void *) {
-    for (int i = 0; i < info->dlpi_phnum; i++) {
-        char *tls = (char *)info->dlpi_tls_data;
-        const size_t bytes = info->dlpi_phdr[i].p_memsz;
-        if (info->dlpi_phdr[i].p_type == PT_TLS && tls && &one_of_ours >= tls && &one_of_ours < tls + bytes) {
-            block.tls = tls;
-            block.tls_bytes = bytes;
-            return 1;
-        }
-    }
-    return 0;
-}
+/* Shared memory is NaN at first. Static shared arrays are thread_local variables, and all of these are filled. */
 inline void shared_fill(void) {
-    one_of_ours = 0;
-    if (!block.tls) dl_iterate_phdr(shared_find, NULL);
-    memset(block.tls, 0xff, block.tls_bytes);
+    memset(device().tls, 0xff, device().tls_bytes);
     memset(block.shared, 0xff, block.shared_bytes);
 }
 
@@ -705,6 +688,7 @@ inline cudaError_t run_grid(const char *kernel, dim3 grid, dim3 threads, size_t 
                 block.ready[0] &= ~(1u << __builtin_ctz(block.exists[0]));
                 if (!block.ready[0]) block.busy &= ~1u;
                 go(__builtin_ctz(block.exists[0]));
+                block.running = &block.host;
                 if (block.error) return block.error;
             }
     return cudaSuccess;
@@ -775,7 +759,8 @@ inline struct sigaction other_handlers[NSIG];
 inline void on_fault(int number, siginfo_t *info, void *context) {
     Device &d = device();
     char what[256];
-    const bool in_kernel = d.thread && pthread_equal(pthread_self(), d.id) && block.running != &block.host;
+    const bool in_kernel = d.busy && pthread_equal(pthread_self(), d.thread) && block.running &&
+                           block.running != &block.host;
     if (in_kernel) {
         sigset_t set;
         sigemptyset(&set);
@@ -813,8 +798,11 @@ inline void watch_faults(void) {
     ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
     for (int number : {SIGSEGV, SIGBUS}) sigaction(number, &ours, &other_handlers[number]);
 }
+/* A stack for on_fault: a fiber's may be what is full. */
 inline void fault_stack(void) {
     stack_t stack;
+    sigaltstack(NULL, &stack);
+    if (!(stack.ss_flags & SS_DISABLE)) return;
     memset(&stack, 0, sizeof stack);
     stack.ss_size = 64 * 1024;
     stack.ss_sp = malloc(stack.ss_size);
@@ -1136,7 +1124,7 @@ template <bool trans> void ldmatrix_finish(void **lanes) {
 inline bool is_shared(const void *p, size_t bytes) {
     const char *at = (const char *)p;
     return (at >= block.shared && at + bytes <= block.shared + block.shared_bytes) ||
-           (at >= block.tls && at + bytes <= block.tls + block.tls_bytes);
+           (at >= device().tls && at + bytes <= device().tls + device().tls_bytes);
 }
 inline void need_shared_row(const void *p, const char *name) {
     if ((uintptr_t)p % 16) stop(cudaErrorIllegalAddress, "%s at %p, which is not a multiple of 16", name, p);
