@@ -457,6 +457,10 @@ enum { SWITCH_WORDS = 20, SWITCH_ENTRY = 11 };
 
 enum { WARP = 32, MOST_THREADS = 1024, MOST_SHARED = 227 * 1024, STACK = 256 * 1024 };
 struct Fiber { void *sp; char *stack; };
+#if defined(__SANITIZE_ADDRESS__)                 /* gcc's AddressSanitizer wants to know of other stacks */
+extern "C" void __sanitizer_start_switch_fiber(void **, const void *, size_t);
+extern "C" void __sanitizer_finish_switch_fiber(void *, const void **, size_t *);
+#endif
 struct Copies { std::vector<std::pair<void *, const void *>> open; std::deque<decltype(open)> groups; };
 
 struct Block {
@@ -482,6 +486,7 @@ struct Block {
     bool copied;                          /* is there any? */
     std::vector<Fiber *> *idle, *all;
     Fiber *running, host;
+    size_t host_stack;                    /* its size, if that has to be known */
     cudaError_t error;
 };
 inline Block block;
@@ -492,18 +497,31 @@ inline void become(int slot) {
     threadIdx = block.index[slot];
 }
 
+/* Leaves the running fiber, until another one comes back to it. */
+inline void switch_to(Fiber *to) {
+    Fiber *from = block.running;
+    block.running = to;
+#if defined(__SANITIZE_ADDRESS__)
+    void *frames = NULL;
+    __sanitizer_start_switch_fiber(&frames, to->stack, to == &block.host ? block.host_stack : (size_t)STACK);
+    emulate_switch(&from->sp, to->sp);
+    __sanitizer_finish_switch_fiber(frames, NULL, NULL);
+#else
+    emulate_switch(&from->sp, to->sp);
+#endif
+}
+
 /* Ends the kernel with an error, from within a thread of it. */
 __attribute__((format(printf, 2, 3), noreturn))
 inline void stop(cudaError_t error, const char *format, ...) {
     char what[512];
     va_list list;
-    void *never;
     va_start(list, format);
     vsnprintf(what, sizeof what, format, list);
     va_end(list);
     block.error = fail(error, "kernel %s, block (%u, %u, %u), thread (%u, %u, %u): %s", block.kernel, blockIdx.x,
                        blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z, what);
-    emulate_switch(&never, block.host.sp);
+    switch_to(&block.host);
     __builtin_unreachable();
 }
 __attribute__((noreturn)) inline void stop_deadlock(void) {
@@ -557,13 +575,20 @@ inline Fiber *fiber_take(void) {
     return fiber;
 }
 inline void go(int slot) {
-    Fiber *from = block.running;
     become(slot);
     if (!block.fiber[slot]) block.fiber[slot] = fiber_take();
-    block.running = block.fiber[slot];
-    emulate_switch(&from->sp, block.running->sp);
+    switch_to(block.fiber[slot]);
 }
 inline void fiber_main(void) {
+#if defined(__SANITIZE_ADDRESS__)
+    const void *from;
+    size_t bytes;
+    __sanitizer_finish_switch_fiber(NULL, &from, &bytes);
+    if (!block.host_stack) {              /* the first fiber comes from the host */
+        block.host.stack = (char *)from;
+        block.host_stack = bytes;
+    }
+#endif
     for (;;) {
         block.call(block.arguments);
         block.ended++;
@@ -580,8 +605,7 @@ inline void fiber_main(void) {
         if (next >= 0) {
             go(next);
         } else {
-            Fiber *from = block.running;
-            emulate_switch(&from->sp, block.host.sp);
+            switch_to(&block.host);
         }
     }
 }
@@ -688,7 +712,6 @@ inline cudaError_t run_grid(const char *kernel, dim3 grid, dim3 threads, size_t 
                 block.ready[0] &= ~(1u << __builtin_ctz(block.exists[0]));
                 if (!block.ready[0]) block.busy &= ~1u;
                 go(__builtin_ctz(block.exists[0]));
-                block.running = &block.host;
                 if (block.error) return block.error;
             }
     return cudaSuccess;
