@@ -3,9 +3,9 @@
      make cuda                    builds ./train_gpt2cu and libgpt2cu.so from this file and train_gpt2.c
      make cuda FP32=1             the same in pure fp32, to verify with (..._fp32)
 
-   What it is: the model half behind the C API that section 1 of train_gpt2.c documents, on a GPU. Files, loader,
-   schedule and main are train_gpt2.c's, compiled without its model. What it refuses to be: a tensor library;
-   a home for several GPUs. To be read from top to bottom:
+   What it is: the model half behind the C API that section 1 of train_gpt2.c documents, on a GPU. Files,
+   loader, schedule and main are train_gpt2.c's, compiled without its model. What it refuses to be: a tensor
+   library; a home for several GPUs. To be read from top to bottom:
 
      1. The device     errors, launches, vectors of 16 bytes, sums over a warp and over a block
      2. Layers         embedding, layer norm, GELU, classifier, column sums: all of them bound by memory
@@ -45,6 +45,7 @@ enum { WIDTH = 16 / sizeof(floatX), WARP = 32 };     /* elements in 16 bytes, th
 
 static size_t min_of(size_t a, size_t b) { return a < b ? a : b; }
 static size_t pieces(size_t n, size_t unit) { return (n + unit - 1) / unit; }
+static unsigned blocks(size_t n, size_t each) { return (unsigned)pieces(n, each); }
 static size_t round_to(size_t n, size_t unit) { return pieces(n, unit) * unit; }
 
 /* Whether something on the GPU went wrong since the API function that runs began; gpt2_error() has the first
@@ -220,8 +221,8 @@ template <int V> __global__ void dwte_kernel(float *dwte, const float *parts, co
     }
 }
 
-/* out (N,C) = (inp - mean) · rstd · w + b. mean (N) and rstd (N) = 1 / √(variance + ε) are kept for the backward
-   pass; with `again` they are known. */
+/* out (N,C) = (inp - mean) · rstd · w + b. mean (N) and rstd (N) = 1 / √(variance + ε) are kept for the
+   backward pass; with `again` they are known. */
 template <int V> __global__ void layernorm_forward_kernel(floatX *out, float *mean, float *rstd,
                                                           const floatX *inp, const floatX *w, const floatX *b,
                                                           size_t N, int C, int again) {
@@ -254,9 +255,9 @@ template <int V> __global__ void layernorm_forward_kernel(floatX *out, float *me
     }
 }
 
-/* With norm = (inp - mean) · rstd and g = w · dout: dinp = (or with `add`, the residual stream's gradient, +=)
-   rstd · (g - mean(g) - norm · mean(g · norm)). Σ dout and Σ dout · norm over the block's rows, of which each
-   warp has a part in shared memory, go to sums (blocks, 2, C): first db, then dw. */
+/* With norm = (inp - mean) · rstd and g = w · dout: dinp = (or with `add`, the residual stream's gradient,
+   +=) rstd · (g - mean(g) - norm · mean(g · norm)). Σ dout and Σ dout · norm over the block's rows, of which
+   each warp has a part in shared memory, go to sums (blocks, 2, C): first db, then dw. */
 template <int V> __global__ void layernorm_backward_kernel(floatX *dinp, float *sums, const floatX *dout,
                                                            const floatX *inp, const floatX *w,
                                                            const float *mean, const float *rstd, size_t N,
@@ -306,8 +307,7 @@ template <int V> __global__ void layernorm_backward_kernel(floatX *dinp, float *
     }
 }
 
-/* sums (blocks of rows, OC) of the columns of dout (N,OC): a block has COLUMN_WARPS · V columns by WARP rows at
-   a time. Lane is the row's, and not the column's, so that odd sizes need no other way: 16 bytes a thread. */
+/* sums (blocks of rows, OC) of the columns of dout (N,OC): a thread has V columns, and every so many rows. */
 enum { COLUMN_THREADS = 32, COLUMN_ROWS = 8 };
 template <int V> __global__ void column_sums_kernel(float *sums, const floatX *dout, size_t N, int OC) {
     __shared__ float shared[COLUMN_ROWS][COLUMN_THREADS * V];
@@ -331,7 +331,8 @@ __global__ void column_total_kernel(float *out, const float *sums, int rows, int
     __shared__ float shared[COLUMN_ROWS][COLUMN_THREADS];
     const int c = blockIdx.x * COLUMN_THREADS + threadIdx.x;
     float sum = 0;
-    for (int row = threadIdx.y; row < rows && c < n; row += COLUMN_ROWS) sum += sums[(size_t)row * stride + c];
+    for (int row = threadIdx.y; row < rows && c < n; row += COLUMN_ROWS)
+        sum += sums[(size_t)row * stride + c];
     shared[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y || c >= n) return;
@@ -339,36 +340,29 @@ __global__ void column_total_kernel(float *out, const float *sums, int rows, int
     out[c] = add ? out[c] + sum : sum;
 }
 
-/* GELU in the tanh form: x σ(2u) with u = √(2/π) (x + 0.044715 x³), and its derivative σ + x σ (1 - σ) 2u'. Both
-   kernels are for where cuBLASLt cannot do it, and for making the output again. */
-__device__ static inline float gelu_sigma(float x) {
-    return 1.0f / (1.0f + expf(-x * (1.59576912f + 0.0713548163f * x * x)));
-}
-template <int V> __global__ void gelu_forward_kernel(floatX *out, const floatX *inp, size_t n) {
-    const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (at >= n) return;
-    float x[V];
-    load<V>(x, inp + at);
-    for (int i = 0; i < V; i++) x[i] *= gelu_sigma(x[i]);
-    store<V>(out + at, x);
-}
-template <int V> __global__ void gelu_backward_kernel(floatX *dx, const floatX *inp, size_t n) {
+/* GELU in the tanh form: x σ(2u) with u = √(2/π) (x + 0.044715 x³), and its derivative σ + x σ (1 - σ) 2u';
+   for where cuBLASLt cannot do it, and for making the output again. out (n) = GELU of inp, or, with dx, dx
+   times the derivative there; out may be dx. */
+template <int V> __global__ void gelu_kernel(floatX *out, const floatX *dx, const floatX *inp, size_t n) {
     const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (at >= n) return;
     float x[V], d[V];
     load<V>(x, inp + at);
-    load<V>(d, dx + at);
+    if (dx) load<V>(d, dx + at);
     for (int i = 0; i < V; i++) {
-        const float sigma = gelu_sigma(x[i]), slope = 1.59576912f + 3 * 0.0713548163f * x[i] * x[i];
-        d[i] *= sigma + x[i] * sigma * (1.0f - sigma) * slope;
+        const float twice_u = x[i] * (1.59576912f + 0.0713548163f * x[i] * x[i]);
+        const float slope = 1.59576912f + 3 * 0.0713548163f * x[i] * x[i];
+        const float sigma = 1.0f / (1.0f + expf(-twice_u));
+        x[i] = dx ? d[i] * (sigma + x[i] * sigma * (1.0f - sigma) * slope) : x[i] * sigma;
     }
-    store<V>(dx + at, d);
+    store<V>(out + at, x);
 }
 
 /* losses (rows) = -log softmax(logits)[y]. Unless scale is 0, the rows of V logits, Vp apart, become their
-   gradient scale · (softmax - one-hot), and the padding 0. A block has a row, which it reads twice; the second
-   time from the second-level cache. */
-__global__ void crossentropy_kernel(float *losses, floatX *logits, const int32_t *y, int V, int Vp, float scale) {
+   gradient scale · (softmax - one-hot), and the padding 0. A block has a row, which it reads twice; the
+   second time from the second-level cache. */
+__global__ void crossentropy_kernel(float *losses, floatX *logits, const int32_t *y, int V, int Vp,
+                                    float scale) {
     floatX *row = logits + blockIdx.x * (size_t)Vp;
     const int target = y[blockIdx.x];
     const float target_logit = to_float(row[target]);
@@ -394,15 +388,18 @@ __global__ void crossentropy_kernel(float *losses, floatX *logits, const int32_t
 }
 
 /* === 3. Attention =======================================================================================
-   out = softmax(q·kᵀ / √hs)·v for each head of hs = C / NH channels, where a query sees the keys up to its own.
-   qkv is (B,T,3,NH,hs). Scores are kept in base 2: with s = q·k log₂e / √hs the softmax is 2^s / Σ 2^s, and lse
-   (B,NH,T) = log₂ Σ 2^s is all that the backward pass needs to make p = 2^(s - lse) again. There, with
-   delta (B,NH,T) = Σ dout · out, ds = p · (dout·v - delta), dq = ds·k / √hs, dk = dsᵀ·q / √hs, dv = pᵀ·dout. */
+   out = softmax(q·kᵀ / √hs)·v for each head of hs = C / NH channels, where a query sees the keys up to its
+   own. qkv is (B,T,3,NH,hs). Scores are kept in base 2: with s = q·k log₂e / √hs the softmax is 2^s / Σ 2^s,
+   and lse (B,NH,T) = log₂ Σ 2^s is all that the backward pass needs to make p = 2^(s - lse) again. There,
+   with delta (B,NH,T) = Σ dout · out, ds = p · (dout·v - delta), dq = ds·k / √hs, dk = dsᵀ·q / √hs, dv =
+   pᵀ·dout. */
 #define LOG2E 1.44269504f
 
-/* --- The plain kernels: any head size, fp32 or bf16; a warp has a query (or a key) and all its channels --- */
+/* --- The plain kernels: any head size, fp32 or bf16; a warp has a query (or a key) and all its channels - */
 enum { PLAIN_WARPS = 4 };
-static size_t plain_shared(int warps, int hs) { return (size_t)warps * (2 * (size_t)hs + 2 * WARP) * sizeof(float); }
+static size_t plain_shared(int warps, int hs) {
+    return (size_t)warps * (2 * (size_t)hs + 2 * WARP) * sizeof(float);
+}
 
 __device__ static inline float dot(const floatX *a, const floatX *b, int n) {
     float sum = 0, x[WIDTH], y[WIDTH];
@@ -417,17 +414,17 @@ __device__ static inline float dot(const floatX *a, const floatX *b, int n) {
     return sum;
 }
 
-/* out (B, T - first, C) of the queries from `first` on, and their lse. A lane scores a key; then the warp adds
-   32 keys' values, a lane some channels, with an online softmax (Milakov & Gimelshein 2018). */
+/* out (B, T - first, C) of the queries from `first` on, and their lse. A lane scores a key; then the warp
+   adds 32 keys' values, a lane some channels, with an online softmax (Milakov & Gimelshein 2018). */
 __global__ void attention_plain_forward_kernel(floatX *out, float *lse, const floatX *qkv, int first, int T,
                                                int C, int NH) {
     SHARED(float, shared);                /* (warps): sums of hs channels, 32 weights */
     const int hs = C / NH, warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int tiles = (T - first + warps - 1) / warps, t = first + blockIdx.x % tiles * warps + warp;
-    const size_t head_of_all = blockIdx.x / tiles, h = head_of_all % NH, b = head_of_all / NH;
+    const size_t pair = blockIdx.x / tiles, h = pair % NH, b = pair / NH;
     if (t >= T) return;
     float *sums = shared + warp * (2 * hs + 2 * WARP), *weights = sums + hs;
-    const floatX *head = qkv + (size_t)b * T * 3 * C + h * hs, *q = head + (size_t)t * 3 * C;
+    const floatX *head = qkv + b * T * 3 * C + h * hs, *q = head + (size_t)t * 3 * C;
     const float factor = LOG2E / sqrtf((float)hs);
     float top = -INFINITY, total = 0;
     for (int c = lane; c < hs; c += WARP) sums[c] = 0;
@@ -448,14 +445,14 @@ __global__ void attention_plain_forward_kernel(floatX *out, float *lse, const fl
         }
         __syncwarp();
     }
-    floatX *o = out + ((size_t)b * (T - first) + t - first) * C + h * hs;
+    floatX *o = out + (b * (T - first) + t - first) * C + h * hs;
     for (int c = lane; c < hs; c += WARP) from_float(o + c, sums[c] / total);
-    if (lane == 0) lse[(size_t)head_of_all * T + t] = top + log2f(total);
+    if (lane == 0) lse[pair * T + t] = top + log2f(total);
 }
 
 /* delta (B,NH,T), for both backward kernels; a warp has a row of a head */
-__global__ void attention_delta_kernel(float *delta, const floatX *dout, const floatX *out, size_t rows, int T,
-                                       int C, int NH) {
+__global__ void attention_delta_kernel(float *delta, const floatX *dout, const floatX *out, size_t rows,
+                                       int T, int C, int NH) {
     const size_t row = blockIdx.x * (size_t)ROW_WARPS + threadIdx.x / WARP;     /* of (B,T,NH) */
     if (row >= rows) return;
     const int hs = C / NH, h = row % NH, t = row / NH % T;
@@ -468,16 +465,16 @@ __global__ void attention_delta_kernel(float *delta, const floatX *dout, const f
 }
 
 /* dq of a query: a lane has a key's ds, then the warp adds ds · k of 32 keys. */
-__global__ void attention_plain_dq_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse,
-                                          const float *delta, int T, int C, int NH) {
+__global__ void attention_plain_dq_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
+                                          const float *lse, const float *delta, int T, int C, int NH) {
     SHARED(float, shared);                /* (warps): sums of hs channels, 32 ds */
     const int hs = C / NH, warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int tiles = (T + warps - 1) / warps, t = blockIdx.x % tiles * warps + warp;
-    const size_t head_of_all = blockIdx.x / tiles, h = head_of_all % NH, b = head_of_all / NH;
+    const size_t pair = blockIdx.x / tiles, h = pair % NH, b = pair / NH;
     if (t >= T) return;
     float *sums = shared + warp * (2 * hs + 2 * WARP), *ds = sums + hs;
-    const size_t at = (size_t)b * T * 3 * C + h * hs, row = (size_t)head_of_all * T + t;
-    const floatX *head = qkv + at, *q = head + (size_t)t * 3 * C, *d = dout + ((size_t)b * T + t) * C + h * hs;
+    const size_t at = b * T * 3 * C + h * hs, row = pair * T + t;
+    const floatX *head = qkv + at, *q = head + (size_t)t * 3 * C, *d = dout + (b * T + t) * C + h * hs;
     const float factor = 1 / sqrtf((float)hs);
     for (int c = lane; c < hs; c += WARP) sums[c] = 0;
     for (int from = 0; from <= t; from += WARP) {
@@ -497,21 +494,21 @@ __global__ void attention_plain_dq_kernel(floatX *dqkv, const floatX *dout, cons
 }
 
 /* dk and dv of a key: a lane has a query's p and ds, then the warp adds p · dout and ds · q of 32 queries. */
-__global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse,
-                                            const float *delta, int T, int C, int NH) {
+__global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
+                                            const float *lse, const float *delta, int T, int C, int NH) {
     SHARED(float, shared);                /* (warps): sums of 2 hs channels, 32 p, 32 ds */
     const int hs = C / NH, warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int tiles = (T + warps - 1) / warps, t = blockIdx.x % tiles * warps + warp;
-    const size_t head_of_all = blockIdx.x / tiles, h = head_of_all % NH, b = head_of_all / NH;
+    const size_t pair = blockIdx.x / tiles, h = pair % NH, b = pair / NH;
     if (t >= T) return;
     float *dk = shared + warp * (2 * hs + 2 * WARP), *dv = dk + hs, *p = dv + hs, *ds = p + WARP;
-    const size_t at = (size_t)b * T * 3 * C + h * hs;
-    const floatX *head = qkv + at, *k = head + (size_t)t * 3 * C + C, *d = dout + (size_t)b * T * C + h * hs;
+    const size_t at = b * T * 3 * C + h * hs;
+    const floatX *head = qkv + at, *k = head + (size_t)t * 3 * C + C, *d = dout + b * T * C + h * hs;
     const float factor = 1 / sqrtf((float)hs);
     for (int c = lane; c < hs; c += WARP) dk[c] = dv[c] = 0;
     for (int from = t; from < T; from += WARP) {
         const int query = from + lane, queries = T - from < WARP ? T - from : WARP;
-        const size_t row = (size_t)head_of_all * T + query;
+        const size_t row = pair * T + query;
         p[lane] = ds[lane] = 0;
         if (query < T) {
             p[lane] = exp2f(factor * LOG2E * dot(head + (size_t)query * 3 * C, k, hs) - lse[row]);
@@ -536,28 +533,30 @@ __global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, co
 }
 
 /* --- Flash attention on tensor cores: bf16, heads of 64 channels (Dao 2023, "FlashAttention-2") -----------
-   A block has some queries (for dk and dv: keys) of a head, 16 ROW_TILES for each warp, and goes through tiles
-   of 64 keys (queries) in shared memory, of which the next one is on its way while one is worked on. Scores, P and
-   the sums stay in registers: the accumulators of a product have the layout that the next one's A wants. */
+   A block has some queries (for dk and dv: keys) of a head, 16 or 32 for each warp, and goes through tiles of
+   64 keys (queries) in shared memory, of which the next one is on its way while one is worked on. Scores, P
+   and the sums stay in registers: the accumulators of a product have the layout that the next one's A wants.
+   */
 #ifndef GPT2_FP32
 enum { HS = 64, TILE = 64, STEPS = HS / 16, FLASH_WARPS = 4, FLASH_THREADS = FLASH_WARPS * WARP };
-enum { FORWARD_TILES = 2, DQ_TILES = 2 };         /* 16 queries each, of a warp; of dk and dv it has one of keys */
+enum { FORWARD_TILES = 2, DQ_TILES = 2 };         /* of 16 queries, for each warp */
 enum { FORWARD_ROWS = 16 * FORWARD_TILES * FLASH_WARPS, DQ_ROWS = 16 * DQ_TILES * FLASH_WARPS };
 enum { TILE_BYTES = TILE * HS * 2, FORWARD_SHARED = FORWARD_ROWS * HS * 2 + 4 * TILE_BYTES,
        DQ_SHARED = 2 * DQ_ROWS * HS * 2 + 4 * TILE_BYTES, DKDV_SHARED = 6 * TILE_BYTES + 4 * TILE * 4 };
 typedef __nv_bfloat16 bf16;
+#define FLASH_KERNEL __global__ __launch_bounds__(FLASH_THREADS) void
 
 #ifdef __CUDACC__                         /* the tests have these their own way, too */
-/* d (16,8) += a (16,16) · b (16,8). Of a, a thread has (row, 2 columns) at (g, 2t), (g + 8, 2t), (g, 2t + 8) and
-   (g + 8, 2t + 8), of b (2 rows, column) at (2t, g), (2t + 8, g), of d (g, 2t) and (g + 8, 2t): g = lane / 4, t =
-   lane % 4. */
+/* d (16,8) += a (16,16) · b (16,8). Of a, a thread has (row, 2 columns) at (g, 2t), (g + 8, 2t), (g, 2t + 8)
+   and (g + 8, 2t + 8), of b (2 rows, column) at (2t, g), (2t + 8, g), of d (g, 2t) and (g + 8, 2t): g = lane
+   / 4, t = lane % 4. */
 __device__ static inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
                  "{%0,%1,%2,%3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-/* Four 8 × 8 matrices: lanes 8 i … 8 i + 7 have the addresses of rows of the i-th, and each lane gets of row lane / 4
-   (or column, of the transposed) the elements 2 (lane % 4) and the one after. */
+/* Four 8 × 8 matrices: lanes 8 i … 8 i + 7 have the addresses of rows of the i-th, and each lane gets of row
+   lane / 4 (or column, of the transposed) the elements 2 (lane % 4) and the one after. */
 __device__ static inline void ldmatrix_x4(uint32_t r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -579,23 +578,24 @@ template <int N> __device__ static inline void copy_async_wait(void) {
 }
 #endif
 
-/* A tile has rows of 64 bf16: eight pieces of 16 bytes, which lie where piece ^ row % 8 says, so that eight rows'
-   pieces of the same number are in different banks. */
+/* A tile has rows of 64 bf16: eight pieces of 16 bytes, which lie where piece ^ row % 8 says, so that eight
+   rows' pieces of the same number are in different banks. */
 __device__ static inline bf16 *piece_at(bf16 *tile, int row, int piece) {
     return tile + row * HS + (piece ^ (row & 7)) * 8;
 }
 
-/* Rows first … of a head, stride elements apart in memory, begin their way to a tile. What lies behind row T - 1
-   is that row again: of no account, but finite. */
-__device__ static inline void tile_load(bf16 *tile, const bf16 *head, size_t stride, int first, int rows, int T) {
+/* Rows first … of a head, stride elements apart in memory, begin their way to a tile. What lies behind row T
+   - 1 is that row again: of no account, but finite. */
+__device__ static inline void tile_load(bf16 *tile, const bf16 *head, size_t stride, int first, int rows,
+                                        int T) {
     for (int i = threadIdx.x; i < rows * 8; i += FLASH_THREADS) {
         const int t = first + i / 8 < T ? first + i / 8 : T - 1;
         copy_async_16(piece_at(tile, i / 8, i % 8), head + t * stride + i % 8 * 8);
     }
 }
 
-/* Operands of a product: the 16 × 16 of A at a row and step; of B (k, n), given by rows n (as K in q·kᵀ) or by rows
-   k (as V in p·v), two times 16 × 8 side by side. Steps are 16 channels. */
+/* Operands of a product: the 16 × 16 of A at a row and step; of B (k, n), given by rows n (as K in q·kᵀ) or
+   by rows k (as V in p·v), two times 16 × 8 side by side. Steps are 16 channels. */
 __device__ static inline void operand_a(uint32_t a[4], bf16 *tile, int row, int step) {
     const int lane = threadIdx.x % WARP;
     ldmatrix_x4(a, piece_at(tile, row + lane % 16, step * 2 + lane / 16));
@@ -640,7 +640,8 @@ __device__ static inline void sums_store(bf16 *head, size_t stride, int first, i
 #pragma unroll
     for (int i = lane; i < 16 * 8; i += WARP)
         if (first + i / 8 < T)
-            *(uint4 *)(head + (first + i / 8) * stride + i % 8 * 8) = *(uint4 *)piece_at(tile, row + i / 8, i % 8);
+            *(uint4 *)(head + (first + i / 8) * stride + i % 8 * 8) =
+                *(uint4 *)piece_at(tile, row + i / 8, i % 8);
 }
 
 __device__ static inline float quad_max(float x) {
@@ -653,12 +654,13 @@ __device__ static inline float quad_sum(float x) {
 }
 
 /* out (B,T,C), lse (B,NH,T). Blocks of later queries, which see more keys, come first. */
-__global__ __launch_bounds__(FLASH_THREADS) void flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
+FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
                                                                       int C, int NH) {
     SHARED(bf16, shared);                 /* queries; two stages of keys, then values */
     bf16 *queries = shared, *stages = shared + FORWARD_ROWS * HS;
-    const int tiles = (T + FORWARD_ROWS - 1) / FORWARD_ROWS, head_of_all = blockIdx.x / tiles;
-    const int first = (tiles - 1 - blockIdx.x % tiles) * FORWARD_ROWS, h = head_of_all % NH, b = head_of_all / NH;
+    const int tiles = (T + FORWARD_ROWS - 1) / FORWARD_ROWS;
+    const int first = (tiles - 1 - blockIdx.x % tiles) * FORWARD_ROWS;
+    const size_t pair = blockIdx.x / tiles, h = pair % NH, b = pair / NH;
     const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16 * FORWARD_TILES;
     const int last = (min(first + FORWARD_ROWS, T) - 1) / TILE;
     const size_t stride = 3 * (size_t)C;
@@ -704,7 +706,8 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_forward_kernel(bf16 *out,
         for (int m = 0; m < FORWARD_TILES; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int query = first + own + m * 16 + lane / 4 + half * 8, key = tile * TILE + lane % 4 * 2;
+                const int query = first + own + m * 16 + lane / 4 + half * 8;
+                const int key = tile * TILE + lane % 4 * 2;
                 float highest = -INFINITY;
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
@@ -745,28 +748,27 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_forward_kernel(bf16 *out,
     for (int m = 0; m < FORWARD_TILES; m++) {
         const int row = first + own + m * 16, query = row + lane / 4;
         const float upper = quad_sum(total[m][0]), lower = quad_sum(total[m][1]);
-        float *row_lse = lse + (size_t)head_of_all * T;
+        float *row_lse = lse + pair * T;
         if (lane % 4 == 0 && query < T) row_lse[query] = top[m][0] + log2f(upper);
         if (lane % 4 == 0 && query + 8 < T) row_lse[query + 8] = top[m][1] + log2f(lower);
-        sums_store(out + (size_t)b * T * C + h * HS, C, row, T, queries, own + m * 16, sums[m], 1 / upper, 1 / lower);
+        sums_store(out + b * T * C + h * HS, C, row, T, queries, own + m * 16, sums[m], 1 / upper, 1 / lower);
     }
 }
 
 /* dq: the blocks and tiles are the forward pass's. Scores are made 16 keys at a time, and used at once. */
-__global__ __launch_bounds__(FLASH_THREADS) void flash_dq_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv,
-                                                                 const float *lse, const float *delta, int T, int C,
-                                                                 int NH) {
+FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse,
+                             const float *delta, int T, int C, int NH) {
     SHARED(bf16, shared);                 /* queries, dout; two stages of keys, then values */
     bf16 *queries = shared, *douts = queries + DQ_ROWS * HS, *stages = douts + DQ_ROWS * HS;
-    const int tiles = (T + DQ_ROWS - 1) / DQ_ROWS, head_of_all = blockIdx.x / tiles;
-    const int first = (tiles - 1 - blockIdx.x % tiles) * DQ_ROWS, h = head_of_all % NH, b = head_of_all / NH;
+    const int tiles = (T + DQ_ROWS - 1) / DQ_ROWS, first = (tiles - 1 - blockIdx.x % tiles) * DQ_ROWS;
+    const size_t pair = blockIdx.x / tiles, h = pair % NH, b = pair / NH;
     const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16 * DQ_TILES;
     const int last = (min(first + DQ_ROWS, T) - 1) / TILE;
     const size_t stride = 3 * (size_t)C, head = b * T * stride + h * HS;
     const bf16 *k = qkv + head + C, *v = k + C;
     const float factor = LOG2E / 8;
     tile_load(queries, qkv + head, stride, first, DQ_ROWS, T);
-    tile_load(douts, dout + (size_t)b * T * C + h * HS, C, first, DQ_ROWS, T);
+    tile_load(douts, dout + b * T * C + h * HS, C, first, DQ_ROWS, T);
     tile_load(stages, k, stride, 0, TILE, T);
     tile_load(stages + TILE * HS, v, stride, 0, TILE, T);
     copy_async_commit();
@@ -777,7 +779,7 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_dq_kernel(bf16 *dqkv, con
 #pragma unroll
         for (int half = 0; half < 2; half++) {     /* where there is no query, p becomes 0 */
             const int query = first + own + m * 16 + lane / 4 + half * 8;
-            const size_t row = (size_t)head_of_all * T + query;
+            const size_t row = pair * T + query;
             row_lse[m][half] = query < T ? lse[row] : INFINITY;
             row_delta[m][half] = query < T ? delta[row] : 0;
         }
@@ -844,23 +846,23 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_dq_kernel(bf16 *dqkv, con
     }
 #pragma unroll
     for (int m = 0; m < DQ_TILES; m++)
-        sums_store(dqkv + head, stride, first + own + m * 16, T, queries, own + m * 16, sums[m], 0.125f, 0.125f);
+        sums_store(dqkv + head, stride, first + own + m * 16, T, queries, own + m * 16, sums[m], 0.125f,
+                   0.125f);
 }
 
-/* dk and dv of 64 keys, 16 a warp, from all queries that see them. Here the scores are transposed (keys by queries),
-   so that they are A of both products as they are. */
-__global__ __launch_bounds__(FLASH_THREADS) void flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv,
-                                                                   const float *lse, const float *delta, int T,
-                                                                   int C, int NH) {
-    SHARED(bf16, shared);                 /* keys, values; two stages of queries, then dout; of lse, then delta */
+/* dk and dv of 64 keys, 16 a warp, from all queries that see them. Here the scores are transposed (keys by
+   queries), so that they are A of both products as they are. */
+FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse,
+                               const float *delta, int T, int C, int NH) {
+    SHARED(bf16, shared);                 /* keys, values; two stages of queries, dout; of lse, delta */
     bf16 *keys = shared, *values = keys + TILE * HS, *stages = values + TILE * HS;
     float *rows = (float *)(stages + 4 * TILE * HS);
-    const int tiles = (T + TILE - 1) / TILE, head_of_all = blockIdx.x / tiles, first_tile = blockIdx.x % tiles;
-    const int first = first_tile * TILE, h = head_of_all % NH, b = head_of_all / NH, thread = threadIdx.x;
-    const int lane = thread % WARP, own = thread / WARP * 16, last = tiles - 1;
+    const int tiles = (T + TILE - 1) / TILE, first_tile = blockIdx.x % tiles, first = first_tile * TILE;
+    const size_t pair = blockIdx.x / tiles, h = pair % NH, b = pair / NH;
+    const int thread = threadIdx.x, lane = thread % WARP, own = thread / WARP * 16, last = tiles - 1;
     const size_t stride = 3 * (size_t)C, head = b * T * stride + h * HS;
-    const bf16 *q = qkv + head, *o = dout + (size_t)b * T * C + h * HS;
-    const float factor = LOG2E / 8, *row_source = (thread < TILE ? lse : delta) + (size_t)head_of_all * T;
+    const bf16 *q = qkv + head, *o = dout + b * T * C + h * HS;
+    const float factor = LOG2E / 8, *row_source = (thread < TILE ? lse : delta) + pair * T;
     const float row_none = thread < TILE ? INFINITY : 0;     /* where there is no query, p becomes 0 */
     int tile = first_tile, query = tile * TILE + thread % TILE;
     tile_load(keys, q + C, stride, first, TILE, T);
@@ -932,7 +934,7 @@ __global__ __launch_bounds__(FLASH_THREADS) void flash_dkdv_kernel(bf16 *dqkv, c
 #endif
 
 /* === 4. Matrix product ==================================================================================
-   cuBLASLt counts by columns, so that our row-major D (M,N) is its D (N,M), and D = A·B is to it D = Bᵀ'·Aᵀ'. */
+   cuBLASLt counts by columns: our row-major D (M,N) is to it D (N,M), and D = A·B its D = B·A. */
 typedef struct {                          /* what makes one product different from another */
     int64_t M, N, K, ld_a, ld_b, ld_d;    /* D (M,N) = A (M,K) · B (K,N), all row-major */
     int32_t transposed_a, transposed_b;   /* A is given as (K,M), B as (N,K) */
@@ -965,7 +967,8 @@ static void plan_free(Plan *plan) {
 }
 
 #define SET_OPERATION(plan, what, value) \
-    blas_ok(cublasLtMatmulDescSetAttribute((plan)->operation, CUBLASLT_MATMUL_DESC_##what, &(value), sizeof(value)))
+    blas_ok(cublasLtMatmulDescSetAttribute((plan)->operation, CUBLASLT_MATMUL_DESC_##what, &(value), \
+                                           sizeof(value)))
 
 /* Describes the product, and asks for the best algorithm. Returns 0 if there is none. */
 static int plan_make(Blas *blas, Plan *plan, const Shape *s) {
@@ -977,8 +980,8 @@ static int plan_make(Blas *blas, Plan *plan, const Shape *s) {
     plan_free(plan);
     plan->shape = *s;
     int ok = blas_ok(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F)) &&
-             SET_OPERATION(plan, TRANSA, ops[s->transposed_b]) && SET_OPERATION(plan, TRANSB, ops[s->transposed_a]) &&
-             SET_OPERATION(plan, EPILOGUE, epilogue);
+             SET_OPERATION(plan, TRANSA, ops[s->transposed_b]) &&
+             SET_OPERATION(plan, TRANSB, ops[s->transposed_a]) && SET_OPERATION(plan, EPILOGUE, epilogue);
     if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_DGELU)
         ok = ok && SET_OPERATION(plan, EPILOGUE_AUX_LD, s->ld_d);
     if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_BIAS)
@@ -997,15 +1000,17 @@ static int plan_make(Blas *blas, Plan *plan, const Shape *s) {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
     for (int i = 0; i < 4; i++)
-        ok = ok && blas_ok(cublasLtMatmulPreferenceSetAttribute(preference, alignments[i], &align, sizeof align));
+        ok = ok && blas_ok(cublasLtMatmulPreferenceSetAttribute(preference, alignments[i], &align,
+                                                                sizeof align));
     cublasLtMatmulHeuristicResult_t best = {};
     int found = 0;
-    if (ok && cublasLtMatmulAlgoGetHeuristic(blas->handle, plan->operation, plan->a, plan->b, plan->d, plan->d,
-                                             preference, 1, &best, &found) != CUBLAS_STATUS_SUCCESS) found = 0;
+    ok = ok && cublasLtMatmulAlgoGetHeuristic(blas->handle, plan->operation, plan->a, plan->b, plan->d,
+                                              plan->d, preference, 1, &best, &found) == CUBLAS_STATUS_SUCCESS;
     if (preference) cublasLtMatmulPreferenceDestroy(preference);
     plan->algorithm = best.algo;
-    if (!found) plan_free(plan);
-    return found > 0;
+    if (ok && found) return 1;
+    plan_free(plan);
+    return 0;
 }
 
 /* The plan of a product, made when it is first needed; NULL if there is none. */
@@ -1018,7 +1023,7 @@ static Plan *plan_find(Blas *blas, const Shape *shape) {
     return plan;
 }
 
-typedef struct { const floatX *data; size_t ld; int transposed; } Matrix;     /* row-major, ld from row to row */
+typedef struct { const floatX *data; size_t ld; int transposed; } Matrix;     /* ld: from row to row */
 
 /* What is done to D before it is written; the first NULLs and DEFAULT for nothing. */
 typedef struct {
@@ -1029,7 +1034,7 @@ typedef struct {
 } After;
 
 /* D (M,N), ld_d from row to row = A (M,K) · B (K,N) and what comes after; fp32 if D is float. Returns 0 if
-   cuBLASLt has no way to do it (and nothing was done), which with DEFAULT and BIAS is a failure. */
+   cuBLASLt has no way to do it, and nothing was done; unless there is a GELU in it, that is a failure. */
 template <typename D> static int gemm(Blas *blas, D *d, size_t ld_d, Matrix a, Matrix b, size_t M, size_t N,
                                       size_t K, After after = {CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, NULL}) {
     const void *c = after.add ? after.add : d;
@@ -1043,12 +1048,12 @@ template <typename D> static int gemm(Blas *blas, D *d, size_t ld_d, Matrix a, M
     shape.epilogue = after.epilogue, shape.alignment = pointers % 16 ? (int)sizeof(floatX) : 16;
     shape.type_d = sizeof(D) == 4 ? CUDA_R_32F : FLOATX_TYPE, shape.add = after.add != NULL;
     Plan *plan = plan_find(blas, &shape);
-    const int optional = after.epilogue != CUBLASLT_EPILOGUE_DEFAULT && after.epilogue != CUBLASLT_EPILOGUE_BIAS;
-    if (!plan) return optional ? 0 : blas_ok(CUBLAS_STATUS_NOT_SUPPORTED);
+    if (!plan) return after.aux ? 0 : blas_ok(CUBLAS_STATUS_NOT_SUPPORTED);
     if (after.bias) SET_OPERATION(plan, BIAS_POINTER, after.bias);
     if (after.aux) SET_OPERATION(plan, EPILOGUE_AUX_POINTER, after.aux);
-    return blas_ok(cublasLtMatmul(blas->handle, plan->operation, &one, b.data, plan->a, a.data, plan->b, &beta, c,
-                                  plan->d, d, plan->d, &plan->algorithm, blas->workspace, WORKSPACE, blas->stream));
+    return blas_ok(cublasLtMatmul(blas->handle, plan->operation, &one, b.data, plan->a, a.data, plan->b,
+                                  &beta, c, plan->d, d, plan->d, &plan->algorithm, blas->workspace, WORKSPACE,
+                                  blas->stream));
 }
 
 /* === 5. GPT-2 =========================================================================================== */
@@ -1066,7 +1071,7 @@ template <typename X> union TensorsOf {
     X *all[GPT2_TENSORS];
 };
 
-/* Of each activation there is one for all layers, or one each; of residual1 one more, after the last layer. */
+/* Each activation is there once for all layers, or once for each; residual1 after the last layer, too. */
 enum Purpose { EVALUATE, GENERATE, TRAIN };
 enum { ACTIVATIONS = 24 };
 typedef union {
@@ -1077,7 +1082,7 @@ typedef union {
         floatX *dresidual, *dln, *dwide;  /* gradients: (B,T,C); (B,T,C) of ln, att; (B,T,4C) of fc, qkv */
         float *delta, *sums;              /* (B,NH,T) see attention; what blocks leave for a second stage */
         floatX *residual1, *residual2;    /* (B,T,C) the residual stream before attention, before MLP */
-        floatX *ln1, *ln2, *gelu;         /* (B,T,C), (B,T,C), (B,T,4C): may be made again in the backward pass */
+        floatX *ln1, *ln2, *gelu;         /* (B,T,C), (B,T,C), (B,T,4C): kept or made again */
         floatX *qkv, *att, *fc;           /* (B,T,3C), (B,T,C), (B,T,4C) before GELU */
         float *mean1, *rstd1, *mean2, *rstd2;     /* (B,T) */
         float *lse;                       /* (B,NH,T) */
@@ -1112,8 +1117,8 @@ enum { GRAPHS = 6 };
 struct GPT2 {
     GPT2Config config;
     size_t C, NH, L, V, Vp;
-    floatX *params;                       /* what the kernels use; with fp32, the same as memory[GPT2_PARAM] */
-    float *memory[4];                     /* of each kind, fp32; NULL until needed; the first: master weights */
+    floatX *params;                       /* what kernels use; with fp32, memory[GPT2_PARAM] itself */
+    float *memory[4];                     /* of each kind, fp32; NULL until needed; of the first, masters */
     size_t start[GPT2_TENSORS + 1];       /* of each tensor in a memory, aligned, and the end */
     int64_t updates;
     int grads_empty;                      /* gradients count as 0: the next backward pass overwrites them */
@@ -1200,7 +1205,7 @@ static size_t acts_place(GPT2 *m, size_t B, size_t T, Purpose purpose) {
         {BTC, 1}, {m->chunk * m->Vp * logit, 1},                                      /* lnf, logits */
         {train * BTC, 1}, {train * BTC, 1}, {train * 4 * BTC, 1},                     /* dresidual … dwide */
         {train * heads, 1}, {train * sums, 1},                                        /* delta, sums */
-        {BTC, train ? L + 1 : 1}, {BTC, each}, {BTC, ln}, {BTC, ln}, {4 * BTC, gelu},     /* residual1 … gelu */
+        {BTC, train ? L + 1 : 1}, {BTC, each}, {BTC, ln}, {BTC, ln}, {4 * BTC, gelu}, /* residual1 … gelu */
         {3 * BTC, purpose == EVALUATE ? 1 : L}, {BTC, each}, {4 * BTC, each},         /* qkv, att, fc */
         {BT, each}, {BT, each}, {BT, each}, {BT, each}, {heads, each},                /* mean1 … lse */
     };
@@ -1221,11 +1226,16 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, Purpose purpose) {
     if ((double)B * (double)T * (double)m->C * (double)m->L > 1e15)
         return gpt2_fail("a batch of %zu x %zu tokens fits no memory; use a smaller one", B, T);
     size_t free_bytes = 0, gpu_bytes, total = acts_place(m, B, T, purpose);
+    const size_t moments = !m->memory[GPT2_MOMENT1] + !m->memory[GPT2_MOMENT2];     /* that are to come */
+    const size_t later = purpose == TRAIN ? moments * m->start[GPT2_TENSORS] * sizeof(float) : 0;
     if (total > m->act_bytes) {
         cudaFree(m->act_memory);
         m->act_memory = NULL, m->act_bytes = 0;
         if (!gpu_ok(cudaMemGetInfo(&free_bytes, &gpu_bytes))) return -1;
-        for (; total > free_bytes && m->recompute < 2; m->recompute++, total = acts_place(m, B, T, purpose));
+        while (total + later > free_bytes && m->recompute < 2) {
+            m->recompute++;
+            total = acts_place(m, B, T, purpose);
+        }
         m->act_memory = (char *)device_memory(total, m->stream);
         m->act_bytes = m->act_memory ? total : 0;
     }
@@ -1236,7 +1246,8 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, Purpose purpose) {
     cudaFreeHost(m->host_losses);
     m->host_memory = NULL, m->host_losses = NULL, m->host_rows = 0;
     m->staging = (int32_t *)device_memory(batch_bytes(B * T), m->stream);
-    if (!m->staging || !gpu_ok(cudaStreamSynchronize(m->stream)) || !gpu_ok(cudaMallocHost((void **)&m->host_memory, batch_bytes(B * T))) ||
+    if (!m->staging || !gpu_ok(cudaStreamSynchronize(m->stream)) ||     /* it is 0, before the upload */
+        !gpu_ok(cudaMallocHost((void **)&m->host_memory, batch_bytes(B * T))) ||
         !gpu_ok(cudaMallocHost((void **)&m->host_losses, B * T * sizeof(float)))) return -1;
     memset(m->host_losses, 0, B * T * sizeof(float));
     m->host_rows = B * T;
@@ -1253,7 +1264,8 @@ static int device_open(GPT2 *m) {
     const cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0) {
         cudaGetLastError();
-        return gpt2_fail("there is no GPU: %s; use the CPU's library", error ? cudaGetErrorString(error) : "none");
+        return gpt2_fail("no GPU is there: %s; use the CPU's library",
+                         error ? cudaGetErrorString(error) : "the driver knows of none");
     }
     if (!gpu_ok(cudaGetDevice(&device)) || !gpu_ok(cudaGetDeviceProperties(&properties, device))) return -1;
     if (properties.major < 8)
@@ -1295,7 +1307,8 @@ static int params_read(GPT2 *m, int file) {
         for (int64_t first = 0, count; first < size && !failed; first += count) {
             count = (int64_t)min_of(most, (size_t)(size - first));
             const ssize_t bytes = (ssize_t)count * (ssize_t)sizeof *piece;
-            if (pread(file, piece, (size_t)bytes, at) != bytes) failed = gpt2_fail("the model's file ends early");
+            if (pread(file, piece, (size_t)bytes, at) != bytes)
+                failed = gpt2_fail("the model's file ends early");
             failed = failed || gpt2_set(m, t, GPT2_PARAM, first, count, piece);
             at += bytes;
         }
@@ -1359,13 +1372,12 @@ void gpt2_zero_grad(GPT2 *m) { m->grads_empty = 1, m->backward_due = 0, m->norm 
 const float *gpt2_losses(GPT2 *m) { return m->host_losses; }
 
 /* --- Tensors in and out --------------------------------------------------------------------------------- */
-__global__ void to_floatX_kernel(floatX *out, const float *in, size_t n) {
+template <typename To, typename From> __global__ void convert_kernel(To *out, const From *in, size_t n) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) from_float(out + i, in[i]);
+    if (i < n) from_float(out + i, to_float(in[i]));
 }
-__global__ void to_float_kernel(float *out, const floatX *in, size_t n) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) out[i] = to_float(in[i]);
+template <typename To, typename From> static void convert(GPT2 *m, To *out, const From *in, size_t n) {
+    if (n) LAUNCH((convert_kernel<To, From>), blocks(n, 256), 256, 0, m->stream, out, in, n);
 }
 
 /* The memory of a kind to look into: not while gradients are half made, and those that count as 0 are 0. */
@@ -1385,8 +1397,8 @@ static int bf16_copy(GPT2 *m, size_t at, size_t count, float *out, const float *
     for (size_t i = 0, n; piece && i < count && !gpu_failed; i += n) {
         n = min_of(most, count - i);
         if (in) gpu_ok(cudaMemcpyAsync(piece, in + i, n * sizeof *in, cudaMemcpyHostToDevice, m->stream));
-        if (in) LAUNCH(to_floatX_kernel, (unsigned)pieces(n, 256), 256, 0, m->stream, m->params + at + i, piece, n);
-        else LAUNCH(to_float_kernel, (unsigned)pieces(n, 256), 256, 0, m->stream, piece, m->params + at + i, n);
+        if (in) convert(m, m->params + at + i, piece, n);
+        else convert(m, piece, m->params + at + i, n);
         if (out) gpu_ok(cudaMemcpyAsync(out + i, piece, n * sizeof *out, cudaMemcpyDeviceToHost, m->stream));
         gpu_ok(cudaStreamSynchronize(m->stream));
     }
@@ -1401,8 +1413,7 @@ static int masters_set(GPT2 *m, int wanted) {
     m->no_masters = 0;
     if (wanted && !memory_of(m, GPT2_PARAM)) m->no_masters = 1;
     if (wanted && !m->no_masters)
-        LAUNCH(to_float_kernel, (unsigned)pieces(count, 256), 256, 0, m->stream, m->memory[GPT2_PARAM], m->params,
-               count);
+        convert(m, m->memory[GPT2_PARAM], m->params, count);
     if (wanted) return m->no_masters ? -1 : ended();
     gpu_ok(cudaStreamSynchronize(m->stream));
     gpu_ok(cudaFree(m->memory[GPT2_PARAM]));
@@ -1437,8 +1448,8 @@ static int tensor_copy(GPT2 *m, int t, int kind, int64_t first, int64_t count, f
     if (!part) return -1;
     if (out) gpu_ok(cudaMemcpyAsync(out, part, n * sizeof *out, cudaMemcpyDeviceToHost, m->stream));
     if (in) gpu_ok(cudaMemcpyAsync(part, in, n * sizeof *in, cudaMemcpyHostToDevice, m->stream));
-    if (in && kind == GPT2_PARAM && (void *)m->params != (void *)memory && n)
-        LAUNCH(to_floatX_kernel, (unsigned)pieces(n, 256), 256, 0, m->stream, m->params + at, part, n);
+    if (in && kind == GPT2_PARAM && (void *)m->params != (void *)memory) convert(m, m->params + at, part,
+                                                                                   n);
     if (in && kind == GPT2_GRAD) m->grads_empty = 0, m->norm = NAN;
     gpu_ok(cudaStreamSynchronize(m->stream));
     return ended();
@@ -1452,25 +1463,27 @@ int gpt2_set(GPT2 *m, int tensor, int kind, int64_t first, int64_t count, const 
 }
 
 /* --- Layers, launched ----------------------------------------------------------------------------------- */
-static unsigned blocks(size_t n, size_t each) { return (unsigned)pieces(n, each); }
 static int whole_vectors(size_t C) { return C % WIDTH == 0; }
 
-static void layernorm_forward(GPT2 *m, floatX *out, float *mean, float *rstd, const floatX *inp, const floatX *w,
-                              const floatX *b, size_t N, int again) {
+static void layernorm_forward(GPT2 *m, floatX *out, float *mean, float *rstd, const floatX *inp,
+                              const floatX *w, const floatX *b, size_t N, int again) {
     LAUNCH_WIDE(whole_vectors(m->C), layernorm_forward_kernel, blocks(N, ROW_WARPS), ROW_WARPS * WARP, 0,
                 m->stream, out, mean, rstd, inp, w, b, N, (int)m->C, again);
 }
 
-static void column_total(GPT2 *m, float *out, const float *sums, size_t rows, size_t n, size_t stride, int add) {
-    LAUNCH(column_total_kernel, blocks(n, COLUMN_THREADS), dim3(COLUMN_THREADS, COLUMN_ROWS), 0, m->stream, out,
-           sums, (int)rows, (int)n, (int)stride, add);
+static void column_total(GPT2 *m, float *out, const float *sums, size_t rows, size_t n, size_t stride,
+                         int add) {
+    LAUNCH(column_total_kernel, blocks(n, COLUMN_THREADS), dim3(COLUMN_THREADS, COLUMN_ROWS), 0, m->stream,
+           out, sums, (int)rows, (int)n, (int)stride, add);
 }
 
 /* dx (N,C) = or += what layernorm_backward_kernel says; dw, db (C) */
-static void layernorm_backward(GPT2 *m, floatX *dx, float *dw, float *db, const floatX *dout, const floatX *inp,
-                               const floatX *w, const float *mean, const float *rstd, size_t N, int add_dx) {
+static void layernorm_backward(GPT2 *m, floatX *dx, float *dw, float *db, const floatX *dout,
+                               const floatX *inp, const floatX *w, const float *mean, const float *rstd,
+                               size_t N, int add_dx) {
     const size_t C = m->C, warp_bytes = 2 * C * sizeof(float);
-    const size_t warps = min_of(ROW_WARPS, m->shared_most / warp_bytes), grid = min_of(blocks(N, warps), 4 * m->sms);
+    const size_t warps = min_of(ROW_WARPS, m->shared_most / warp_bytes);
+    const size_t grid = min_of(blocks(N, warps), 4 * (size_t)m->sms);
     float *sums = acts(m, 0).sums;
     LAUNCH_WIDE(whole_vectors(C), layernorm_backward_kernel, (unsigned)grid, (unsigned)warps * WARP,
                 warps * warp_bytes, m->stream, dx, sums, dout, inp, w, mean, rstd, N, (int)C, add_dx);
@@ -1485,52 +1498,49 @@ static void linear_forward(GPT2 *m, floatX *out, const floatX *inp, const floatX
     gemm(&m->blas, out, OC, Matrix{inp, C, 0}, Matrix{w, C, 1}, N, OC, C,
          After{CUBLASLT_EPILOGUE_BIAS, b, NULL, residual});
 }
-static void linear_backward_input(GPT2 *m, floatX *dinp, const floatX *dout, const floatX *w, size_t N, size_t C,
-                                  size_t OC) {
+static void linear_backward_input(GPT2 *m, floatX *dinp, const floatX *dout, const floatX *w, size_t N,
+                                  size_t C, size_t OC) {
     gemm(&m->blas, dinp, C, Matrix{dout, OC, 0}, Matrix{w, C, 0}, N, C, OC);
 }
-static void linear_backward_weight(GPT2 *m, float *dw, float *db, const floatX *dout, const floatX *inp, size_t N,
-                                   size_t C, size_t OC) {
+static void linear_backward_weight(GPT2 *m, float *dw, float *db, const floatX *dout, const floatX *inp,
+                                   size_t N, size_t C, size_t OC) {
     const int wide = whole_vectors(OC), add = !m->grads_empty;
     const unsigned across = blocks(OC, COLUMN_THREADS * (wide ? WIDTH : 1));
     const unsigned down = (unsigned)min_of(blocks(N, COLUMN_ROWS), 1 + 8 * (size_t)m->sms / (across + 2));
     float *sums = acts(m, 0).sums;
     gemm(&m->blas, dw, C, Matrix{dout, OC, 1}, Matrix{inp, C, 0}, OC, C, N,
          After{CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, add ? dw : NULL});
-    LAUNCH_WIDE(wide, column_sums_kernel, dim3(across, down), dim3(COLUMN_THREADS, COLUMN_ROWS), 0, m->stream, sums,
-                dout, N, (int)OC);
+    LAUNCH_WIDE(wide, column_sums_kernel, dim3(across, down), dim3(COLUMN_THREADS, COLUMN_ROWS), 0, m->stream,
+                sums, dout, N, (int)OC);
     column_total(m, db, sums, down, OC, OC, add);
 }
 
 /* Can cuBLASLt do the GELU at a product's end? It wants whole vectors, and does not do it in fp32. */
 static int gelu_fused(const GPT2 *m) { return sizeof(floatX) == 2 && m->C % 8 == 0 && !m->gelu_separate; }
 
-static void gelu_forward(GPT2 *m, floatX *out, const floatX *inp, size_t n) {
-    LAUNCH_WIDE(whole_vectors(n), gelu_forward_kernel, blocks(n, 256 * (whole_vectors(n) ? WIDTH : 1)), 256, 0,
-                m->stream, out, inp, n);
-}
-static void gelu_backward(GPT2 *m, floatX *dx, const floatX *inp, size_t n) {
-    LAUNCH_WIDE(whole_vectors(n), gelu_backward_kernel, blocks(n, 256 * (whole_vectors(n) ? WIDTH : 1)), 256, 0,
-                m->stream, dx, inp, n);
+static void gelu(GPT2 *m, floatX *out, const floatX *dx, const floatX *inp, size_t n) {
+    const int wide = whole_vectors(n);
+    LAUNCH_WIDE(wide, gelu_kernel, blocks(n, 256 * (wide ? WIDTH : 1)), 256, 0, m->stream, out, dx, inp, n);
 }
 
 /* fc (N,4C) = ln (N,C) · fcwᵀ + fcb and its GELU; backward, dfc (N,4C) = dout (N,C) · fcprojw · GELU'(fc) */
-static void fc_forward(GPT2 *m, floatX *gelu, floatX *fc, const floatX *ln, const floatX *w, const floatX *b,
+static void fc_forward(GPT2 *m, floatX *out, floatX *fc, const floatX *ln, const floatX *w, const floatX *b,
                        size_t N) {
     const size_t C = m->C;
-    if (gelu_fused(m) && gemm(&m->blas, gelu, 4 * C, Matrix{ln, C, 0}, Matrix{w, C, 1}, N, 4 * C, C,
+    if (gelu_fused(m) && gemm(&m->blas, out, 4 * C, Matrix{ln, C, 0}, Matrix{w, C, 1}, N, 4 * C, C,
                               After{CUBLASLT_EPILOGUE_GELU_AUX_BIAS, b, fc, NULL})) return;
     m->gelu_separate = 1;
     linear_forward(m, fc, ln, w, b, NULL, N, C, 4 * C);
-    gelu_forward(m, gelu, fc, N * 4 * C);
+    gelu(m, out, NULL, fc, N * 4 * C);
 }
-static void fcproj_backward_input(GPT2 *m, floatX *dfc, const floatX *dout, const floatX *w, floatX *fc, size_t N) {
+static void fcproj_backward_input(GPT2 *m, floatX *dfc, const floatX *dout, const floatX *w, floatX *fc,
+                                  size_t N) {
     const size_t C = m->C;
     if (gelu_fused(m) && gemm(&m->blas, dfc, 4 * C, Matrix{dout, C, 0}, Matrix{w, 4 * C, 0}, N, 4 * C, C,
                               After{CUBLASLT_EPILOGUE_DGELU, NULL, fc, NULL})) return;
     m->gelu_separate = 1;
     linear_backward_input(m, dfc, dout, w, N, 4 * C, C);
-    gelu_backward(m, dfc, fc, N * 4 * C);
+    gelu(m, dfc, dfc, fc, N * 4 * C);
 }
 
 static int plain_warps(const GPT2 *m, int hs) {
@@ -1554,8 +1564,8 @@ static void attention_backward(GPT2 *m, floatX *dqkv, float *delta, const floatX
     const int T = (int)m->T, C = (int)m->C, NH = (int)m->NH, warps = plain_warps(m, C / NH);
     const unsigned heads = (unsigned)(m->B * m->NH);
     const size_t rows = m->B * m->T * m->NH;
-    LAUNCH(attention_delta_kernel, blocks(rows, ROW_WARPS), ROW_WARPS * WARP, 0, m->stream, delta, dout, out, rows,
-           T, C, NH);
+    LAUNCH(attention_delta_kernel, blocks(rows, ROW_WARPS), ROW_WARPS * WARP, 0, m->stream, delta, dout, out,
+           rows, T, C, NH);
 #ifndef GPT2_FP32
     if (C == NH * HS) {
         LAUNCH(flash_dq_kernel, blocks(m->T, DQ_ROWS) * heads, FLASH_THREADS, DQ_SHARED,
@@ -1566,15 +1576,15 @@ static void attention_backward(GPT2 *m, floatX *dqkv, float *delta, const floatX
     }
 #endif
     const unsigned grid = blocks(m->T, warps) * heads;
-    LAUNCH(attention_plain_dq_kernel, grid, warps * WARP, plain_shared(warps, C / NH), m->stream, dqkv, dout, qkv,
-           lse, delta, T, C, NH);
-    LAUNCH(attention_plain_dkdv_kernel, grid, warps * WARP, plain_shared(warps, C / NH), m->stream, dqkv, dout, qkv,
-           lse, delta, T, C, NH);
+    LAUNCH(attention_plain_dq_kernel, grid, warps * WARP, plain_shared(warps, C / NH), m->stream, dqkv, dout,
+           qkv, lse, delta, T, C, NH);
+    LAUNCH(attention_plain_dkdv_kernel, grid, warps * WARP, plain_shared(warps, C / NH), m->stream, dqkv,
+           dout, qkv, lse, delta, T, C, NH);
 }
 
 /* --- Passes --------------------------------------------------------------------------------------------- */
-/* Launches a pass: the first time kernel by kernel, the second time into a graph, and then that. Where a graph
-   is refused, kernel by kernel always. */
+/* Launches a pass: the first time kernel by kernel, the second time into a graph, and then that. Where a
+   graph is refused, kernel by kernel always. */
 static void run(GPT2 *m, void (*pass)(GPT2 *)) {
     GraphKey key;
     memset(&key, 0, sizeof key);          /* the padding too: keys are compared by their bytes */
@@ -1652,8 +1662,8 @@ static void forward_blocks(GPT2 *m, size_t first) {
     const size_t C = m->C, N = m->B * m->T - first;
     Activations a = acts(m, 0);
     TensorsOf<floatX> p = tensors(m, m->params, 0);
-    LAUNCH_WIDE(whole_vectors(C), encoder_forward_kernel, blocks(N, ROW_WARPS), ROW_WARPS * WARP, 0, m->stream,
-                a.residual1, a.batch + first, p.wte, p.wpe + first * C, N, (int)m->T, (int)C);
+    LAUNCH_WIDE(whole_vectors(C), encoder_forward_kernel, blocks(N, ROW_WARPS), ROW_WARPS * WARP, 0,
+                m->stream, a.residual1, a.batch + first, p.wte, p.wpe + first * C, N, (int)m->T, (int)C);
     for (size_t l = 0; l < m->L; l++) {
         p = tensors(m, m->params, l), a = acts(m, l);
         layernorm_forward(m, a.ln1, a.mean1, a.rstd1, a.residual1, p.ln1w, p.ln1b, N, 0);
@@ -1710,7 +1720,8 @@ static int pass_begin(GPT2 *m, const int32_t *x, const int32_t *y, int batch, in
     m->train = purpose == TRAIN;
     if (purpose != GENERATE) m->cached = 0;
     if (tokens_check(m, "x", x, B * T) || (y && tokens_check(m, "y", y, B * T))) return -1;
-    return !m->cached && acts_layout(m, B, purpose == GENERATE ? (size_t)m->config.max_T : T, purpose) ? -1 : 0;
+    if (m->cached) return 0;
+    return acts_layout(m, B, purpose == GENERATE ? (size_t)m->config.max_T : T, purpose);
 }
 
 int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, float grad_scale, float *loss) {
@@ -1722,7 +1733,8 @@ int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, floa
     m->scale = grad_scale / (float)N;
     batch_send(m, x, y, N);
     run(m, forward_pass);
-    gpu_ok(cudaMemcpyAsync(m->host_losses, acts(m, 0).losses, N * sizeof(float), cudaMemcpyDeviceToHost, m->stream));
+    gpu_ok(cudaMemcpyAsync(m->host_losses, acts(m, 0).losses, N * sizeof(float), cudaMemcpyDeviceToHost,
+                           m->stream));
     gpu_ok(cudaEventRecord(m->classified, m->stream));
     if (train) classify_backward(m, last_chunk(m));     /* while the host wakes up */
     gpu_ok(cudaEventSynchronize(m->classified));
@@ -1744,10 +1756,11 @@ static void backward_pass(GPT2 *m) {
     layernorm_backward(m, dx, g.lnfw, g.lnfb, dln, a.residual1, p.lnfw, a.meanf, a.rstdf, N, 0);
     for (size_t l = m->L; l-- > 0;) {
         p = tensors(m, m->params, l), g = tensors(m, m->memory[GPT2_GRAD], l), a = acts(m, l);
-        if (m->recompute >= 1) gelu_forward(m, a.gelu, a.fc, N * 4 * C);
+        if (m->recompute >= 1) gelu(m, a.gelu, NULL, a.fc, N * 4 * C);
         linear_backward_weight(m, g.fcprojw, g.fcprojb, dx, a.gelu, N, 4 * C, C);
         fcproj_backward_input(m, dwide, dx, p.fcprojw, a.fc, N);
-        if (m->recompute >= 2) layernorm_forward(m, a.ln2, a.mean2, a.rstd2, a.residual2, p.ln2w, p.ln2b, N, 1);
+        if (m->recompute >= 2)
+            layernorm_forward(m, a.ln2, a.mean2, a.rstd2, a.residual2, p.ln2w, p.ln2b, N, 1);
         linear_backward_weight(m, g.fcw, g.fcb, dwide, a.ln2, N, C, 4 * C);
         linear_backward_input(m, dln, dwide, p.fcw, N, C, 4 * C);
         layernorm_backward(m, dx, g.ln2w, g.ln2b, dln, a.residual2, p.ln2w, a.mean2, a.rstd2, N, 1);
@@ -1755,7 +1768,8 @@ static void backward_pass(GPT2 *m) {
         linear_backward_weight(m, g.attprojw, g.attprojb, dx, a.att, N, C, C);
         linear_backward_input(m, dln, dx, p.attprojw, N, C, C);
         attention_backward(m, dwide, a.delta, dln, a.att, a.qkv, a.lse);
-        if (m->recompute >= 2) layernorm_forward(m, a.ln1, a.mean1, a.rstd1, a.residual1, p.ln1w, p.ln1b, N, 1);
+        if (m->recompute >= 2)
+            layernorm_forward(m, a.ln1, a.mean1, a.rstd1, a.residual1, p.ln1w, p.ln1b, N, 1);
         linear_backward_weight(m, g.qkvw, g.qkvb, dwide, a.ln1, N, C, 3 * C);
         linear_backward_input(m, dln, dwide, p.qkvw, N, C, 3 * C);
         layernorm_backward(m, dx, g.ln1w, g.ln1b, dln, a.residual1, p.ln1w, a.mean1, a.rstd1, N, 1);
@@ -1773,10 +1787,10 @@ static void encoder_backward(GPT2 *m) {
     float *parts = (float *)a.dwide;
     const size_t rest = ((size_t)m->config.max_T - T) * C * sizeof(float);
     if (m->grads_empty && rest) gpu_ok(cudaMemsetAsync(g.wpe + T * C, 0, rest, m->stream));
-    LAUNCH_WIDE(V > 1, dwpe_kernel, blocks(T * C, 128 * V), 128, 0, m->stream, g.wpe, a.dresidual, (int)m->B, (int)T,
-                (int)C, !m->grads_empty);
-    LAUNCH_WIDE(V > 1, dwte_parts_kernel, (unsigned)m->segments, threads, 0, m->stream, parts, a.dresidual, b.order,
-                b.segments, (int)C);
+    LAUNCH_WIDE(V > 1, dwpe_kernel, blocks(T * C, 128 * V), 128, 0, m->stream, g.wpe, a.dresidual, (int)m->B,
+                (int)T, (int)C, !m->grads_empty);
+    LAUNCH_WIDE(V > 1, dwte_parts_kernel, (unsigned)m->segments, threads, 0, m->stream, parts, a.dresidual,
+                b.order, b.segments, (int)C);
     LAUNCH_WIDE(V > 1, dwte_kernel, (unsigned)m->tokens, threads, 0, m->stream, g.wte, parts, b.tokens,
                 b.first_segment, (int)C);
 }
@@ -1806,7 +1820,8 @@ int gpt2_logits(GPT2 *m, const int32_t *x, int B, int T, int last_only, float *o
         rows = min_of(m->chunk, N / every - n);
         const floatX *ln = a.lnf + ((n + 1) * every - 1 - first) * C;
         gemm(&m->blas, (float *)a.logits, V, Matrix{ln, every * C, 0}, Matrix{m->params, C, 1}, rows, V, C);
-        gpu_ok(cudaMemcpyAsync(out + n * V, a.logits, rows * V * sizeof *out, cudaMemcpyDeviceToHost, m->stream));
+        gpu_ok(cudaMemcpyAsync(out + n * V, a.logits, rows * V * sizeof *out, cudaMemcpyDeviceToHost,
+                               m->stream));
     }
     gpu_ok(cudaStreamSynchronize(m->stream));
     if (ended()) return -1;
@@ -1874,14 +1889,15 @@ __device__ static inline float round_at_random(float x, uint32_t random) {
 }
 
 /* All tensors at once, four elements a thread: 16 bytes of each array. masters or params may be NULL. */
-__global__ void adamw_kernel(float *masters, floatX *params, float *moment1, float *moment2, const float *grads,
-                             Step s) {
+__global__ void adamw_kernel(float *masters, floatX *params, float *moment1, float *moment2,
+                             const float *grads, Step s) {
     const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (at >= s.start[GPT2_TENSORS]) return;
     int decayed = 0;
 #pragma unroll
     for (int t = 0; t < GPT2_TENSORS; t++)
         if (at >= s.start[t]) decayed = GPT2_DECAYED >> t & 1;
+    const uint32_t seed = hash(s.seed + (uint32_t)(at >> 32));
     float p[4], g[4], m1[4], m2[4];
     if (masters) load<4>(p, masters + at);
     else load<4>(p, params + at);
@@ -1893,7 +1909,7 @@ __global__ void adamw_kernel(float *masters, floatX *params, float *moment1, flo
         m1[i] = s.keep1 * m1[i] + s.add1 * grad;
         m2[i] = s.keep2 * m2[i] + s.add2 * grad * grad;
         p[i] = (decayed ? s.keep : 1) * p[i] - s.rate * m1[i] / (sqrtf(m2[i] * s.scale2) + s.epsilon);
-        if (!masters) p[i] = round_at_random(p[i], hash(hash((uint32_t)(at + i)) ^ hash(s.seed + (uint32_t)(at >> 32))));
+        if (!masters) p[i] = round_at_random(p[i], hash(hash((uint32_t)(at + i)) ^ seed));
     }
     store<4>(moment1 + at, m1);
     store<4>(moment2 + at, m2);
@@ -1956,7 +1972,8 @@ double gpt2_ceiling(void) {
     GPT2 *m = new (std::nothrow) GPT2();
     if (m && !device_open(m))
         for (size_t n = SMALLEST; n <= LARGEST && took < 20 && !gpu_failed; n *= 2) {
-            floatX *a = (floatX *)device_memory(3 * n * n * sizeof *a, m->stream), *b = a + n * n, *d = b + n * n;
+            floatX *a = (floatX *)device_memory(3 * n * n * sizeof *a, m->stream), *b = a + n * n;
+            floatX *d = b + n * n;
             if (!a) break;
             LAUNCH(noise_kernel, blocks(2 * n * n, 256), 256, 0, m->stream, a, 2 * n * n);
             for (int run = -1; run < RUNS; run++) {     /* the first finds an algorithm, and warms up */
