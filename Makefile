@@ -65,7 +65,7 @@ CUDA_ARCHS ?= $(or $(CUDA_FOUND),80 90)
 CUDA_LAST = $(lastword $(CUDA_ARCHS))
 NVCC_FLAGS = -O3 -std=c++17 $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
 	-gencode arch=compute_$(CUDA_LAST),code=compute_$(CUDA_LAST) -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra \
-	$(if $(CUBLAS),-I$(CUBLAS)/include) $(if $(CUDA_SUFFIX),-DGPT2_FP32) $(NVCC_EXTRA)
+	$(if $(CUBLAS),-I$(CUBLAS)/include) $(if $(CUDA_SUFFIX),-DGPT2_FP32,-ftz=true) $(NVCC_EXTRA)
 CUDA_LIBS = $(if $(CUBLAS),-Xlinker $(firstword $(wildcard $(CUBLAS)/lib/libcublasLt.so*)) -Xlinker -rpath=$(abspath $(CUBLAS))/lib,-lcublasLt) \
 	$(if $(filter 1,$(OPENMP)),-Xcompiler -fopenmp)
 

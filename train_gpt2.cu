@@ -689,6 +689,10 @@ FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
             for (int m = 0; m < FORWARD_TILES; m++)
 #pragma unroll
                 for (int step = 0; step < STEPS; step++) operand_a(qs[m][step], queries, own + m * 16, step);
+        if (tile * TILE >= first + own + 16 * FORWARD_TILES) {     /* no query of this warp sees these */
+            __syncthreads();
+            continue;
+        }
         float s[FORWARD_TILES][8][4] = {};
 #pragma unroll
         for (int step = 0; step < STEPS; step++)
@@ -803,6 +807,7 @@ FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, cons
                 }
 #pragma unroll 1
         for (int part = 0; part < TILE; part += 16) {     /* unrolled, it would not fit in registers */
+            if (tile * TILE + part >= first + own + 16 * DQ_TILES) break;     /* no query sees what follows */
             float s[DQ_TILES][2][4] = {}, dp[DQ_TILES][2][4] = {};
             uint32_t ds[DQ_TILES][4];
 #pragma unroll
@@ -894,6 +899,7 @@ FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, co
             }
 #pragma unroll 1
         for (int part = 0; part < TILE; part += 16) {
+            if (tile * TILE + part + 16 <= first + own) continue;     /* none of these queries sees a key */
             float s[2][4] = {}, dp[2][4] = {};
             uint32_t p_a[4], ds_a[4];
 #pragma unroll
