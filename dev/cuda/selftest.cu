@@ -28,11 +28,6 @@ static void wrong(const char *what) {
 static void must(cudaError_t error) {
     if (error) wrong(cudaGetErrorString(error));
 }
-/* Runs what was launched, and says what came of it. */
-static void finish(void) {
-    const cudaError_t first = cudaGetLastError(), error = first ? first : cudaDeviceSynchronize();
-    say(error ? cudaGetErrorString(error) : "ok");
-}
 static uint32_t rng = 1;
 static float noise(void) {                /* -1 … 1 */
     rng = rng * 1664525u + 1013904223u;
@@ -322,6 +317,11 @@ static void results(void) {
 
 #ifndef __CUDACC__
 /* --- Mistakes --- */
+/* Runs what was launched, and says what came of it. */
+static void finish(void) {
+    const cudaError_t first = cudaGetLastError(), error = first ? first : cudaDeviceSynchronize();
+    say(error ? cudaGetErrorString(error) : "ok");
+}
 static void no_wait(void) {               /* of two groups, one or none was waited for */
     int missing[3];
     for (int left = 0; left < 3; left++) {

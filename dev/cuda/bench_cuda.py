@@ -1,0 +1,230 @@
+"""Times training steps on a GPU: this project beside PyTorch, where that is installed.
+
+    make cuda && python3 dev/cuda/bench_cuda.py                     every shape, PyTorch for the first two
+    python3 dev/cuda/bench_cuda.py --shape d12 --seconds 600        more time: PyTorch for the others too
+    python3 dev/cuda/bench_cuda.py --shape "d12 64" --profile       and each kernel's time, where nsys is
+
+A side of a shape is a process of its own, so that each has the whole memory; with several batch sizes the largest
+one that fits counts. PyTorch is what its users write today: torch.compile, scaled_dot_product_attention, autocast
+to bf16, fused AdamW, a vocabulary padded to 50304. FLOPs of a token are 6 P + 6 L T C for both, P the parameters
+without padding; MFU is the share of the GPU's dense bf16 peak. Time is that of whole steps, from tokens in host
+memory to updated parameters, the median of 3 groups of steps.
+
+What it refuses to be: a test. Nothing here passes or fails.
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+
+# Name: L, NH, C, batch sizes to try, steps in a group. T is 1024.
+SHAPES = {
+    "d12 64x1024": (12, 12, 768, (64, 32, 16, 8), 8),
+    "d12 4x1024": (12, 12, 768, (4,), 40),
+    "d24": (24, 16, 1024, (64, 48, 32, 24, 16, 8, 4), 5),
+    "d36": (36, 20, 1280, (48, 32, 24, 16, 8, 4, 2), 4),
+    "d48": (48, 25, 1600, (32, 24, 16, 12, 8, 4, 2, 1), 3),
+}
+T, V = 1024, 50257
+
+# Dense bf16 FLOP/s by a part of the name, from NVIDIA's data sheets.
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12,
+         "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12,
+         "RTX 4090": 165.2e12, "RTX 3090": 71e12, "B200": 2250e12}
+
+
+def smi(field):
+    """What nvidia-smi says of the first GPU, or nothing."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def ours(shape, B):
+    """Returns a function that makes one training step and returns its loss."""
+    sys.path.insert(0, ROOT)
+    import train_gpt2
+    L, NH, C = shape[:3]
+    model = train_gpt2.GPT2(train_gpt2.GPT2Config(max_T=T, V=V, L=L, NH=NH, C=C), device="cuda")
+    draw = random.Random(1)
+    rows = [[draw.randrange(V) for _ in range(T + 1)] for _ in range(B)]
+    x = train_gpt2.token_rows([row[:-1] for row in rows])[0]
+    y = train_gpt2.token_rows([row[1:] for row in rows])[0]
+
+    def step():
+        loss = model.forward(x, y)
+        model.backward()
+        model.update(lr=1e-4)
+        return loss
+
+    return step
+
+
+def pytorch(shape, B):
+    """The same of PyTorch."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+    L, NH, C = shape[:3]
+    torch.set_float32_matmul_precision("high")
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln1 = nn.LayerNorm(C)
+            self.ln2 = nn.LayerNorm(C)
+            self.qkv = nn.Linear(C, 3 * C)
+            self.attproj = nn.Linear(C, C)
+            self.fc = nn.Linear(C, 4 * C)
+            self.fcproj = nn.Linear(4 * C, C)
+
+        def forward(self, x):
+            qkv = (part.view(B, T, NH, C // NH).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(C, 2))
+            att = F.scaled_dot_product_attention(*qkv, is_causal=True)
+            x = x + self.attproj(att.transpose(1, 2).reshape(B, T, C))
+            return x + self.fcproj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
+
+    class GPT2(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte = nn.Embedding((V + 127) // 128 * 128, C)
+            self.wpe = nn.Embedding(T, C)
+            self.blocks = nn.ModuleList(Block() for _ in range(L))
+            self.lnf = nn.LayerNorm(C)
+            for parameter in self.parameters():
+                if parameter.dim() > 1:
+                    nn.init.normal_(parameter, std=0.02)
+
+        def forward(self, x, y):
+            h = self.wte(x) + self.wpe(torch.arange(T, device=x.device))
+            for block in self.blocks:
+                h = block(h)
+            logits = F.linear(self.lnf(h), self.wte.weight)
+            return F.cross_entropy(logits.view(B * T, -1), y.view(-1))
+
+    torch.manual_seed(1)
+    model = GPT2().cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    run = torch.compile(model)
+    x, y = torch.randint(0, V, (2, B, T)).pin_memory()
+
+    def step():
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = run(x.cuda(non_blocking=True), y.cuda(non_blocking=True))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def synchronized():
+        loss = float(step())
+        torch.cuda.synchronize()
+        return loss
+
+    step.synchronized = synchronized
+    return step
+
+
+def worker(side, name, B):
+    """Prints the seconds of a step, in groups, as a line of JSON."""
+    steps = SHAPES[name][4]
+    step = (ours if side == "ours" else pytorch)(SHAPES[name], B)
+    last = getattr(step, "synchronized", step)
+    loss = last()
+    for _ in range(2):
+        last()
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        for _ in range(steps - 1):
+            step()
+        last()
+        times.append((time.perf_counter() - begin) / steps)
+    print(json.dumps({"times": times, "loss": float(loss), "memory": smi("memory.used")}), flush=True)
+
+
+def measure(side, name, seconds, profile=None):
+    """(batch size, answer) of the largest batch that fits; None and a reason where there is none."""
+    reason = "no time left"
+    for B in SHAPES[name][3]:
+        if seconds < 15:
+            break
+        begin = time.monotonic()
+        command = [sys.executable, os.path.abspath(__file__), "--worker", side, name, str(B)]
+        if profile:
+            command = ["nsys", "profile", "--force-overwrite=true", "-o", profile, *command]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None, "no time left"
+        seconds -= time.monotonic() - begin
+        lines = [line for line in done.stdout.splitlines() if line.startswith('{"times"')]
+        if done.returncode == 0 and lines:
+            return B, json.loads(lines[-1])
+        words = done.stderr.strip().splitlines()
+        reason = words[-1] if words else f"status {done.returncode}"
+        if "memory" not in reason.lower():
+            break
+    return None, reason
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", default="", help="only the shapes whose name contains this")
+    parser.add_argument("--seconds", type=float, default=240, help="for all together (240)")
+    parser.add_argument("--profile", action="store_true", help="each kernel's time, by nsys")
+    parser.add_argument("--out", default=".", help="folder for what the profile leaves")
+    parser.add_argument("--worker", nargs=3, metavar=("SIDE", "SHAPE", "B"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker[0], args.worker[1], int(args.worker[2]))
+    gpu = smi("name")
+    if not gpu:
+        sys.exit("bench_cuda.py: nvidia-smi finds no GPU here, and without one there is nothing to time")
+    peak = next((PEAKS[part] for part in sorted(PEAKS, key=len, reverse=True) if part in gpu), None)
+    deadline = time.monotonic() + args.seconds
+    has_torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
+    print(f"{gpu}; bf16 peak {peak * 1e-12 if peak else 0:.0f} TFLOP/s" + ("" if has_torch else "; no PyTorch here"))
+    print(f"{'shape':13} {'side':8} {'B':>3} {'ms/step':>9} {'tokens/s':>10} {'MFU':>6} {'GB':>6} {'loss':>7} ratio")
+    names = [name for name in SHAPES if args.shape in name]
+    plan = [(name, "ours") for name in names]
+    if has_torch:                                # the first two matter most, then ours, then the rest of PyTorch
+        theirs = [(name, "pytorch") for name in names]
+        plan = sorted(plan[:2] + theirs[:2], key=lambda pair: names.index(pair[0])) + plan[2:] + theirs[2:]
+    found = {}
+    for name, side in plan:
+        L, _, C = SHAPES[name][:3]
+        B, answer = measure(side, name, deadline - time.monotonic())
+        if B is None:
+            print(f"{name:13} {side:8} {answer}", flush=True)
+            continue
+        seconds = statistics.median(answer["times"])
+        parameters = V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
+        found[name, side] = rate = B * T / seconds
+        mfu = f"{100 * rate * (6 * parameters + 6 * L * T * C) / peak:5.1f}%" if peak else "     ?"
+        ratio = rate / found[name, "ours"] if (name, "ours") in found else float("nan")
+        memory = float(answer["memory"] or "nan") * 1.048576e-3
+        print(f"{name:13} {side:8} {B:3} {seconds * 1e3:9.2f} {rate:10.0f} {mfu} {memory:6.1f} {answer['loss']:7.3f}"
+              f" {ratio:5.2f}", flush=True)
+    if args.profile and not shutil.which("nsys"):
+        print("nsys is not installed: no time per kernel")
+    elif args.profile:
+        path = os.path.join(args.out, "profile")
+        measure("ours", names[0], deadline - time.monotonic() + 60, profile=path)
+        subprocess.run(["nsys", "stats", "--report", "cuda_gpu_kern_sum", "--format", "table", path + ".nsys-rep"])
+    return None
+
+
+if __name__ == "__main__":
+    main()

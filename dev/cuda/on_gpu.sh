@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# Everything that takes a GPU to know, in one call of at most eight minutes, on a machine that has one:
+#
+#     dev/cuda/on_gpu.sh                   results in $OUT if set, else in build/on_gpu
+#     dev/cuda/on_gpu.sh build bench       only these parts
+#
+#   build      make cuda, in both precisions, and the self-test of the emulation's meaning of mma and ldmatrix
+#   tests      the tests of the GPU in test_gpt2.py, here on the real one
+#   sanitize   compute-sanitizer's memcheck and racecheck over two references and two steps of training
+#   repeat     three runs of ten steps of a small model: the same bytes
+#   bench      tokens/s, MFU, memory, beside PyTorch where python3 has it; time per kernel where nsys is
+#
+# Each part has a time limit and a file NAME.txt; a line for each is printed at the end, and the status is 1 if one
+# failed. What it refuses to be: a way to train, or something that installs anything.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+out=${OUT:-build/on_gpu}
+parts=${*:-build tests sanitize repeat bench}
+mkdir -p "$out"
+
+if ! nvidia-smi -L >/dev/null 2>&1; then
+    echo "on_gpu.sh: nvidia-smi finds no GPU here; 'make emulated' and test_gpt2.py show what can be shown without one"
+    exit 1
+fi
+nvidia-smi -L | tee "$out/gpu.txt"
+export PATH=$PATH:/usr/local/cuda/bin
+
+# cuBLASLt: the toolkit's, or that of a Python package (nvidia-cublas, which PyTorch brings along).
+if [ -z "${CUBLAS:-}" ] && [ ! -e "$(dirname "$(command -v nvcc)")/../include/cublasLt.h" ]; then
+    CUBLAS=$(python3 - <<'PYTHON'
+import glob, os, sys
+for path in sys.path:
+    for header in glob.glob(os.path.join(path, "nvidia", "*", "include", "cublasLt.h")):
+        print(os.path.dirname(os.path.dirname(header)))
+        sys.exit()
+PYTHON
+)
+fi
+CUBLAS=${CUBLAS:-}
+cublas=${CUBLAS:+CUBLAS=$CUBLAS}
+libraries=${CUBLAS:+$CUBLAS/lib}
+export LD_LIBRARY_PATH=${libraries:+$libraries:}${LD_LIBRARY_PATH:-}
+
+summary=()
+part() {       # part NAME SECONDS FUNCTION: runs it unless it was not asked for
+    [[ " $parts " == *" $1 "* ]] || return 0
+    local begin=$SECONDS status=0
+    export -f "$3"
+    timeout "$2" bash -c "set -uo pipefail; $3" >"$out/$1.txt" 2>&1 || status=$?
+    case $status in
+        0) summary+=("ok      $1, $((SECONDS - begin)) s") ;;
+        124) summary+=("late    $1: stopped after $2 s") ;;
+        *) summary+=("FAILED  $1, status $status, $((SECONDS - begin)) s: see $out/$1.txt") ;;
+    esac
+    echo "== ${summary[-1]}"
+    tail -n 25 "$out/$1.txt"
+}
+export out cublas CUBLAS
+
+build() {
+    make $cublas && make cuda $cublas || exit 1
+    local arch
+    arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader --id=0 | tr -d .)
+    (make cuda FP32=1 $cublas) &
+    (make emulated >"$out/emulated.txt" 2>&1) &
+    local lib=
+    [ -n "${CUBLAS:-}" ] && lib="-Xlinker $(ls "$CUBLAS"/lib/libcublasLt.so* | head -n 1)"
+    nvcc -std=c++17 -O2 -arch="sm_$arch" ${CUBLAS:+-I$CUBLAS/include} -o build/selftest_gpu \
+        dev/cuda/selftest.cu build/cuda/host.o ${lib:--lcublasLt} -Xcompiler -fopenmp || exit 1
+    wait
+    [ -e libgpt2cu_fp32.so ] && build/selftest_gpu results
+}
+
+python() {     # one that has pytest, if there is one
+    for candidate in .venv/bin/python python3; do
+        if $candidate -c "import pytest" 2>/dev/null; then
+            $candidate "$@"
+            return
+        fi
+    done
+    echo "no pytest here"
+    return 1
+}
+export -f python
+
+tests() {
+    if python3 -c "import pytest" 2>/dev/null || [ -x .venv/bin/python ]; then
+        GPT2_GPU_BUILD=$PWD python -m pytest -q test_gpt2.py -k "gpu or other_device" || exit 1
+    else
+        echo "no pytest here: the references alone"
+    fi
+    for model in dev/reference/*_model.bin; do
+        ./train_gpt2cu_fp32 -e "$model" --check "${model/_model/_reference}" || exit 1
+        ./train_gpt2cu -e "$model" --check "${model/_model/_reference}"       # for its errors; it is bf16
+    done
+    true
+}
+
+shards() {     # two shards of random tokens below 200 in build/on_gpu_data
+    python3 - <<'PYTHON'
+import os, random, struct
+draw = random.Random(1)
+os.makedirs("build/on_gpu_data", exist_ok=True)
+for name, n in (("train", 200000), ("val", 20000)):
+    with open(f"build/on_gpu_data/{name}_0.bin", "wb") as file:
+        file.write(struct.pack("<256i", 20240520, 1, n, *[0] * 253))
+        file.write(struct.pack(f"<{n}H", *(draw.randrange(200) for _ in range(n))))
+PYTHON
+}
+export -f shards
+
+sanitize() {
+    shards
+    local run=(./train_gpt2cu -e d2 -i 'build/on_gpu_data/train_*.bin' -b 2 -t 192 -d 384 -x 2 -v 0 -s 0 -g 0)
+    for tool in memcheck racecheck; do
+        for program in ./train_gpt2cu ./train_gpt2cu_fp32; do
+            compute-sanitizer --tool $tool --error-exitcode 9 "$program" -e dev/reference/head64_model.bin \
+                --check dev/reference/head64_reference.bin | tail -n 5
+            [ "${PIPESTATUS[0]}" = 9 ] && exit 1
+        done
+        compute-sanitizer --tool $tool --error-exitcode 9 "${run[@]}" | tail -n 5
+        [ "${PIPESTATUS[0]}" = 9 ] && exit 1
+    done
+    true
+}
+
+repeat() {
+    shards
+    for i in 1 2 3; do
+        rm -rf "build/on_gpu_run$i"
+        ./train_gpt2cu -e d6 -i 'build/on_gpu_data/train_*.bin' -b 8 -t 512 -d 4096 -x 10 -v 0 -s 0 -g 0 -n 10 \
+            -o "build/on_gpu_run$i" >/dev/null || exit 1
+        sha256sum "build/on_gpu_run$i"/*.bin
+    done
+    for file in build/on_gpu_run1/*.bin; do
+        cmp "$file" "build/on_gpu_run2/${file##*/}" && cmp "$file" "build/on_gpu_run3/${file##*/}" || exit 1
+    done
+    echo "the same bytes, three times"
+}
+
+bench() {
+    python3 dev/cuda/bench_cuda.py --seconds 200 --profile --out "$out"
+}
+
+part build 130 build
+part tests 60 tests
+part sanitize 60 sanitize
+part repeat 25 repeat
+part bench 205 bench
+
+printf '\n%s\n' "${summary[@]}" | tee "$out/summary.txt"
+! grep -q FAILED "$out/summary.txt"
