@@ -3303,15 +3303,27 @@ def begun_by(files, folder):
     return folder
 
 
+EACH_ORDER = [{}, {"GPT2_EMULATE_ORDER": "descending"}, {"GPT2_EMULATE_STREAMS": "at-once"}]
+
+
 @needs_gpu_build
 @each_precision
-@pytest.mark.parametrize("environment", [{}, {"GPT2_EMULATE_ORDER": "descending"},
-                                         {"GPT2_EMULATE_STREAMS": "at-once"}])
+@pytest.mark.parametrize("environment", EACH_ORDER)
 def test_a_run_on_a_gpu_gives_the_same_bytes_again(data, gpu_runs, tmp_path, precision, environment):
     again = gpu_run(data, precision, tmp_path / "run", **environment)
     whole = gpu_runs(precision)
     assert sorted(again) == sorted(whole) and len(whole) == 7
     assert [name for name in whole if again[name] != whole[name]] == []
+
+
+@needs_gpu_build
+def test_a_run_with_heads_of_64_channels_gives_the_same_bytes_again(tmp_path):
+    """These heads' attention has kernels of its own."""
+    make_data(tmp_path, GPT2Config(160, V, 1, 2, 128))
+    flags = "-b 2 -t 150 -d 300 -x 2 -v 0 -g 0 -n 2"
+    whole, *others = (gpu_run(tmp_path, "bf16", tmp_path / str(i), flags, **environment)
+                      for i, environment in enumerate(EACH_ORDER))
+    assert len(whole) == 4 and [name for name in whole for other in others if other[name] != whole[name]] == []
 
 
 @needs_gpu_build
@@ -3348,6 +3360,32 @@ def test_a_run_goes_on_where_the_other_device_stopped(data, whole_runs, gpu_runs
     assert [step for step, _ in logs[0]] == [step for step, _ in logs[1]] and len(logs[0]) == 12
     for (_, a), (_, b) in zip(*logs):
         assert float(a) == pytest.approx(float(b), abs=2e-4 if precision == "fp32" else 0.02)
+
+
+@needs_gpu_build
+@each_precision
+def test_what_a_gpu_makes_again_is_what_it_would_have_kept(data, gpu_runs, tmp_path, precision):
+    whole = gpu_runs(precision)
+    for level in "12":
+        again = gpu_run(data, precision, tmp_path / level, flags=f"-r {level}")
+        assert [name for name in whole if again[name] != whole[name]] == []
+
+
+@needs_gpu_build
+@pytest.mark.parametrize("name", ["tiny", "head64"])
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_on_a_gpu_without_master_weights_parameters_are_bf16_and_learn_as_well(name, precision, on_gpu):
+    model, x, y, _ = open_reference(name)
+    model.lib.gpt2_option(model.handle, b"-w", 0)
+    r = json.loads((REFERENCES / f"{name}_losses.json").read_text())
+    ours = []
+    for _ in r["losses"]:
+        ours.append(model.forward(x, y))
+        model.backward()
+        model.update(r["lr"], r["beta1"], r["beta2"], r["eps"], r["weight_decay"], r["max_norm"])
+    low_bits = [bits & 0xffff for values in tensors(model).values() for bits in array.array("I", values.tobytes())]
+    assert not any(low_bits)
+    assert ours[-1] - ours[0] == pytest.approx(r["losses"][-1] - r["losses"][0], rel=0.1)
 
 
 @needs_gpu_build
