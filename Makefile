@@ -99,7 +99,7 @@ $(BUILD)/libgpt2.so: train_gpt2.c Makefile
 # host half is train_gpt2.c's, as in the real build.
 EMULATED ?= build/emulated
 EMULATED_FLAGS = -O2 -std=c++17 -march=$(MARCH) -fno-math-errno -fPIC -fvisibility=hidden $(WARNINGS) \
-	-Wno-unknown-pragmas $(EXTRA) -DGPT2_EMULATE -Idev/cuda/include
+	-Wno-unknown-pragmas $(EXTRA) -DGPT2_EMULATE -Idev/cuda/include -DGPT2_LOGITS_BYTES=30000
 ifeq ($(SANITIZE),1)
 EMULATED_FLAGS += -g -fsanitize=address,undefined -fno-sanitize-recover=all
 endif
