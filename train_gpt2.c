@@ -1898,9 +1898,11 @@ int main(int argc, char **argv) {
     GPT2Tokenizer *tokenizer = tokenizer_find();
     GPT2 *model = model_find(newest, tokenizer, seed);
     must(model != NULL);
-    for (int i = 0; i < FLAGS; i++)
-        if (flags[i].kind == NOT_HERE && *flags[i].value && gpt2_option(model, flags[i].name, atoi(flags[i].value)))
-            fprintf(stderr, "train_gpt2: %s is ignored: %s\n", flags[i].name, gpt2_error());
+    for (int i = 0; i < FLAGS; i++) {
+        const char *name = flags[i].name, *value = flags[i].value;
+        if (flags[i].kind == NOT_HERE && *value && gpt2_option(model, name, atoi(value)))
+            fprintf(stderr, "train_gpt2: %s is ignored: %s\n", name, gpt2_error());
+    }
     const GPT2Config c = gpt2_config(model);
     GPT2Loader *loader = gpt2_loader_open(text("-i"), B, T, c.V, !whole("-a"), seed);
     GPT2Loader *val = loader && *val_shards ? gpt2_loader_open(val_shards, B, T, c.V, 0, seed) : NULL;
