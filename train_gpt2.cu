@@ -976,8 +976,14 @@ static void plan_free(Plan *plan) {
     blas_ok(cublasLtMatmulDescSetAttribute((plan)->operation, CUBLASLT_MATMUL_DESC_##what, &(value), \
                                            sizeof(value)))
 
+/* What a product's end reads or writes besides D; NULL for none. */
+static int plan_point(Plan *plan, const floatX *bias, const floatX *aux) {
+    return (!bias || SET_OPERATION(plan, BIAS_POINTER, bias)) &&
+           (!aux || SET_OPERATION(plan, EPILOGUE_AUX_POINTER, aux));
+}
+
 /* Describes the product, and asks for the best algorithm. Returns 0 if there is none. */
-static int plan_make(Blas *blas, Plan *plan, const Shape *s) {
+static int plan_make(Blas *blas, Plan *plan, const Shape *s, const floatX *bias, const floatX *aux) {
     const cublasOperation_t ops[] = {CUBLAS_OP_N, CUBLAS_OP_T};
     const cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)s->epilogue;
     const cudaDataType_t type_d = (cudaDataType_t)s->type_d;
@@ -988,10 +994,8 @@ static int plan_make(Blas *blas, Plan *plan, const Shape *s) {
     int ok = blas_ok(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F)) &&
              SET_OPERATION(plan, TRANSA, ops[s->transposed_b]) &&
              SET_OPERATION(plan, TRANSB, ops[s->transposed_a]) && SET_OPERATION(plan, EPILOGUE, epilogue);
-    if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_DGELU)
-        ok = ok && SET_OPERATION(plan, EPILOGUE_AUX_LD, s->ld_d);
-    if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_BIAS)
-        ok = ok && SET_OPERATION(plan, BIAS_DATA_TYPE, FLOATX_TYPE);
+    ok = ok && (!aux || SET_OPERATION(plan, EPILOGUE_AUX_LD, s->ld_d)) &&
+         (!bias || SET_OPERATION(plan, BIAS_DATA_TYPE, FLOATX_TYPE)) && plan_point(plan, bias, aux);
     const uint64_t M = s->M, N = s->N, K = s->K;
     ok = ok && blas_ok(cublasLtMatrixLayoutCreate(&plan->a, FLOATX_TYPE, s->transposed_b ? K : N,
                                                   s->transposed_b ? N : K, s->ld_b)) &&
@@ -1020,11 +1024,11 @@ static int plan_make(Blas *blas, Plan *plan, const Shape *s) {
 }
 
 /* The plan of a product, made when it is first needed; NULL if there is none. */
-static Plan *plan_find(Blas *blas, const Shape *shape) {
+static Plan *plan_find(Blas *blas, const Shape *shape, const floatX *bias, const floatX *aux) {
     for (int i = 0; i < PLANS && i < blas->count; i++)
         if (!memcmp(&blas->plans[i].shape, shape, sizeof *shape)) return &blas->plans[i];
     Plan *plan = &blas->plans[blas->count % PLANS];
-    if (!plan_make(blas, plan, shape)) return NULL;
+    if (!plan_make(blas, plan, shape, bias, aux)) return NULL;
     blas->count++;
     return plan;
 }
@@ -1053,10 +1057,9 @@ template <typename D> static int gemm(Blas *blas, D *d, size_t ld_d, Matrix a, M
     shape.transposed_a = a.transposed, shape.transposed_b = b.transposed;
     shape.epilogue = after.epilogue, shape.alignment = pointers % 16 ? (int)sizeof(floatX) : 16;
     shape.type_d = sizeof(D) == 4 ? CUDA_R_32F : FLOATX_TYPE, shape.add = after.add != NULL;
-    Plan *plan = plan_find(blas, &shape);
+    Plan *plan = plan_find(blas, &shape, after.bias, after.aux);
     if (!plan) return after.aux ? 0 : blas_ok(CUBLAS_STATUS_NOT_SUPPORTED);
-    if (after.bias) SET_OPERATION(plan, BIAS_POINTER, after.bias);
-    if (after.aux) SET_OPERATION(plan, EPILOGUE_AUX_POINTER, after.aux);
+    if (!plan_point(plan, after.bias, after.aux)) return 0;
     return blas_ok(cublasLtMatmul(blas->handle, plan->operation, &one, b.data, plan->a, a.data, plan->b,
                                   &beta, c, plan->d, d, plan->d, &plan->algorithm, blas->workspace, WORKSPACE,
                                   blas->stream));
@@ -1238,7 +1241,7 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, Purpose purpose) {
         cudaFree(m->act_memory);
         m->act_memory = NULL, m->act_bytes = 0;
         if (!gpu_ok(cudaMemGetInfo(&free_bytes, &gpu_bytes))) return -1;
-        while (total + later > free_bytes && m->recompute < 2) {
+        while (purpose == TRAIN && total + later > free_bytes && m->recompute < 2) {
             m->recompute++;
             total = acts_place(m, B, T, purpose);
         }

@@ -211,8 +211,8 @@ C_FUNCTIONS = """
 
 @functools.lru_cache(maxsize=None)
 def library(device="auto"):
-    """The C library of "cpu" or "cuda"; "auto" is cuda's where that was built and finds a GPU. The environment's
-    GPT2_LIBRARY names a file that is taken instead. Where a function of it fails, it raises GPT2Error."""
+    """The C library of "cpu" or "cuda"; "auto" is cuda's where that was built and finds a GPU. The
+    environment's GPT2_LIBRARY names a file that is taken instead. What fails in it raises GPT2Error."""
     def check(result, function, arguments):
         if result is None or result < 0:
             raise GPT2Error(lib.gpt2_error().decode(errors="replace"))
