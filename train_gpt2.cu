@@ -594,6 +594,14 @@ __device__ static inline void tile_load(bf16 *tile, const bf16 *head, size_t str
     }
 }
 
+/* The same with tile number `tile` of two heads, for which there are two stages of two tiles. */
+__device__ static inline void stage_load(bf16 *stages, int tile, const bf16 *one, size_t one_stride,
+                                         const bf16 *other, size_t other_stride, int T) {
+    bf16 *stage = stages + tile % 2 * 2 * TILE * HS;
+    tile_load(stage, one, one_stride, tile * TILE, TILE, T);
+    tile_load(stage + TILE * HS, other, other_stride, tile * TILE, TILE, T);
+}
+
 /* Operands of a product: the 16 × 16 of A at a row and step; of B (k, n), given by rows n (as K in q·kᵀ) or
    by rows k (as V in p·v), two times 16 × 8 side by side. Steps are 16 channels. */
 __device__ static inline void operand_a(uint32_t a[4], bf16 *tile, int row, int step) {
@@ -667,8 +675,7 @@ FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
     const bf16 *q = qkv + b * T * stride + h * HS, *k = q + C, *v = k + C;
     const float factor = LOG2E / 8;       /* √HS is 8 */
     tile_load(queries, q, stride, first, FORWARD_ROWS, T);
-    tile_load(stages, k, stride, 0, TILE, T);
-    tile_load(stages + TILE * HS, v, stride, 0, TILE, T);
+    stage_load(stages, 0, k, stride, v, stride, T);
     copy_async_commit();
     float sums[FORWARD_TILES][8][4] = {}, top[FORWARD_TILES][2], total[FORWARD_TILES][2];
     uint32_t qs[FORWARD_TILES][STEPS][4], operand[4];
@@ -676,11 +683,7 @@ FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
         for (int half = 0; half < 2; half++) top[m][half] = -INFINITY, total[m][half] = 0;
     for (int tile = 0; tile <= last; tile++) {
         bf16 *keys = stages + tile % 2 * 2 * TILE * HS, *values = keys + TILE * HS;
-        bf16 *next = stages + (tile + 1) % 2 * 2 * TILE * HS;
-        if (tile < last) {
-            tile_load(next, k, stride, (tile + 1) * TILE, TILE, T);
-            tile_load(next + TILE * HS, v, stride, (tile + 1) * TILE, TILE, T);
-        }
+        if (tile < last) stage_load(stages, tile + 1, k, stride, v, stride, T);
         copy_async_commit();              /* a group each time, be it empty: all but the newest are here */
         copy_async_wait<1>();
         __syncthreads();
@@ -773,8 +776,7 @@ FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, cons
     const float factor = LOG2E / 8;
     tile_load(queries, qkv + head, stride, first, DQ_ROWS, T);
     tile_load(douts, dout + b * T * C + h * HS, C, first, DQ_ROWS, T);
-    tile_load(stages, k, stride, 0, TILE, T);
-    tile_load(stages + TILE * HS, v, stride, 0, TILE, T);
+    stage_load(stages, 0, k, stride, v, stride, T);
     copy_async_commit();
     float sums[DQ_TILES][8][4] = {}, row_lse[DQ_TILES][2], row_delta[DQ_TILES][2];
     uint32_t qs[DQ_TILES][STEPS][4], ds_out[DQ_TILES][STEPS][4], operand[4];
@@ -789,11 +791,7 @@ FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, cons
         }
     for (int tile = 0; tile <= last; tile++) {
         bf16 *keys = stages + tile % 2 * 2 * TILE * HS, *values = keys + TILE * HS;
-        bf16 *next = stages + (tile + 1) % 2 * 2 * TILE * HS;
-        if (tile < last) {
-            tile_load(next, k, stride, (tile + 1) * TILE, TILE, T);
-            tile_load(next + TILE * HS, v, stride, (tile + 1) * TILE, TILE, T);
-        }
+        if (tile < last) stage_load(stages, tile + 1, k, stride, v, stride, T);
         copy_async_commit();
         copy_async_wait<1>();
         __syncthreads();
@@ -872,20 +870,15 @@ FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, co
     int tile = first_tile, query = tile * TILE + thread % TILE;
     tile_load(keys, q + C, stride, first, TILE, T);
     tile_load(values, q + 2 * C, stride, first, TILE, T);
-    tile_load(stages, q, stride, tile * TILE, TILE, T);
-    tile_load(stages + TILE * HS, o, C, tile * TILE, TILE, T);
+    stage_load(stages, tile, q, stride, o, C, T);
     copy_async_commit();
-    rows[thread] = query < T ? row_source[query] : row_none;
+    rows[tile % 2 * 2 * TILE + thread] = query < T ? row_source[query] : row_none;
     float dk[8][4] = {}, dv[8][4] = {};
     uint32_t ks[STEPS][4], vs[STEPS][4], operand[4];
-    for (int stage = 0; tile <= last; tile++, stage ^= 1) {
-        bf16 *queries = stages + stage * 2 * TILE * HS, *douts = queries + TILE * HS;
-        bf16 *next = stages + (stage ^ 1) * 2 * TILE * HS;
-        const float *tile_lse = rows + stage * 2 * TILE, *tile_delta = tile_lse + TILE;
-        if (tile < last) {
-            tile_load(next, q, stride, (tile + 1) * TILE, TILE, T);
-            tile_load(next + TILE * HS, o, C, (tile + 1) * TILE, TILE, T);
-        }
+    for (; tile <= last; tile++) {
+        bf16 *queries = stages + tile % 2 * 2 * TILE * HS, *douts = queries + TILE * HS;
+        const float *tile_lse = rows + tile % 2 * 2 * TILE, *tile_delta = tile_lse + TILE;
+        if (tile < last) stage_load(stages, tile + 1, q, stride, o, C, T);
         copy_async_commit();
         query += TILE;
         const float next_row = query < T ? row_source[query] : row_none;
@@ -931,7 +924,7 @@ FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, co
                 mma_m16n8k16_bf16(dk[n + 1], ds_a, operand + 2);
             }
         }
-        rows[(stage ^ 1) * 2 * TILE + thread] = next_row;
+        rows[(tile + 1) % 2 * 2 * TILE + thread] = next_row;
         __syncthreads();
     }
     sums_store(dqkv + head + C, stride, first + own, T, keys, own, dk, 0.125f, 0.125f);
