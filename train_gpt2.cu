@@ -661,6 +661,14 @@ __device__ static inline float quad_sum(float x) {
     return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
 }
 
+/* Of 16 × 8 scores of queries by keys from these on: no query sees a later key. */
+__device__ static inline void mask(float s[4], int query, int key) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (key + lane % 4 * 2 + i % 2 > query + lane / 4 + i / 2 * 8) s[i] = -INFINITY;
+}
+
 /* out (B,T,C), lse (B,NH,T). Blocks of later queries, which see more keys, come first. */
 FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
                                                                       int C, int NH) {
@@ -708,20 +716,18 @@ FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
                     mma_m16n8k16_bf16(s[m][n + 1], qs[m][step], operand + 2);
                 }
             }
-        const int causal = tile * TILE + TILE > first + own;     /* has keys behind a query of this warp */
+        if (tile * TILE + TILE > first + own)     /* has keys behind a query of this warp */
+#pragma unroll
+            for (int m = 0; m < FORWARD_TILES; m++)
+#pragma unroll
+                for (int n = 0; n < 8; n++) mask(s[m][n], first + own + m * 16, tile * TILE + n * 8);
 #pragma unroll
         for (int m = 0; m < FORWARD_TILES; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int query = first + own + m * 16 + lane / 4 + half * 8;
-                const int key = tile * TILE + lane % 4 * 2;
                 float highest = -INFINITY;
 #pragma unroll
-                for (int i = 0; i < 16; i++) {
-                    float *score = &s[m][i / 2][half * 2 + i % 2];
-                    if (causal && key + i / 2 * 8 + i % 2 > query) *score = -INFINITY;
-                    highest = fmaxf(highest, *score);
-                }
+                for (int i = 0; i < 16; i++) highest = fmaxf(highest, s[m][i / 2][half * 2 + i % 2]);
                 const float higher = fmaxf(top[m][half], quad_max(highest) * factor);
                 const float fade = exp2f(top[m][half] - higher);
                 top[m][half] = higher;
@@ -825,13 +831,13 @@ FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, cons
             }
 #pragma unroll
             for (int m = 0; m < DQ_TILES; m++) {
-                const int query = first + own + m * 16 + lane / 4, key = tile * TILE + part + lane % 4 * 2;
+                const int query = first + own + m * 16, key = tile * TILE + part;
+                if (key + 15 > query) mask(s[m][0], query, key), mask(s[m][1], query, key + 8);
 #pragma unroll
                 for (int i = 0; i < 8; i++) {     /* half i / 2 % 2, of 8 keys i / 4 */
                     float *score = &s[m][i / 4][i % 4];
-                    const int half = i / 2 % 2, seen = key + i / 4 * 8 + i % 2 <= query + half * 8;
-                    const float p = seen ? exp2f(*score * factor - row_lse[m][half]) : 0;
-                    *score = p * (dp[m][i / 4][i % 4] - row_delta[m][half]);
+                    const float p = exp2f(*score * factor - row_lse[m][i / 2 % 2]);
+                    *score = p * (dp[m][i / 4][i % 4] - row_delta[m][i / 2 % 2]);
                 }
                 pack_a(ds[m], s[m][0], s[m][1]);
             }
@@ -907,7 +913,7 @@ FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, co
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int at = part + i / 4 * 8 + lane % 4 * 2 + i % 2;     /* query in the tile */
-                const int seen = first + own + lane / 4 + i / 2 % 2 * 8 <= tile * TILE + at;
+                const int seen = tile > first_tile || own + lane / 4 + i / 2 % 2 * 8 <= at;
                 const float p = seen ? exp2f(s[i / 4][i % 4] * factor - tile_lse[at]) : 0;
                 s[i / 4][i % 4] = p;
                 dp[i / 4][i % 4] = p * (dp[i / 4][i % 4] - tile_delta[at]);
