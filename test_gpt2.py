@@ -3196,13 +3196,13 @@ def test_a_model_agrees_with_transformers(maker):
 
 
 # --- The GPU, here or emulated ------------------------------------------------------------------------------
-# GPT2_GPU_BUILD=DIR names the builds under test: those of `make emulated`, or on a machine with a GPU the real
-# ones (dev/cuda/on_gpu.sh does that). dev/cuda/emulate.h says what the emulation finds, and its environment.
+# GPT2_GPU_BUILD=DIR names the builds under test: those of `make emulated`, or on a machine with a GPU the
+# real ones (dev/cuda/on_gpu.sh does that). dev/cuda/emulate.h says what the emulation finds, and how.
 GPU_BUILD = pathlib.Path(os.environ.get("GPT2_GPU_BUILD", HERE / "build" / "emulated")).resolve()
 EMULATED = (GPU_BUILD / "selftest").exists()
 needs_gpu_build = pytest.mark.skipif(not (GPU_BUILD / "libgpt2cu_fp32.so").exists(),
-                                     reason="needs `make emulated`, and that a C++ compiler, or a GPU's build")
-needs_emulation = pytest.mark.skipif(not EMULATED, reason="needs `make emulated`, and that a C++ compiler")
+                                     reason="needs `make emulated` (a C++ compiler), or a GPU's build")
+needs_emulation = pytest.mark.skipif(not EMULATED, reason="needs `make emulated` (a C++ compiler)")
 each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 BF16 = json.loads((HERE / "dev" / "cuda" / "bf16_errors.json").read_text())
 
@@ -3224,8 +3224,8 @@ def on_gpu(precision, monkeypatch):
 
 
 def bf16_limits(name):
-    """What bf16 may differ from a reference by: somewhat more than PyTorch in bf16 does. Single numbers may be
-    near by chance, so for them it is the furthest of all references."""
+    """What bf16 may differ from a reference by: somewhat more than PyTorch in bf16 does. A single number may
+    be near by chance, so for them it is the furthest of all references."""
     limits = {row: BF16["factor"] * error for row, error in BF16["errors"][name].items()}
     for row in ("loss", "losses"):
         limits[row] = BF16["factor"] * max(errors[row] for errors in BF16["errors"].values())
@@ -3261,8 +3261,9 @@ def test_on_a_gpu_the_losses_of_ten_adamw_steps_are_the_references(name, precisi
 @needs_gpu_build
 @each_precision
 @pytest.mark.parametrize("shape", [
-    (1, 1, 1, 1, 1, 1, 1), (130, 127, 2, 2, 64, 2, 130), (64, 300, 1, 2, 64, 3, 64), (65, 129, 1, 4, 32, 1, 65),
-    (200, 60, 1, 1, 64, 1, 193), (70, 60, 1, 2, 128, 1, 70), (40, 1700, 1, 1, 80, 2, 33), (9, 300, 4, 7, 3, 21, 3)])
+    (1, 1, 1, 1, 1, 1, 1), (130, 127, 2, 2, 64, 2, 130), (64, 300, 1, 2, 64, 3, 64),
+    (65, 129, 1, 4, 32, 1, 65), (200, 60, 1, 1, 64, 1, 193), (70, 60, 1, 2, 128, 1, 70),
+    (40, 1700, 1, 1, 80, 2, 33), (9, 300, 4, 7, 3, 21, 3)])
 def test_a_gpu_computes_what_the_cpu_does(shape, precision, monkeypatch):
     max_T, vocabulary, L, NH, hs, B, T = shape
     spread = min(0.2, 1 / math.sqrt(NH * hs))
@@ -3323,7 +3324,8 @@ def test_a_run_with_heads_of_64_channels_gives_the_same_bytes_again(tmp_path):
     flags = "-b 2 -t 150 -d 300 -x 2 -v 0 -g 0 -n 2"
     whole, *others = (gpu_run(tmp_path, "bf16", tmp_path / str(i), flags, **environment)
                       for i, environment in enumerate(EACH_ORDER))
-    assert len(whole) == 4 and [name for name in whole for other in others if other[name] != whole[name]] == []
+    assert len(whole) == 4
+    assert [name for name in whole for other in others if other[name] != whole[name]] == []
 
 
 @needs_gpu_build
@@ -3383,8 +3385,7 @@ def test_on_a_gpu_without_master_weights_parameters_are_bf16_and_learn_as_well(n
         ours.append(model.forward(x, y))
         model.backward()
         model.update(r["lr"], r["beta1"], r["beta2"], r["eps"], r["weight_decay"], r["max_norm"])
-    low_bits = [bits & 0xffff for values in tensors(model).values() for bits in array.array("I", values.tobytes())]
-    assert not any(low_bits)
+    assert not any(bits & 0xffff for bits in array.array("I", as_bytes(tensors(model))))
     assert ours[-1] - ours[0] == pytest.approx(r["losses"][-1] - r["losses"][0], rel=0.1)
 
 
@@ -3419,14 +3420,15 @@ MISTAKES = {
     "no_wait": "NaN: 0 256 512", "fresh": "numbers: 0", "no_synchronize": "NaN 2", "no_event": "NaN",
     "with_event": "a number", "half_barrier": "deadlock.*__syncthreads.*its end",
     "half_shuffle": "deadlock.*__shfl_xor_sync.*thread 5", "crossed": "deadlock.*__sync",
-    "mixed": "__shfl_sync.*__any_sync|__any_sync.*__shfl_sync", "past_end": "byte 4096 of a device allocation",
+    "mixed": "__shfl_sync.*__any_sync|__any_sync.*__shfl_sync",
+    "past_end": "byte 4096 of a device allocation",
     "before": "byte -4 of", "beside": "written beside an allocation of 4000", "freed": "that was freed",
     "misaligned": "not aligned", "shared_end": "byte 256 of 256 bytes of dynamic shared",
     "host_pointer": "is host memory", "host_pointer_in_struct": "is host memory",
     "wrong_way": "to device memory was given", "long_copy": "260 bytes to .* of 256 bytes is out of bounds",
     "no_memory": "out of memory", "large_block": "1025", "much_shared": "51200 bytes of shared memory, 49152",
-    "matmul_mistakes": r"D, 284 bytes|C, 284 bytes.*\n.*leading dimension of 7.*\n.*256.*\n.*multiple of 8.*\n"
-                       ".*attribute 27",
+    "matmul_mistakes": r"284 bytes, is out of.*\n.*leading dimension of 7.*\n.*multiple of 256.*\n"
+                       r".*multiple of 8,.*\n.*attribute 27",
     "host_reads": "host touched .* copy is missing", "host_writes": "host touched .* copy is missing",
 }
 

@@ -4,11 +4,11 @@
     python3 dev/cuda/bench_cuda.py --shape d12 --seconds 600        more time: PyTorch for the others too
     python3 dev/cuda/bench_cuda.py --shape "d12 64" --profile       and each kernel's time, where nsys is
 
-A side of a shape is a process of its own, so that each has the whole memory; with several batch sizes the largest
-one that fits counts. PyTorch is what its users write today: torch.compile, scaled_dot_product_attention, autocast
-to bf16, fused AdamW, a vocabulary padded to 50304. FLOPs of a token are 6 P + 6 L T C for both, P the parameters
-without padding; MFU is the share of the GPU's dense bf16 peak. Time is that of whole steps, from tokens in host
-memory to updated parameters, the median of 3 groups of steps.
+A side of a shape is a process of its own, so that each has the whole memory; with several batch sizes the
+largest one that fits counts. PyTorch is what its users write today: torch.compile, autocast to bf16,
+scaled_dot_product_attention, fused AdamW, a vocabulary padded to 50304. FLOPs of a token are 6 P + 6 L T C
+for both, P the parameters without padding; MFU is the share of the GPU's dense bf16 peak. Time is that of whole
+steps, from tokens in host memory to updated parameters, the median of 3 groups of steps.
 
 What it refuses to be: a test. Nothing here passes or fails.
 """
@@ -195,11 +195,13 @@ def main():
     peak = next((PEAKS[part] for part in sorted(PEAKS, key=len, reverse=True) if part in gpu), None)
     deadline = time.monotonic() + args.seconds
     has_torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
-    print(f"{gpu}; bf16 peak {peak * 1e-12 if peak else 0:.0f} TFLOP/s" + ("" if has_torch else "; no PyTorch here"))
-    print(f"{'shape':13} {'side':8} {'B':>3} {'ms/step':>9} {'tokens/s':>10} {'MFU':>6} {'GB':>6} {'loss':>7} ratio")
+    print(gpu, f"bf16 peak {peak * 1e-12:.0f} TFLOP/s" if peak else "of unknown peak",
+          "" if has_torch else "; no PyTorch here")
+    print(f"{'shape':13} {'side':8} {'B':>3} {'ms/step':>9} {'tokens/s':>10} {'MFU':>6} {'GB':>6} {'loss':>7}"
+          " ratio")
     names = [name for name in SHAPES if args.shape in name]
     plan = [(name, "ours") for name in names]
-    if has_torch:                                # the first two matter most, then ours, then the rest of PyTorch
+    if has_torch:                        # the first two matter most, then ours, then the rest of PyTorch
         theirs = [(name, "pytorch") for name in names]
         plan = sorted(plan[:2] + theirs[:2], key=lambda pair: names.index(pair[0])) + plan[2:] + theirs[2:]
     found = {}
@@ -215,14 +217,14 @@ def main():
         mfu = f"{100 * rate * (6 * parameters + 6 * L * T * C) / peak:5.1f}%" if peak else "     ?"
         ratio = rate / found[name, "ours"] if (name, "ours") in found else float("nan")
         memory = float(answer["memory"] or "nan") * 1.048576e-3
-        print(f"{name:13} {side:8} {B:3} {seconds * 1e3:9.2f} {rate:10.0f} {mfu} {memory:6.1f} {answer['loss']:7.3f}"
-              f" {ratio:5.2f}", flush=True)
+        print(f"{name:13} {side:8} {B:3} {seconds * 1e3:9.2f} {rate:10.0f} {mfu} {memory:6.1f}"
+              f" {answer['loss']:7.3f} {ratio:5.2f}", flush=True)
     if args.profile and not shutil.which("nsys"):
         print("nsys is not installed: no time per kernel")
     elif args.profile:
         path = os.path.join(args.out, "profile")
         measure("ours", names[0], deadline - time.monotonic() + 60, profile=path)
-        subprocess.run(["nsys", "stats", "--report", "cuda_gpu_kern_sum", "--format", "table", path + ".nsys-rep"])
+        subprocess.run(["nsys", "stats", "--report", "cuda_gpu_kern_sum", path + ".nsys-rep"])
     return None
 
 

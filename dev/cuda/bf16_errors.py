@@ -4,10 +4,10 @@
     python dev/cuda/bf16_errors.py                  writes bf16_errors.json beside this, and prints a table
 
 The model is that of dev/reference/make_reference.py with parameters, activations and their gradients in bf16,
-PyTorch's fused attention, and the loss of fp32 logits: the usual mixed precision. AdamW works on fp32 masters, of
-which the bf16 parameters are rounded copies. So PyTorch makes the roundings that train_gpt2.cu makes, at places
-of its own; errors of the same size are rounding, and larger ones a mistake. test_gpt2.py allows FACTOR times
-PyTorch's error, for a loss (a single number, whose error may be small by chance) the largest of all references'.
+PyTorch's fused attention, and the loss of fp32 logits: usual mixed precision. AdamW works on fp32 masters, of
+which the bf16 parameters are rounded copies. So PyTorch makes the roundings that train_gpt2.cu makes, at
+places of its own; errors of the same size are rounding, and larger ones a mistake. test_gpt2.py allows FACTOR
+times PyTorch's error, for a loss (a single number, whose error may be small by chance) the largest of all.
 
 What it refuses to be: a test, or a benchmark.
 """
@@ -62,7 +62,7 @@ class Masters(torch.nn.Module):
         logits, loss = model(x, y)
         loss.backward()
 
-        class Hand(torch.autograd.Function):            # hands the bf16 gradients on when backward() is called
+        class Hand(torch.autograd.Function):            # hands on the bf16 gradients at backward()
             @staticmethod
             def forward(context, value, *masters):
                 return value.clone()
@@ -98,8 +98,8 @@ def main():
     for row in rows:
         print(f"{row:10}" + "".join(f"{errors[row]:10.1e}" for errors in table.values()))
     contents = {
-        "about": "relative error (L2) of PyTorch in bf16 against float64, by dev/cuda/bf16_errors.py; losses: the "
-                 "worst of ten; the tests allow factor times as much",
+        "about": "relative error (L2) of PyTorch in bf16 against float64, by dev/cuda/bf16_errors.py; "
+                 "losses: the worst of ten; the tests allow factor times as much",
         "torch": torch.__version__, "factor": FACTOR,
         "errors": {name: {row: float(f"{error:.2e}") for row, error in errors.items()}
                    for name, errors in table.items()},

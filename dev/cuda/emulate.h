@@ -6,18 +6,19 @@
    include/ has files of the names of the CUDA toolkit's headers, and each includes this one. What it is: the
    part of CUDA that train_gpt2.cu uses, with its meaning taken at its strictest:
 
-     threads       The threads of a block are fibers, one at a time, each up to the next __syncthreads, shuffle
-                   or other operation of a warp. One that not all threads reach is an error, not a hang.
+     threads       The threads of a block are fibers, one at a time, each up to the next __syncthreads, or
+                   shuffle or other operation of its warp. One that not all threads reach is an error.
      memory        The host cannot touch device memory, since outside of kernels and copies it is not mapped;
-                   a kernel's pointer to host memory is refused; guard pages lie around every allocation. Fresh
-                   device, pinned and shared memory is NaN, the latter before each block.
+                   a kernel's pointer to host memory is refused; guard pages lie around every allocation.
+                   Fresh memory of the device, pinned, and shared is NaN, the latter before each block.
      time          What is put into a stream runs as late as CUDA allows, when something waits for it, and
                    cp.async copies at its wait: who reads without waiting reads NaN, or what was there before.
      cuBLASLt      Plain loops, products and sums in fp32; what the manual forbids is refused.
 
-   What it refuses to be: a simulator of a GPU. It has no timing, no caches, no memory model; blocks run one after
-   another, so that it finds no race between blocks. A race inside a block it can find: in descending order
-   (below) another thread is first, and where a __syncthreads is missing, results then differ.
+   What it refuses to be: a simulator of a GPU. It has no timing, no caches, no memory model; blocks run one
+   after another, so that it finds no race between blocks. A race inside a block it can find: in descending
+   order (below) another thread is first, and where a __syncthreads is missing, results then differ. A missing
+   __syncwarp is hidden by a shuffle in its place, which here orders memory as well, and on a GPU does not.
 
      GPT2_EMULATE_ORDER=descending    threads of a block run from the last to the first
      GPT2_EMULATE_STREAMS=at-once     streams run as early as CUDA allows
@@ -54,12 +55,9 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__ static
-#define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-/* The library's thread_local variables can be found, and so filled with NaN before each block: see shared_fill. */
+/* The library's thread_local variables can be found, to be NaN before each block: see shared_fill. */
 #define __shared__ static thread_local
 #define SHARED(type, name) type *name = (type *)emulate::block.shared
 #define LAUNCH(kernel, grid, threads, shared, stream, ...) \
@@ -72,42 +70,23 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
-enum { warpSize = 32 };
 
 template <class T> T __ldcs(const T *p) { return *p; }
-template <class T> T __ldg(const T *p) { return *p; }
 template <class T> void __stcs(T *p, T value) { *p = value; }
 template <class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }
-inline float rsqrtf(float x) { return 1 / sqrtf(x); }
-inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __saturatef(float x) { return x > 1 ? 1 : x > 0 ? x : 0; }
 template <class To, class From> To emulate_bits(From from) {
     static_assert(sizeof(To) == sizeof(From), "the same bits as another type");
     To to;
     memcpy((void *)&to, (const void *)&from, sizeof to);
     return to;
 }
-inline unsigned __float_as_uint(float x) { return emulate_bits<unsigned>(x); }
-inline float __uint_as_float(unsigned x) { return emulate_bits<float>(x); }
-inline int __float_as_int(float x) { return emulate_bits<int>(x); }
-inline float __int_as_float(int x) { return emulate_bits<float>(x); }
-inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 /* bf16: the upper half of an fp32, rounded to the nearest, ties to even. */
 struct alignas(2) __nv_bfloat16 {
@@ -120,25 +99,14 @@ struct alignas(2) __nv_bfloat16 {
     operator float() const { return emulate_bits<float>((uint32_t)bits << 16); }
 };
 struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
-typedef __nv_bfloat16 nv_bfloat16;
-typedef __nv_bfloat162 nv_bfloat162;
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
-inline __nv_bfloat16 __float2bfloat16(float x) { return x; }
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
-inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return {v.x, v.y}; }
-inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
-inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {v.x, v.y}; }
-inline float __low2float(__nv_bfloat162 v) { return v.x; }
-inline float __high2float(__nv_bfloat162 v) { return v.y; }
-inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
-inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short x) { return emulate_bits<__nv_bfloat16>(x); }
 
 enum cudaError_t {
-    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
-    cudaErrorInvalidMemcpyDirection = 21, cudaErrorInvalidDevice = 101, cudaErrorInvalidResourceHandle = 400,
-    cudaErrorNotReady = 600, cudaErrorIllegalAddress = 700, cudaErrorLaunchFailure = 719,
-    cudaErrorStreamCaptureUnsupported = 900
+    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2,
+    cudaErrorInvalidConfiguration = 9, cudaErrorNotReady = 600, cudaErrorIllegalAddress = 700,
+    cudaErrorLaunchFailure = 719, cudaErrorStreamCaptureUnsupported = 900
 };
 enum cudaMemcpyKind {
     cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice,
@@ -161,8 +129,9 @@ inline cudaError_t fail(cudaError_t error, const char *format, ...) {
     return said = latest = error;
 }
 
-/* What cudaMalloc gave: whole pages, the bytes at their end (rounded up to 256, CUDA's alignment), a page that
-   can never be touched on either side. What the pages hold besides stays 0xff, or a kernel was out of bounds. */
+/* What cudaMalloc gave: whole pages, the bytes at their end (rounded up to 256, CUDA's alignment), a page
+   that can never be touched on either side. What the pages hold besides stays 0xff, or a kernel was out of
+   bounds. */
 struct Allocation {
     char *start, *pages;
     size_t bytes, page_bytes;
@@ -221,7 +190,8 @@ inline cudaError_t allocate(void **out, size_t bytes, bool device) {
     if (device && bytes > memory_size() - memory_used)
         return fail(cudaErrorMemoryAllocation, "out of memory: %zu bytes wanted, %zu of %zu are free", bytes,
                     memory_size() - memory_used, memory_size());
-    char *p = (char *)mmap(NULL, inside + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *p = (char *)mmap(NULL, inside + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                           -1, 0);
     if (p == MAP_FAILED || mprotect(p + page, inside, PROT_READ | PROT_WRITE))
         return fail(cudaErrorMemoryAllocation, "out of memory: %zu bytes wanted", bytes);
     const Allocation a = {p + page + inside - rounded, p + page, bytes, inside, device, true};
@@ -241,10 +211,11 @@ inline cudaError_t release(void *address, bool device) {
     if (!a || a->start != address) {
         char what[256];
         describe(what, sizeof what, address);
-        return fail(cudaErrorInvalidValue, "%s was asked to free %s", device ? "cudaFree" : "cudaFreeHost", what);
+        return fail(cudaErrorInvalidValue, "%s was asked to free %s", device ? "cudaFree" : "cudaFreeHost",
+                    what);
     }
     if (device) memory_used -= a->bytes;
-    a->live = false;                      /* its addresses are never used again, so that a late access faults */
+    a->live = false;                      /* its addresses are not used again: a late access faults */
     madvise(a->pages, a->page_bytes, MADV_DONTNEED);
     mprotect(a->pages, a->page_bytes, PROT_NONE);
     return cudaSuccess;
@@ -259,7 +230,8 @@ inline void device_memory(int protection) {
 inline cudaError_t check_surroundings(void) {
     for (auto &entry : allocations())
         if (entry.second.live && !entry.second.intact())
-            return fail(cudaErrorIllegalAddress, "something was written beside an allocation of %zu bytes, less than "
+            return fail(cudaErrorIllegalAddress,
+                        "something was written beside an allocation of %zu bytes, less than "
                         "a page away: a kernel before this is out of bounds", entry.second.bytes);
     return cudaSuccess;
 }
@@ -286,8 +258,8 @@ struct Device {
     bool at_once, descending;
     bool busy;                            /* running what streams hold, on this thread: */
     pthread_t thread;
-    char *tls;                            /* the thread's own variables of this library, of which shared arrays */
-    size_t tls_bytes;                     /* are some */
+    char *tls;                            /* the thread's own variables of this library, shared arrays too */
+    size_t tls_bytes;
 };
 inline thread_local char one_of_ours;
 inline void watch_faults(void);
@@ -318,8 +290,8 @@ inline int tls_find(struct dl_phdr_info *info, size_t, void *) {
     return 0;
 }
 
-/* Runs something for which device memory is there; afterwards, it is not, and the caller's thread_local variables
-   are what they were. */
+/* Runs something for which device memory is there; afterwards, it is not, and the caller's thread_local
+   variables are what they were. */
 template <class Task> cudaError_t on_device(Task task) {
     Device &d = device();
     if (sticky || d.busy) return sticky;
@@ -357,7 +329,8 @@ inline cudaError_t reach(Point point) {
 }
 inline cudaError_t synchronize(Stream *stream) {
     if (stream->capture)
-        return fail(cudaErrorStreamCaptureUnsupported, "a stream that is being captured cannot be waited for");
+        return fail(cudaErrorStreamCaptureUnsupported,
+                    "a stream that is being captured cannot be waited for");
     const Point end = {stream, stream->put};
     return stream->done == end.count ? sticky : on_device([=] { return reach(end); });
 }
@@ -398,7 +371,8 @@ inline cudaError_t copy_check(const void *to, const void *from, size_t bytes, cu
     }
     return cudaSuccess;
 }
-inline cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, Stream *stream, bool wait) {
+inline cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, Stream *stream,
+                        bool wait) {
     std::lock_guard<std::recursive_mutex> lock(device().calls);
     if (bytes == 0 || sticky) return sticky;
     if (cudaError_t error = copy_check(to, from, bytes, kind)) return error;
@@ -425,9 +399,9 @@ inline cudaError_t fill(void *at, int value, size_t bytes, Stream *stream) {
 
 /* === 4. Blocks and threads ==============================================================================
    A fiber is a stack. It begins a thread of the block, and when that ends, the next one that has not begun:
-   threads that meet no barrier all run on one fiber, without a switch. At a barrier the thread's fiber goes to
-   sleep and another runs: one that woke up, else a fresh one. Slots count the threads in the order in which
-   they run, warp by warp. */
+   threads that meet no barrier all run on one fiber, without a switch. At a barrier the thread's fiber goes
+   to sleep and another runs: one that woke up, else a fresh one. Slots count the threads in the order in
+   which they run, warp by warp. */
 extern "C" __attribute__((visibility("hidden"))) void emulate_switch(void **from, void *to);
 #if defined(__x86_64__)
 __asm__(".text\n.p2align 4\n.hidden emulate_switch\n.globl emulate_switch\n.type emulate_switch,@function\n"
@@ -452,7 +426,7 @@ __asm__(".text\n.p2align 4\n.hidden emulate_switch\n.globl emulate_switch\n.type
         ".size emulate_switch,.-emulate_switch\n");
 enum { SWITCH_WORDS = 20, SWITCH_ENTRY = 11 };
 #else
-#error "emulate.h knows how to change stacks on x86-64 and aarch64 only: add emulate_switch for this processor"
+#error "emulate.h changes stacks on x86-64 and aarch64 only: add emulate_switch for this processor"
 #endif
 
 enum { WARP = 32, MOST_THREADS = 1024, MOST_SHARED = 227 * 1024, STACK = 256 * 1024 };
@@ -519,7 +493,8 @@ inline void stop(cudaError_t error, const char *format, ...) {
     va_start(list, format);
     vsnprintf(what, sizeof what, format, list);
     va_end(list);
-    block.error = fail(error, "kernel %s, block (%u, %u, %u), thread (%u, %u, %u): %s", block.kernel, blockIdx.x,
+    block.error = fail(error, "kernel %s, block (%u, %u, %u), thread (%u, %u, %u): %s", block.kernel,
+                       blockIdx.x,
                        blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z, what);
     switch_to(&block.host);
     __builtin_unreachable();
@@ -531,7 +506,8 @@ __attribute__((noreturn)) inline void stop_deadlock(void) {
     for (int slot = 0; slot < block.slots; slot++)
         if (block.state[slot] && strcmp(block.state[slot], block.state[waiting])) other = slot;
     become(waiting);
-    stop(cudaErrorLaunchFailure, "deadlock: it waits at %s, which not all threads of its %s reach: thread %d is at %s",
+    stop(cudaErrorLaunchFailure,
+         "deadlock: it waits at %s, which not all threads of its %s reach: thread %d is at %s",
          block.state[waiting], strcmp(block.state[waiting], "__syncthreads") ? "warp" : "block",
          other < 0 ? -1 : thread_of(other), other < 0 ? "?" : block.state[other]);
 }
@@ -554,7 +530,7 @@ inline int pick(void) {
 inline void fiber_main(void);
 inline void fiber_prepare(Fiber *fiber) {
     void **top = (void **)(fiber->stack + STACK - 4096 - 16) - SWITCH_WORDS;
-    top -= (size_t)fiber->stack / STACK % 32 * 16;        /* hot parts of stacks in different sets of the cache */
+    top -= (size_t)fiber->stack / STACK % 32 * 16;        /* their hot parts in different sets of the cache */
     memset(top, 0, SWITCH_WORDS * sizeof *top);
     top[SWITCH_ENTRY] = (void *)fiber_main;
     fiber->sp = top;
@@ -562,7 +538,8 @@ inline void fiber_prepare(Fiber *fiber) {
 inline Fiber *fiber_take(void) {
     if (block.idle->empty()) {
         Fiber *fiber = new Fiber;
-        void *stack = mmap(NULL, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void *stack = mmap(NULL, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                           -1, 0);
         if (stack == MAP_FAILED) abort();
         fiber->stack = (char *)stack;
         mprotect(stack, 4096, PROT_NONE);
@@ -638,7 +615,8 @@ inline void barrier(void) {
 inline void warp_operation(const char *name, void (*finish)(void **), void *mine) {
     const int warp = block.current / WARP, lane = block.current % WARP;
     if (block.waits[warp] && (block.operation[warp] != finish || block.name[warp] != name))
-        stop(cudaErrorLaunchFailure, "it is at %s while other threads of its warp are at %s", name, block.name[warp]);
+        stop(cudaErrorLaunchFailure, "it is at %s while other threads of its warp are at %s", name,
+             block.name[warp]);
     block.operation[warp] = finish;
     block.name[warp] = name;
     block.brought[warp][lane_id()] = mine;
@@ -652,13 +630,14 @@ inline void warp_operation(const char *name, void (*finish)(void **), void *mine
     wake(warp);
 }
 
-/* Shared memory is NaN at first. Static shared arrays are thread_local variables, and all of these are filled. */
+/* Shared memory is NaN at first. Static shared arrays are thread_local variables; all of these are filled. */
 inline void shared_fill(void) {
     memset(device().tls, 0xff, device().tls_bytes);
     memset(block.shared, 0xff, block.shared_bytes);
 }
 
-inline cudaError_t run_grid(const char *kernel, dim3 grid, dim3 threads, size_t shared_bytes, void (*call)(void *),
+inline cudaError_t run_grid(const char *kernel, dim3 grid, dim3 threads, size_t shared_bytes,
+                            void (*call)(void *),
                             void *arguments) {
     static char *shared_end = NULL;
     if (!shared_end) {
@@ -738,14 +717,17 @@ inline bool host_pointer(const void *argument, size_t bytes, const void **found)
     return false;
 }
 
-inline cudaError_t launch_check(const char *kernel, const void *function, dim3 grid, dim3 threads, size_t shared) {
+inline cudaError_t launch_check(const char *kernel, const void *function, dim3 grid, dim3 threads,
+                                size_t shared) {
     const size_t n = (size_t)threads.x * threads.y * threads.z, allowed = shared_allowed().count(function)
                      ? shared_allowed()[function] : 48 * 1024;
     if (n == 0 || n > MOST_THREADS || threads.z > 64)
-        return fail(cudaErrorInvalidConfiguration, "kernel %s: a block of (%u, %u, %u) threads: 1 to 1024 can be had",
+        return fail(cudaErrorInvalidConfiguration,
+                    "kernel %s: a block of (%u, %u, %u) threads: 1 to 1024 can be had",
                     kernel, threads.x, threads.y, threads.z);
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
-        return fail(cudaErrorInvalidConfiguration, "kernel %s: a grid of (%u, %u, %u) blocks", kernel, grid.x, grid.y,
+        return fail(cudaErrorInvalidConfiguration, "kernel %s: a grid of (%u, %u, %u) blocks", kernel,
+                    grid.x, grid.y,
                     grid.z);
     if (shared > allowed)
         return fail(cudaErrorInvalidValue, "kernel %s: %zu bytes of shared memory, %zu are allowed "
@@ -754,7 +736,8 @@ inline cudaError_t launch_check(const char *kernel, const void *function, dim3 g
 }
 
 template <class... Parameters, class... Arguments>
-void launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared, Stream *stream,
+void launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared,
+            Stream *stream,
             Arguments &&...arguments) {
     typedef std::tuple<void (*)(Parameters...), std::decay_t<Parameters>...> Call;
     std::lock_guard<std::recursive_mutex> lock(device().calls);
@@ -765,7 +748,8 @@ void launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 thr
         (void)(... || host_pointer(&argument, sizeof argument, &host));
     }, call);
     if (host) {
-        fail(cudaErrorIllegalAddress, "kernel %s was given %p, which is host memory: a device cannot reach it", name,
+        fail(cudaErrorIllegalAddress,
+             "kernel %s was given %p, which is host memory: a device cannot reach it", name,
              host);
         sticky = latest;
         return;
@@ -793,7 +777,8 @@ inline void on_fault(int number, siginfo_t *info, void *context) {
         if (address >= fiber && address < fiber + STACK)
             stop(cudaErrorIllegalAddress, "its stack of %d KiB is full", STACK / 1024);
         if (address >= block.shared - MOST_SHARED && address < block.shared + block.shared_bytes + 4096)
-            stop(cudaErrorIllegalAddress, "it is out of bounds at byte %lld of %zu bytes of dynamic shared memory",
+            stop(cudaErrorIllegalAddress,
+                 "it is out of bounds at byte %lld of %zu bytes of dynamic shared memory",
                  (long long)(address - block.shared), block.shared_bytes);
         describe(what, sizeof what, address);
         stop(cudaErrorIllegalAddress, "it is out of bounds or not aligned at %s", what);
@@ -840,23 +825,21 @@ typedef emulate::Graph *cudaGraphExec_t;
 struct cudaDeviceProp {
     char name[256];
     size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
-    int multiProcessorCount, major, minor, maxThreadsPerMultiProcessor, maxThreadsPerBlock, warpSize, l2CacheSize;
+    int multiProcessorCount, major, minor, maxThreadsPerMultiProcessor, maxThreadsPerBlock, warpSize,
+        l2CacheSize;
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
                          cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal,
                              cudaStreamCaptureModeRelaxed };
-enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaEventDefault = 0, cudaStreamDefault = 0 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75,
-                      cudaDevAttrComputeCapabilityMinor = 76, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-                      cudaDevAttrClockRate = 13, cudaDevAttrMaxThreadsPerMultiProcessor = 39 };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 
 #define EMULATE_CALL std::lock_guard<std::recursive_mutex> emulate_lock(emulate::device().calls); \
     if (emulate::sticky) return emulate::sticky
 inline const char *cudaGetErrorString(cudaError_t error) {
-    return error == cudaSuccess ? "no error" : error == emulate::said ? emulate::sentence : "an earlier error";
+    if (error == cudaSuccess) return "no error";
+    return error == emulate::said ? emulate::sentence : "an earlier error";
 }
-inline const char *cudaGetErrorName(cudaError_t error) { return error ? "cudaError" : "cudaSuccess"; }
 inline cudaError_t cudaPeekAtLastError(void) { return emulate::sticky ? emulate::sticky : emulate::latest; }
 inline cudaError_t cudaGetLastError(void) {
     const cudaError_t error = cudaPeekAtLastError();
@@ -878,9 +861,6 @@ inline cudaError_t cudaGetDevice(int *index) {
     *index = 0;
     return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int index) {
-    return index ? emulate::fail(cudaErrorInvalidDevice, "device %d: there is one, 0", index) : cudaSuccess;
-}
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int) {
     memset(out, 0, sizeof *out);
     strcpy(out->name, "emulated GPU");
@@ -894,19 +874,6 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int) {
     out->maxThreadsPerBlock = 1024;
     out->warpSize = 32;
     out->l2CacheSize = 1 << 20;
-    return cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int *out, cudaDeviceAttr which, int device) {
-    cudaDeviceProp p;
-    cudaGetDeviceProperties(&p, device);
-    switch (which) {
-    case cudaDevAttrMultiProcessorCount: *out = p.multiProcessorCount; break;
-    case cudaDevAttrComputeCapabilityMajor: *out = p.major; break;
-    case cudaDevAttrComputeCapabilityMinor: *out = p.minor; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *out = (int)p.sharedMemPerBlockOptin; break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *out = p.maxThreadsPerMultiProcessor; break;
-    case cudaDevAttrClockRate: *out = 1000000; break;
-    }
     return cudaSuccess;
 }
 template <class T> cudaError_t cudaMalloc(T **out, size_t bytes) {
@@ -973,7 +940,7 @@ inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned) {
     return cudaSuccess;
 }
 inline cudaError_t cudaEventCreate(cudaEvent_t *out) { return cudaEventCreateWithFlags(out, 0); }
-inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }  /* small, and a stream may yet use it */
+inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }  /* a stream may yet use it */
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = NULL) {
     EMULATE_CALL;
     stream = emulate::find(stream);
@@ -996,7 +963,8 @@ inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t
     for (cudaEvent_t event : {from, to})
         if (event->at.stream->done < event->at.count)
             return emulate::fail(cudaErrorNotReady, "an event that was not yet reached has no time");
-    *ms = (float)(to->time.tv_sec - from->time.tv_sec) * 1e3f + (float)(to->time.tv_nsec - from->time.tv_nsec) * 1e-6f;
+    *ms = (float)(to->time.tv_sec - from->time.tv_sec) * 1e3f;
+    *ms += (float)(to->time.tv_nsec - from->time.tv_nsec) * 1e-6f;
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
@@ -1012,7 +980,8 @@ template <class K> cudaError_t cudaFuncSetAttribute(K *kernel, cudaFuncAttribute
     EMULATE_CALL;
     if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value < 0 || value > 163 * 1024)
-        return emulate::fail(cudaErrorInvalidValue, "%d bytes of shared memory: a block can have up to %d", value,
+        return emulate::fail(cudaErrorInvalidValue, "%d bytes of shared memory: a block can have up to %d",
+                             value,
                              163 * 1024);
     emulate::shared_allowed()[(const void *)kernel] = (size_t)value;
     return cudaSuccess;
@@ -1020,7 +989,8 @@ template <class K> cudaError_t cudaFuncSetAttribute(K *kernel, cudaFuncAttribute
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     EMULATE_CALL;
     if (!stream || stream->capture)
-        return emulate::fail(cudaErrorStreamCaptureUnsupported, "the default stream, or one that is being captured, "
+        return emulate::fail(cudaErrorStreamCaptureUnsupported,
+                             "the default stream, or one that is being captured, "
                              "cannot be captured");
     stream->capture = new emulate::Graph;
     return cudaSuccess;
@@ -1060,10 +1030,12 @@ inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
 namespace emulate {
 inline void need_whole_warp(void **lanes, const char *name) {
     for (int i = 0; i < WARP; i++)
-        if (!lanes[i]) stop(cudaErrorLaunchFailure, "%s needs 32 threads, and the block's last warp has fewer", name);
+        if (!lanes[i]) stop(cudaErrorLaunchFailure,
+                            "%s needs 32 threads, and the block's last warp has fewer", name);
 }
 inline void need_full_mask(unsigned mask, const char *name) {
-    if (mask != 0xffffffffu) stop(cudaErrorLaunchFailure, "%s of the mask %x: emulate.h knows the full one", name, mask);
+    if (mask != 0xffffffffu) stop(cudaErrorLaunchFailure, "%s of the mask %x: emulate.h knows the full one",
+                                  name, mask);
 }
 template <class T> struct Shuffle { T value, result; int lane; };
 template <class T> void shuffle_finish(void **lanes) {
@@ -1100,7 +1072,7 @@ inline unsigned vote(const char *name, unsigned mask, int predicate) {
 }
 inline void nothing(void **) {}
 
-/* The fragments of mma.m16n8k16 as the PTX manual has them: of a lane, group = lane / 4 and member = lane % 4;
+/* The fragments of mma.m16n8k16 as the PTX manual has them: of a lane, group = lane / 4, member = lane % 4;
    a[i / 2] has in its halves (i % 2) A[group + 8 if i / 2 is odd][2 member + i % 2 + 8 if i >= 4]; b likewise
    B[2 member + i % 2 + 8 if i >= 2][group]; d[i] is D[group + 8 if i >= 2][2 member + i % 2]. */
 struct Mma { float *d; const uint32_t *a, *b; };
@@ -1165,18 +1137,19 @@ template <class T> T __shfl_sync(unsigned mask, T value, int lane, int width = 3
     return emulate::shuffle("__shfl_sync", mask, value, first + (lane & (width - 1)));
 }
 template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
-    return emulate::shuffle("__shfl_xor_sync", mask, value, emulate::lane_in(emulate::lane_id() ^ bits, width));
+    const int lane = emulate::lane_in(emulate::lane_id() ^ bits, width);
+    return emulate::shuffle("__shfl_xor_sync", mask, value, lane);
 }
 template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
-    return emulate::shuffle("__shfl_down_sync", mask, value, emulate::lane_in(emulate::lane_id() + (int)by, width));
+    const int lane = emulate::lane_in(emulate::lane_id() + (int)by, width);
+    return emulate::shuffle("__shfl_down_sync", mask, value, lane);
 }
-template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
-    const int lane = emulate::lane_id() - (int)by;
-    return emulate::shuffle("__shfl_up_sync", mask, value, emulate::lane_in(lane < 0 ? emulate::lane_id() : lane, width));
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    return emulate::vote("__ballot_sync", mask, predicate);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) { return emulate::vote("__ballot_sync", mask, predicate); }
-inline int __any_sync(unsigned mask, int predicate) { return emulate::vote("__any_sync", mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return emulate::vote("__all_sync", mask, !predicate) == 0; }
+inline int __any_sync(unsigned mask, int predicate) {
+    return emulate::vote("__any_sync", mask, predicate) != 0;
+}
 
 /* d (16,8) += a (16,16) · b (16,8): bf16 products, which are exact in fp32, and sums in fp32. */
 inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
@@ -1199,7 +1172,8 @@ inline void copy_async_16(void *shared, const void *global) {
     if ((uintptr_t)global % 16 || !emulate::holds(global, 16, true)) {
         char what[256];
         emulate::describe(what, sizeof what, global);
-        emulate::stop(cudaErrorIllegalAddress, "cp.async of 16 bytes from %s: out of bounds or not aligned", what);
+        emulate::stop(cudaErrorIllegalAddress, "cp.async of 16 bytes from %s: out of bounds or not aligned",
+                      what);
     }
     memset(shared, 0xff, 16);
     emulate::block.copies[emulate::block.current].open.push_back({shared, global});
@@ -1229,7 +1203,7 @@ enum cublasLtEpilogue_t {
     CUBLASLT_EPILOGUE_GELU_AUX_BIAS = 32 | 128 | 4, CUBLASLT_EPILOGUE_DGELU = 64 | 128
 };
 enum cublasLtMatmulDescAttributes_t {
-    CUBLASLT_MATMUL_DESC_POINTER_MODE = 2, CUBLASLT_MATMUL_DESC_TRANSA = 3, CUBLASLT_MATMUL_DESC_TRANSB = 4,
+    CUBLASLT_MATMUL_DESC_TRANSA = 3, CUBLASLT_MATMUL_DESC_TRANSB = 4,
     CUBLASLT_MATMUL_DESC_EPILOGUE = 7, CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8,
     CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER = 11, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD = 12,
     CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE = 26
@@ -1252,7 +1226,13 @@ struct MatmulDesc {
     int64_t aux_ld = 0;
     int bias_type = -1;                   /* -1: D's */
 };
-struct Layout { cudaDataType_t type; uint64_t rows, cols; int64_t ld; int32_t batch = 1; int64_t stride = 0; };
+struct Layout {
+    cudaDataType_t type;
+    uint64_t rows, cols;
+    int64_t ld;
+    int32_t batch = 1;
+    int64_t stride = 0;
+};
 struct Preference { size_t workspace = 0; uint32_t align[4] = {256, 256, 256, 256}; };
 }
 typedef emulate::Handle *cublasLtHandle_t;
@@ -1298,13 +1278,14 @@ inline float gelu_slope(float x) {
 
 struct Matmul { MatmulDesc desc; Layout a, b, c, d; float alpha, beta; const void *A, *B, *C; void *D; };
 
-/* D = alpha op(A) op(B) + beta C, then the epilogue; all column by column. A sum takes 64 products at a time, as
-   an error grows with the length of a sum and not with the number of its parts. */
+/* D = alpha op(A) op(B) + beta C, then the epilogue; all column by column. A sum takes 64 products at a time,
+   as an error grows with the length of a sum and not with the number of its parts. */
 inline void matmul_run(const Matmul &m) {
     const size_t M = m.d.rows, N = m.d.cols, part = 64;
-    const size_t K = m.desc.transa == CUBLAS_OP_N ? m.a.cols : m.a.rows;
-    const size_t a_m = m.desc.transa == CUBLAS_OP_N ? 1 : m.a.ld, a_k = m.desc.transa == CUBLAS_OP_N ? m.a.ld : 1;
-    const size_t b_k = m.desc.transb == CUBLAS_OP_N ? 1 : m.b.ld, b_n = m.desc.transb == CUBLAS_OP_N ? m.b.ld : 1;
+    const bool a_plain = m.desc.transa == CUBLAS_OP_N, b_plain = m.desc.transb == CUBLAS_OP_N;
+    const size_t K = a_plain ? m.a.cols : m.a.rows;
+    const size_t a_m = a_plain ? 1 : m.a.ld, a_k = a_plain ? m.a.ld : 1;
+    const size_t b_k = b_plain ? 1 : m.b.ld, b_n = b_plain ? m.b.ld : 1;
     const int epilogue = m.desc.epilogue, bias_type = m.desc.bias_type < 0 ? m.d.type : m.desc.bias_type;
     std::vector<float> a(K * M), total(M), sum(M);
     for (size_t batch = 0; batch < (size_t)m.d.batch; batch++) {
@@ -1342,27 +1323,32 @@ inline void matmul_run(const Matmul &m) {
 /* What the heuristic finds out without the pointers: do shapes, types and epilogue go together? */
 inline cublasStatus_t matmul_shapes(const MatmulDesc &desc, const Layout &a, const Layout &b, const Layout &c,
                                     const Layout &d) {
-    const uint64_t M = desc.transa == CUBLAS_OP_N ? a.rows : a.cols, K = desc.transa == CUBLAS_OP_N ? a.cols : a.rows;
-    const uint64_t N = desc.transb == CUBLAS_OP_N ? b.cols : b.rows, L = desc.transb == CUBLAS_OP_N ? b.rows : b.cols;
+    typedef long long unsigned number;
+    const bool a_plain = desc.transa == CUBLAS_OP_N, b_plain = desc.transb == CUBLAS_OP_N;
+    const number M = a_plain ? a.rows : a.cols, K = a_plain ? a.cols : a.rows;
+    const number N = b_plain ? b.cols : b.rows, L = b_plain ? b.rows : b.cols;
     if (K != L || d.rows != M || d.cols != N || c.rows != M || c.cols != N || !M || !N || !K)
-        return refuse(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: op(A) is %llu x %llu, op(B) %llu x %llu, C %llu x "
-                      "%llu, D %llu x %llu", (long long unsigned)M, (long long unsigned)K, (long long unsigned)L,
-                      (long long unsigned)N, (long long unsigned)c.rows, (long long unsigned)c.cols,
-                      (long long unsigned)d.rows, (long long unsigned)d.cols);
+        return refuse(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: op(A) is %llu x %llu, op(B) %llu x %llu, "
+                      "C %llu x %llu, D %llu x %llu", M, K, L, N, (number)c.rows, (number)c.cols,
+                      (number)d.rows, (number)d.cols);
     for (const Layout *l : {&a, &b, &c, &d}) {
         if (l->ld < (int64_t)l->rows)
-            return refuse(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: a leading dimension of %lld for %lld rows",
+            return refuse(CUBLAS_STATUS_INVALID_VALUE,
+                          "cublasLtMatmul: a leading dimension of %lld for %lld rows",
                           (long long)l->ld, (long long)l->rows);
         if (l->batch < 1 || l->batch != d.batch)
-            return refuse(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: batches of %d and %d", l->batch, d.batch);
+            return refuse(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: batches of %d and %d", l->batch,
+                          d.batch);
     }
     if (d.batch > 1 && (uint64_t)d.stride < (uint64_t)d.ld * (d.cols - 1) + d.rows)
         return refuse(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: the matrices of D's batch overlap");
     if (a.type != b.type || c.type != d.type || (a.type == CUDA_R_32F && d.type != CUDA_R_32F))
-        return refuse(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmul: types %d, %d, %d, %d", a.type, b.type, c.type,
+        return refuse(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmul: types %d, %d, %d, %d", a.type, b.type,
+                      c.type,
                       d.type);
     if (desc.epilogue & 128 && (desc.aux_ld < (int64_t)d.rows || desc.aux_ld % 8 || d.batch > 1))
-        return refuse(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmul: EPILOGUE_AUX_LD is %lld for %lld rows; it must be a "
+        return refuse(CUBLAS_STATUS_NOT_SUPPORTED,
+                      "cublasLtMatmul: EPILOGUE_AUX_LD is %lld for %lld rows; it must be a "
                       "multiple of 8, and the batch 1", (long long)desc.aux_ld, (long long)d.rows);
     if (desc.epilogue & CUBLASLT_EPILOGUE_BIAS && desc.bias_type >= 0 && desc.bias_type != d.type &&
         !(a.type == CUDA_R_16BF && desc.bias_type == CUDA_R_16BF))
@@ -1371,33 +1357,47 @@ inline cublasStatus_t matmul_shapes(const MatmulDesc &desc, const Layout &a, con
     return CUBLAS_STATUS_SUCCESS;
 }
 inline size_t layout_bytes(const Layout &l) {
-    return ((l.cols - 1) * (size_t)l.ld + l.rows + (size_t)(l.batch - 1) * (size_t)l.stride) * size_of(l.type);
+    const size_t one = (l.cols - 1) * (size_t)l.ld + l.rows;
+    return (one + (size_t)(l.batch - 1) * (size_t)l.stride) * size_of(l.type);
 }
 inline cublasStatus_t need_device(const char *what, const void *p, size_t bytes) {
     char found[256];
     if (holds(p, bytes, true)) return CUBLAS_STATUS_SUCCESS;
     describe(found, sizeof found, p);
-    return refuse(CUBLAS_STATUS_EXECUTION_FAILED, "cublasLtMatmul: %s, %zu bytes, is out of bounds at %s", what, bytes,
+    return refuse(CUBLAS_STATUS_EXECUTION_FAILED, "cublasLtMatmul: %s, %zu bytes, is out of bounds at %s",
+                  what, bytes,
                   found);
 }
 template <class T> cublasStatus_t take(T *to, const void *from, size_t bytes) {
     if (bytes != sizeof *to)
-        return refuse(CUBLAS_STATUS_INVALID_VALUE, "an attribute of %zu bytes was given %zu", sizeof *to, bytes);
+        return refuse(CUBLAS_STATUS_INVALID_VALUE, "an attribute of %zu bytes was given %zu", sizeof *to,
+                      bytes);
     memcpy(to, from, bytes);
     return CUBLAS_STATUS_SUCCESS;
 }
 }
 
-inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *out) { return *out = new emulate::Handle(), CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { return delete handle, CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *out) {
+    *out = new emulate::Handle();
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
+    delete handle;
+    return CUBLAS_STATUS_SUCCESS;
+}
 inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *out, cublasComputeType_t compute,
                                                cudaDataType_t scale) {
     if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F)
-        return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED, "emulate.h computes in fp32 (CUBLAS_COMPUTE_32F)");
+        return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED,
+                               "emulate.h computes in fp32 (CUBLAS_COMPUTE_32F)");
     return *out = new emulate::MatmulDesc, CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) { return delete d, CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t which,
+inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) {
+    delete d;
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d,
+                                                     cublasLtMatmulDescAttributes_t which,
                                                      const void *value, size_t bytes) {
     int32_t number = 0;
     switch (which) {
@@ -1414,17 +1414,23 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cub
         break;
     default: break;
     }
-    return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED, "emulate.h has no matmul attribute %d with the value %d", which,
+    return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED,
+                           "emulate.h has no matmul attribute %d with the value %d", which,
                            number);
 }
-inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *out, cudaDataType_t type, uint64_t rows,
+inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *out, cudaDataType_t type,
+                                                 uint64_t rows,
                                                  uint64_t cols, int64_t ld) {
     if (type != CUDA_R_32F && type != CUDA_R_16BF)
         return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED, "emulate.h has no matrices of type %d", type);
     return *out = new emulate::Layout{type, rows, cols, ld}, CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) { return delete l, CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l, cublasLtMatrixLayoutAttribute_t which,
+inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) {
+    delete l;
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l,
+                                                       cublasLtMatrixLayoutAttribute_t which,
                                                        const void *value, size_t bytes) {
     switch (which) {
     case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT: return emulate::take(&l->batch, value, bytes);
@@ -1442,7 +1448,8 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
                                                            cublasLtMatmulPreferenceAttributes_t which,
                                                            const void *value, size_t bytes) {
     if (which == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) return emulate::take(&p->workspace, value, bytes);
-    if (which >= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES && which <= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES)
+    if (which >= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES &&
+        which <= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES)
         return emulate::take(&p->align[which - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], value, bytes);
     return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED, "emulate.h has no preference %d", which);
 }
@@ -1459,13 +1466,16 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
     results->algo.data[4] = 1;
     return *found = 1, CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha, const void *A,
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha,
+                                     const void *A,
                                      cublasLtMatrixLayout_t a, const void *B, cublasLtMatrixLayout_t b,
                                      const void *beta, const void *C, cublasLtMatrixLayout_t c, void *D,
-                                     cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t *algo, void *workspace,
+                                     cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t *algo,
+                                         void *workspace,
                                      size_t workspace_bytes, cudaStream_t stream) {
     std::lock_guard<std::recursive_mutex> lock(emulate::device().calls);
-    const emulate::Matmul m = {*desc, *a, *b, *c, *d, *(const float *)alpha, *(const float *)beta, A, B, C, D};
+    const emulate::Matmul m = {*desc, *a, *b, *c, *d, *(const float *)alpha, *(const float *)beta,
+                               A, B, C, D};
     const void *address[4] = {A, B, C, D};
     const emulate::Layout *layout[4] = {a, b, c, d};
     const char *const names[4] = {"A", "B", "C", "D"};
@@ -1475,17 +1485,21 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
         if (i == 2 && m.beta == 0 && !C) continue;
         status = emulate::need_device(names[i], address[i], emulate::layout_bytes(*layout[i]));
         if (!status && (uintptr_t)address[i] % align)
-            status = emulate::refuse(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: %s is at %p, but the algorithm was "
+            status = emulate::refuse(CUBLAS_STATUS_INVALID_VALUE,
+                                     "cublasLtMatmul: %s is at %p, but the algorithm was "
                                      "chosen for a multiple of %zu", names[i], address[i], align);
     }
     if (!status && algo && algo->data[4] != 1)
-        status = emulate::refuse(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: the algorithm is from no heuristic");
-    if (!status && workspace_bytes) status = emulate::need_device("the workspace", workspace, workspace_bytes);
+        status = emulate::refuse(CUBLAS_STATUS_INVALID_VALUE,
+                                 "cublasLtMatmul: the algorithm is from no heuristic");
+    if (!status && workspace_bytes)
+        status = emulate::need_device("the workspace", workspace, workspace_bytes);
     if (!status && desc->epilogue & CUBLASLT_EPILOGUE_BIAS)
         status = emulate::need_device("the bias", desc->bias, d->rows * emulate::size_of(
                                       desc->bias_type < 0 ? d->type : desc->bias_type));
     if (!status && desc->epilogue & 128)
-        status = emulate::need_device("the auxiliary matrix", desc->aux, ((d->cols - 1) * (size_t)desc->aux_ld +
+        status = emulate::need_device("the auxiliary matrix", desc->aux,
+                                      ((d->cols - 1) * (size_t)desc->aux_ld +
                                       d->rows) * emulate::size_of(d->type));
     if (status) return status;
     return emulate::put(emulate::find(stream), [=] { return emulate::matmul_run(m), cudaSuccess; })

@@ -10,8 +10,8 @@
 #   repeat     three runs of ten steps of a small model: the same bytes
 #   bench      tokens/s, MFU, memory, beside PyTorch where python3 has it; time per kernel where nsys is
 #
-# Each part has a time limit and a file NAME.txt; a line for each is printed at the end, and the status is 1 if one
-# failed. What it refuses to be: a way to train, or something that installs anything.
+# Each part has a time limit and a file NAME.txt; a line for each is printed at the end, and the status is 1 if
+# one failed. What it refuses to be: a way to train, or something that installs anything.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${OUT:-build/on_gpu}
@@ -19,7 +19,7 @@ parts=${*:-build tests sanitize repeat bench}
 mkdir -p "$out"
 
 if ! nvidia-smi -L >/dev/null 2>&1; then
-    echo "on_gpu.sh: nvidia-smi finds no GPU here; 'make emulated' and test_gpt2.py show what can be shown without one"
+    echo "on_gpu.sh: nvidia-smi finds no GPU here; make emulated, then test_gpt2.py, is what can be done without"
     exit 1
 fi
 nvidia-smi -L | tee "$out/gpu.txt"
@@ -128,8 +128,8 @@ repeat() {
     shards
     for i in 1 2 3; do
         rm -rf "build/on_gpu_run$i"
-        ./train_gpt2cu -e d6 -i 'build/on_gpu_data/train_*.bin' -b 8 -t 512 -d 4096 -x 10 -v 0 -s 0 -g 0 -n 10 \
-            -o "build/on_gpu_run$i" >/dev/null || exit 1
+        ./train_gpt2cu -e d6 -i 'build/on_gpu_data/train_*.bin' -b 8 -t 512 -d 4096 -x 10 -v 0 -s 0 -g 0 \
+            -n 10 -o "build/on_gpu_run$i" >/dev/null || exit 1
         sha256sum "build/on_gpu_run$i"/*.bin
     done
     for file in build/on_gpu_run1/*.bin; do

@@ -1,6 +1,7 @@
 /* Tests of emulate.h, by small kernels with known results, and by mistakes that it has to find.
 
-     build/emulated/selftest NAME        prints "ok", or what was found, in a sentence; test_gpt2.py runs them all
+     build/emulated/selftest NAME        prints "ok", or what was found,
+         in a sentence; test_gpt2.py runs them all
 
    Compiled with nvcc (dev/cuda/on_gpu.sh does), those of `results` run on a GPU: what emulate.h takes mma and
    ldmatrix to mean is then held against the hardware. What it refuses to be: a test of train_gpt2.cu. */
@@ -71,7 +72,8 @@ static void warps(void) {
     std::vector<int> out = from_device(p, 64 * WAYS);
     for (int t = 0; t < 64; t++) {
         const int lane = t % 32, first = t - lane, eight = t - t % 8;
-        const int expected[WAYS] = {t ^ 5, first + 7, lane + 3 < 32 ? t + 3 : t, 0x49249249, t >= 32, eight + 1, t ^ 1,
+        const int expected[WAYS] = {t ^ 5, first + 7, lane + 3 < 32 ? t + 3 : t, 0x49249249, t >= 32,
+            eight + 1, t ^ 1,
                                     32 * first + 496, t % 16 * 100 + t / 16, t % 8 + 3 < 8 ? t + 3 : t};
         for (int i = 0; i < WAYS; i++)
             if (out[t * WAYS + i] != expected[i]) {
@@ -103,7 +105,8 @@ static void barriers(void) {
         if (out[i] != (float)(i / 256 * 256 + 255 - i % 256 + 3)) wrong("barriers");
 }
 
-/* d (16,8) = c + a (16,16) bᵀ (8,16), fragments gathered by their definition, and d2 by ldmatrix; ld: what it gave */
+/* d (16,8) = c + a (16,16) bᵀ (8,16), fragments gathered by their definition, and d2 by ldmatrix; ld
+   is what that gave */
 __global__ void mma_kernel(float *d, float *d2, uint32_t *ld, const float *c, const __nv_bfloat16 *a,
                            const __nv_bfloat16 *b) {
     __shared__ __align__(16) __nv_bfloat16 sa[16][24], sb[16][24];
@@ -115,7 +118,8 @@ __global__ void mma_kernel(float *d, float *d2, uint32_t *ld, const float *c, co
     uint32_t fa[4], fb[2];
     __nv_bfloat16 *ha = (__nv_bfloat16 *)fa, *hb = (__nv_bfloat16 *)fb;
     for (int i = 0; i < 8; i++)
-        ha[i] = a[(group + (i < 2 || (i >= 4 && i < 6) ? 0 : 8)) * 16 + member * 2 + (i & 1) + (i >= 4 ? 8 : 0)];
+        ha[i] = a[(group + (i < 2 || (i >= 4 &&
+                                      i < 6) ? 0 : 8)) * 16 + member * 2 + (i & 1) + (i >= 4 ? 8 : 0)];
     for (int i = 0; i < 4; i++) hb[i] = b[group * 16 + member * 2 + (i & 1) + (i >= 2 ? 8 : 0)];
     float acc[4], acc2[4];
     for (int i = 0; i < 4; i++)
@@ -161,11 +165,12 @@ static void mma(void) {
                 if (__bfloat162float(halves[lane * 16 + m * 2 + i]) !=
                     __bfloat162float(a[(row + lane / 4) * 16 + column + lane % 4 * 2 + i])) wrong("ldmatrix");
                 if (__bfloat162float(halves[lane * 16 + 8 + m * 2 + i]) !=
-                    __bfloat162float(a[(row + lane % 4 * 2 + i) * 16 + column + lane / 4])) wrong("ldmatrix.trans");
+                    __bfloat162float(a[(row + lane % 4 * 2 + i) * 16 + column + lane / 4]))
+                    wrong("ldmatrix.trans");
             }
 }
 
-/* Each thread copies 4 values in each of two groups, waits for all but `left`, and hands out what is there. */
+/* Each thread copies 4 values in each of two groups, waits for all but `left`, and gives what is there. */
 template <int left> __global__ void async_kernel(float *out, const float *in) {
     SHARED(float, shared);
     float *mine = shared + threadIdx.x * 8;
@@ -199,7 +204,9 @@ static void one_matmul(cudaDataType_t type, int ta, int tb, int batch, float bet
     int ld[3];
     std::vector<float> host[3], bias(M), aux(M * N);
     void *p[3], *bias_device, *aux_device;
-    auto round_to = [&](float x) { return type == CUDA_R_32F ? x : __bfloat162float(__float2bfloat16_rn(x)); };
+    auto round_to = [&](float x) {
+        return type == CUDA_R_32F ? x : __bfloat162float(__float2bfloat16_rn(x));
+    };
     auto upload = [&](const std::vector<float> &values) -> void * {
         std::vector<__nv_bfloat16> small(values.size());
         for (size_t i = 0; i < values.size(); i++) small[i] = __float2bfloat16_rn(values[i]);
@@ -237,26 +244,32 @@ static void one_matmul(cudaDataType_t type, int ta, int tb, int batch, float bet
     const cublasLtEpilogue_t which = (cublasLtEpilogue_t)epilogue;
     bad |= cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &which, sizeof which);
     if (epilogue & 4)
-        bad |= cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias_device, sizeof(void *));
+        bad |= cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias_device,
+                                              sizeof(void *));
     const int64_t aux_ld = M;
     if (epilogue & 128) {
         bad |= cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux_device,
                                               sizeof(void *));
-        bad |= cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld);
+        bad |= cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld,
+                                              sizeof aux_ld);
     }
     for (int i = 0; i < 3; i++) {
         const int64_t stride = (int64_t)ld[i] * cols[i];
         bad |= cublasLtMatrixLayoutCreate(&layout[i], type, rows[i], cols[i], ld[i]);
-        bad |= cublasLtMatrixLayoutSetAttribute(layout[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch);
-        bad |= cublasLtMatrixLayoutSetAttribute(layout[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride,
+        bad |= cublasLtMatrixLayoutSetAttribute(layout[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
+                                                sizeof batch);
+        bad |= cublasLtMatrixLayoutSetAttribute(layout[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                                &stride,
                                                 sizeof stride);
     }
     bad |= cublasLtMatmulPreferenceCreate(&preference);
-    bad |= cublasLtMatmulAlgoGetHeuristic(handle, desc, layout[0], layout[1], layout[2], layout[2], preference, 1,
+    bad |= cublasLtMatmulAlgoGetHeuristic(handle, desc, layout[0], layout[1], layout[2], layout[2],
+                                          preference, 1,
                                           &result, &found);
     const float one = 1;
     if (bad || !found) wrong("cuBLASLt's set-up");
-    if (cublasLtMatmul(handle, desc, &one, p[0], layout[0], p[1], layout[1], &beta, p[2], layout[2], p[2], layout[2],
+    if (cublasLtMatmul(handle, desc, &one, p[0], layout[0], p[1], layout[1], &beta, p[2], layout[2], p[2],
+                       layout[2],
                        &result.algo, NULL, 0, 0)) wrong("cublasLtMatmul");
     const std::vector<float> out = download(p[2], host[2].size()), aux_out = download(aux_device, aux.size());
     for (int b = 0; b < batch; b++)
@@ -266,7 +279,8 @@ static void one_matmul(cudaDataType_t type, int ta, int tb, int batch, float bet
                 auto at = [&](int matrix, int row, int col) {
                     return (double)host[matrix][((size_t)b * cols[matrix] + col) * ld[matrix] + row];
                 };
-                for (int k = 0; k < K; k++) sum += (ta ? at(0, k, i) : at(0, i, k)) * (tb ? at(1, j, k) : at(1, k, j));
+                for (int k = 0; k < K; k++) sum += (ta ? at(0, k, i) : at(0, i, k)) * (tb ? at(1, j,
+                    k) : at(1, k, j));
                 sum += beta * at(2, i, j) + (epilogue & 4 ? bias[i] : 0);
                 const double x = epilogue == 192 ? (double)aux[j * M + i] : sum, h = 1e-5;
                 auto gelu = [](double v) {
@@ -282,7 +296,8 @@ static void one_matmul(cudaDataType_t type, int ta, int tb, int batch, float bet
 static void matmul(void) {
     for (int type = 0; type < 2; type++)
         for (int way = 0; way < 4; way++)
-            one_matmul(type ? CUDA_R_16BF : CUDA_R_32F, way & 1, way >> 1, way == 1 ? 3 : 1, way == 2 ? 1.0f : 0, 1);
+            one_matmul(type ? CUDA_R_16BF : CUDA_R_32F, way & 1, way >> 1, way == 1 ? 3 : 1,
+                       way == 2 ? 1.0f : 0, 1);
     for (int epilogue : {4, 164, 192}) one_matmul(CUDA_R_16BF, 1, 0, 1, 0, epilogue);
 }
 
@@ -519,7 +534,7 @@ static void matmul_mistakes(void) {
     cublasLtMatmulPreference_t preference;
     cublasLtMatmulHeuristicResult_t result;
     int found;
-    float *p = on_device<float>(NULL, 64), one = 1, zero = 0;
+    float *p = on_device<float>(NULL, 70), one = 1, zero = 0;
     cublasLtCreate(&handle);
     cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
     cublasLtMatrixLayoutCreate(&square, CUDA_R_32F, 8, 8, 8);
@@ -528,18 +543,22 @@ static void matmul_mistakes(void) {
     cublasLtMatmulPreferenceCreate(&preference);
     if (cublasLtMatmul(handle, desc, &one, p, square, p, square, &zero, p, wide, p, wide, NULL, NULL, 0, 0))
         say(cudaGetErrorString(cudaGetLastError()));
-    if (cublasLtMatmulAlgoGetHeuristic(handle, desc, square, square, short_ld, short_ld, preference, 1, &result,
+    if (cublasLtMatmulAlgoGetHeuristic(handle, desc, square, square, short_ld, short_ld, preference, 1,
+                                       &result,
                                        &found))
         say(cudaGetErrorString(cudaGetLastError()));
-    cublasLtMatmulAlgoGetHeuristic(handle, desc, square, square, square, square, preference, 1, &result, &found);
-    if (cublasLtMatmul(handle, desc, &one, p + 1, square, p, square, &zero, p, square, p, square, &result.algo, NULL,
+    cublasLtMatmulAlgoGetHeuristic(handle, desc, square, square, square, square, preference, 1, &result,
+                                   &found);
+    if (cublasLtMatmul(handle, desc, &one, p + 1, square, p, square, &zero, p, square, p, square,
+                       &result.algo, NULL,
                        0, 0))
         say(cudaGetErrorString(cudaGetLastError()));
     const int64_t ld = 12;
     const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DGELU;
     cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
     cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &ld, sizeof ld);
-    if (cublasLtMatmulAlgoGetHeuristic(handle, desc, square, square, square, square, preference, 1, &result, &found))
+    if (cublasLtMatmulAlgoGetHeuristic(handle, desc, square, square, square, square, preference, 1, &result,
+                                       &found))
         say(cudaGetErrorString(cudaGetLastError()));
     if (cublasLtMatmulDescSetAttribute(desc, (cublasLtMatmulDescAttributes_t)27, &ld, sizeof ld))
         say(cudaGetErrorString(cudaGetLastError()));
@@ -547,7 +566,8 @@ static void matmul_mistakes(void) {
 
 static const struct { const char *name; void (*run)(void); } mistakes[] = {
 #define MISTAKE(name) {#name, name}
-    MISTAKE(no_wait), MISTAKE(no_barrier), MISTAKE(with_barrier), MISTAKE(half_barrier), MISTAKE(half_shuffle),
+    MISTAKE(no_wait), MISTAKE(no_barrier), MISTAKE(with_barrier), MISTAKE(half_barrier),
+        MISTAKE(half_shuffle),
     MISTAKE(crossed), MISTAKE(mixed), MISTAKE(past_end), MISTAKE(before), MISTAKE(beside), MISTAKE(freed),
     MISTAKE(misaligned), MISTAKE(shared_end), MISTAKE(fresh), MISTAKE(host_reads), MISTAKE(host_writes),
     MISTAKE(host_pointer), MISTAKE(host_pointer_in_struct), MISTAKE(wrong_way), MISTAKE(long_copy),
