@@ -49,11 +49,12 @@ endif
 all: $(BUILD)/train_gpt2 $(BUILD)/libgpt2.so
 
 # The GPU's half comes from nvcc; the host half is train_gpt2.c without its model. Looking for a device file takes
-# no time where there is none.
+# no time where there is none. A toolkit without cuBLASLt does not count, unless CUBLAS says where that is.
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc) nvcc)
 GPU = $(wildcard /dev/nvidia[0-9])
 ifneq ($(GPU),)
-ifneq ($(shell command -v $(NVCC) 2>/dev/null),)
+ifneq ($(wildcard $(CUBLAS)/include/cublasLt.h $(dir $(NVCC))../include/cublasLt.h \
+	$(dir $(realpath $(NVCC)))../include/cublasLt.h),)
 all: cuda
 endif
 endif

@@ -1267,7 +1267,7 @@ GPT2 *gpt2_create(const GPT2Config *config) { return gpt2_create_mapped(config, 
 
 /* Streams, events and cuBLASLt. */
 static int device_open(GPT2 *m) {
-    int count = 0, device = 0, shared_most = 0;
+    int count = 0, device = 0;
     cudaDeviceProp properties;
     const cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0) {
@@ -1280,8 +1280,7 @@ static int device_open(GPT2 *m) {
         return gpt2_fail("the GPU '%s' has compute capability %d.%d, expected 8.0 or more", properties.name,
                          properties.major, properties.minor);
     m->sms = properties.multiProcessorCount;
-    shared_most = (int)properties.sharedMemPerBlockOptin;
-    m->shared_most = (size_t)shared_most;
+    m->shared_most = properties.sharedMemPerBlockOptin;
     if (plain_shared(1, (int)m->C) > m->shared_most)
         return gpt2_fail("model has C %zu, this GPU's shared memory has room for %zu at most", m->C,
                          (m->shared_most / sizeof(float) - 2 * WARP) / 2);
@@ -1294,8 +1293,8 @@ static int device_open(GPT2 *m) {
 #endif
     };
     for (const void *kernel : kernels)
-        if (!gpu_ok(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_most)))
-            return -1;
+        if (!gpu_ok(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         (int)m->shared_most))) return -1;
     if (!gpu_ok(cudaStreamCreate(&m->stream)) || !gpu_ok(cudaStreamCreate(&m->upload)) ||
         !gpu_ok(cudaEventCreate(&m->uploaded)) || !gpu_ok(cudaEventCreate(&m->classified)) ||
         !blas_ok(cublasLtCreate(&m->blas.handle))) return -1;
@@ -1456,8 +1455,8 @@ static int tensor_copy(GPT2 *m, int t, int kind, int64_t first, int64_t count, f
     if (!part) return -1;
     if (out) gpu_ok(cudaMemcpyAsync(out, part, n * sizeof *out, cudaMemcpyDeviceToHost, m->stream));
     if (in) gpu_ok(cudaMemcpyAsync(part, in, n * sizeof *in, cudaMemcpyHostToDevice, m->stream));
-    if (in && kind == GPT2_PARAM && (void *)m->params != (void *)memory) convert(m, m->params + at, part,
-                                                                                   n);
+    if (in && kind == GPT2_PARAM && (void *)m->params != (void *)memory)
+        convert(m, m->params + at, part, n);
     if (in && kind == GPT2_GRAD) m->grads_empty = 0, m->norm = NAN;
     gpu_ok(cudaStreamSynchronize(m->stream));
     return ended();
