@@ -3207,6 +3207,9 @@ each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 BF16 = json.loads((HERE / "dev" / "cuda" / "bf16_errors.json").read_text())
 
 
+load_library = train_gpt2.library.__wrapped__      # that of on_gpu is another
+
+
 def gpu_file(name, precision):
     stem, dot, extension = name.partition(".")
     return GPU_BUILD / f"{stem}{'_fp32' if precision == 'fp32' else ''}{dot}{extension}"
@@ -3214,7 +3217,9 @@ def gpu_file(name, precision):
 
 @functools.lru_cache(maxsize=None)
 def gpu_library(precision):
-    return train_gpt2.declare(ctypes.CDLL(str(gpu_file("libgpt2cu.so", precision))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT2_LIBRARY", str(gpu_file("libgpt2cu.so", precision)))
+        return load_library("cuda")
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ GPT2 *gpt2_create(const GPT2Config *config);     /* all parameters 0; see gpt2_i
    share them; changes stay in memory. Whoever shortens the file ends the process: replace it, as we do. */
 GPT2 *gpt2_create_mapped(const GPT2Config *config, int file);
 void gpt2_free(GPT2 *model);                     /* this one and its like allow NULL */
-/* By the names of the flags, on a GPU: "-r" 0, 1 or 2, whether the backward pass makes nothing, GELU's output,
+/* By the names of the flags, on a GPU: "-r" 0, 1, 2, whether the backward pass makes nothing, GELU's output,
    or layer norm's too again rather than keep it (more if memory is short); "-w" 0, parameters in bf16 without
    fp32 master weights, rounded at random. On a CPU, and for other names, it fails. */
 int gpt2_option(GPT2 *model, const char *name, int value);
