@@ -1745,6 +1745,7 @@ static struct { const char *name, *value; int kind, least; const char *help; } f
     {"-g", "64", WHOLE, 0, "tokens in a sample"},
     {"-a", "0", WHOLE, 0, "1: overfit one batch"},
     {"--check", "", TEXT, 0, "compare the model of -e with this saved reference, and stop"},
+    {"--tolerance", "1e-05", REAL, 0, "largest relative error that is ok then; bf16 has some 1e-2"},
     {"-h", "0", WHOLE, 0, "1: HellaSwag when validating, from " HELLASWAG "; more: so many examples"},
     {"-f", "", NOT_HERE, 0, "for GPUs only"},
     {"-w", "", NOT_HERE, 0, "GPU: 0 for parameters in bf16 only, without fp32 master weights"},
@@ -1779,7 +1780,7 @@ static void parse(int argc, char **argv) {
     if (argc == 2 && !strcmp(argv[1], "--help")) {
         printf("Trains GPT-2, or checks a model: ./train_gpt2 [FLAG VALUE]...\n");
         for (int i = 0; i < FLAGS; i++)
-            if (*flags[i].help) printf("  %-8s %s [%s]\n", flags[i].name, flags[i].help, flags[i].value);
+            if (*flags[i].help) printf("  %-11s %s [%s]\n", flags[i].name, flags[i].help, flags[i].value);
         exit(0);
     }
     for (int i = 1; i < argc; i += 2) {
@@ -1867,12 +1868,13 @@ static void validate(GPT2 *model, GPT2Loader *val, FILE *log, wide step) {
 static int check(void) {
     GPT2Diff rows[GPT2_DIFFS];
     GPT2 *model = gpt2_load(text("-e"));
-    const int wrong = model ? gpt2_check(model, text("--check"), 1e-5, rows) : -1;
+    const int wrong = model ? gpt2_check(model, text("--check"), real("--tolerance"), rows) : -1;
     must(wrong >= 0);
     printf("%-10s %14s %14s\n", "", "max abs error", "relative error");
     for (GPT2Diff *r = rows; r < rows + GPT2_DIFFS; r++)
         printf("%-10s %14.3e %14.3e  %s\n", r->name, r->max_abs, r->relative, r->ok ? "ok" : "NOT OK");
-    printf("%s: %d of %d rows are within 1e-05\n", wrong ? "NOT OK" : "OK", GPT2_DIFFS - wrong, GPT2_DIFFS);
+    printf("%s: %d of %d rows are within %s\n", wrong ? "NOT OK" : "OK", GPT2_DIFFS - wrong, GPT2_DIFFS,
+           text("--tolerance"));
     gpt2_free(model);
     return wrong > 0;
 }
