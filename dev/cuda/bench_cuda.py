@@ -125,7 +125,7 @@ def pytorch(shape, B):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss
+        return loss.detach()
 
     def synchronized():
         loss = float(step())
@@ -195,8 +195,8 @@ def main():
     peak = next((PEAKS[part] for part in sorted(PEAKS, key=len, reverse=True) if part in gpu), None)
     deadline = time.monotonic() + args.seconds
     has_torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
-    print(gpu, f"bf16 peak {peak * 1e-12:.0f} TFLOP/s" if peak else "of unknown peak",
-          "" if has_torch else "; no PyTorch here")
+    print(f"{gpu}, bf16 peak {peak * 1e-12:.0f} TFLOP/s" if peak else f"{gpu}, bf16 peak unknown",
+          "; no PyTorch here" if not has_torch else "", sep="")
     print(f"{'shape':13} {'side':8} {'B':>3} {'ms/step':>9} {'tokens/s':>10} {'MFU':>6} {'GB':>6} {'loss':>7}"
           " ratio")
     names = [name for name in SHAPES if args.shape in name]
