@@ -1980,13 +1980,14 @@ int main(int argc, char **argv) {
         fflush(NULL);
     }
     const char *next = *out ? "the same command with -y 1 resumes" : "without -o nothing was saved";
-    if (interrupted) printf("interrupted after step %lld; %s\n", (wide)progress.step, next);
+    const int stopped = interrupted;      /* a signal from here on comes too late to have stopped anything */
+    if (stopped) printf("interrupted after step %lld; %s\n", (wide)progress.step, next);
     fclose(log);
     gpt2_loader_close(loader);
     gpt2_loader_close(val);
     gpt2_tokenizer_free(tokenizer);
     gpt2_free(model);
-    return interrupted ? 130 : 0;
+    return stopped ? 130 : 0;
 }
 #endif /* GPT2_NO_MAIN */
 #endif /* GPT2_API_ONLY */
