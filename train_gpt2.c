@@ -1184,9 +1184,11 @@ static int file_read(File *in, void *out, size_t bytes) {
 static int file_sum(FILE *f, uint64_t *sum) {
     enum { SUMS = 4, WORDS = 1 << 16 };
     uint64_t sums[SUMS] = {0}, *words = memory(WORDS * sizeof *words);
+    struct stat info;
+    size_t at = 0;
     if (!words) return -1;
     rewind(f);
-    for (size_t at = 0, n; (n = fread(words, 1, WORDS * sizeof *words, f)) > 0; at += n) {
+    for (size_t n; (n = fread(words, 1, WORDS * sizeof *words, f)) > 0; at += n) {
         memset((char *)words + n, 0, round_up(n, sizeof sums) - n);
         if (!at) words[127] = 0;
         for (size_t i = 0; i * sizeof *words < n; i += SUMS)
@@ -1198,7 +1200,8 @@ static int file_sum(FILE *f, uint64_t *sum) {
     free(words);
     *sum = 1;
     for (size_t k = 0; k < SUMS; k++) *sum = random_at(*sum, sums[k]);
-    return ferror(f) || fseek(f, 1024, SEEK_SET) ? gpt2_fail("cannot be read: %s", strerror(errno)) : 0;
+    if (!fstat(fileno(f), &info) && at == (size_t)info.st_size && !fseek(f, 1024, SEEK_SET)) return 0;
+    return gpt2_fail("cannot be read: %s", ferror(f) ? strerror(errno) : "it ends early");
 }
 
 /* Opens a file for reading and takes its header, which must have this magic number. */
