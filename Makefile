@@ -150,6 +150,7 @@ bench: all
 	$(CC) $(CFLAGS) -o build/kernels dev/bench/kernels.c -lm
 	$(PYTHON) dev/bench/bench.py --torch $(TORCH)
 	build/kernels
+	$(if $(GPU),$(PYTHON) dev/cuda/bench_cuda.py)
 
 # libFuzzer is clang's, whatever compiler the rest has. What it found stays in build/fuzz: inputs that reached
 # something new in corpus/, and one that broke something as READER-crash-..., READER-timeout-... and so on.
