@@ -1233,8 +1233,8 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_number_in_a_row(data, tmp
     model.set("lnfw", [math.nan] * model.config.C)
     model.save(data / "nan.bin")
     flags = {"binary": f"-e {data}/nan.bin -sn 3 -x 9 -n 1 -v 0 -s 0 -g 0",
-             "driver": f"--init {data}/nan.bin --skip-not-finite 3 --steps 9 --checkpoint-every 1 --val-every 0"
-                       " --sample-tokens 0"}
+             "driver": f"--init {data}/nan.bin --skip-not-finite 3 --steps 9 --checkpoint-every 1"
+                       " --val-every 0 --sample-tokens 0"}
     done = run(*command(front, data, flags[front], tmp_path / "run"), status=1)
     one_sentence(done.stderr.splitlines()[-1], "step 3 has loss nan", "diverged")
     assert LIB.gpt2_newest(str(tmp_path / "run")) == 3
@@ -1511,7 +1511,8 @@ def test_the_binary_evaluates_hellaswag(data, tmp_path):
 
 def test_help_lists_every_flag():
     shown = binary("--help").stdout
-    flags = "-i -j -e -o -n -nk -nm -y -b -t -d -x -k -l -u -q -c -sl -sg -sn -v -m -s -g -h -a --check --tolerance".split()
+    flags = ("-i -j -e -o -n -nk -nm -y -b -t -d -x -k -l -u -q -c -sl -sg -sn -v -m -s -g -h -a --check"
+             " --tolerance").split()
     assert [flag for flag in flags if f"\n  {flag} " not in shown] == []
     assert all(name in driver("--help").stdout for name in ("train", "sample", "prepare", "plot", "check"))
     shown = driver("train", "--help").stdout
@@ -3548,7 +3549,7 @@ SHORTER = {
                              " --val-every 2",
     "./train_gpt2 -i": "-x {n} -g 5 -m 1", "python3 train_gpt2.py sample": "--tokens 9",
     "SHARDS=1": "-e d2 -b 1 -t 64 -d 64 -m 1 -g 5 -n 0"}
-# Lines that are run in .ci/run, or where a GPU is (dev/cuda/on_gpu.sh); fetch.py's are in the tests of data sets.
+# Lines that .ci/run runs, or that take a GPU (dev/cuda/on_gpu.sh); fetch.py's are in the tests of data sets.
 ELSEWHERE = ("make test", "python3 dev/data/gpt2_vocab.py", "make cuda", "./train_gpt2cu")
 
 

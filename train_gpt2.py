@@ -839,7 +839,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 def receive(url, part, size, timeout, progress):
     """Appends to the file `part` what it lacks of a url. If that has another version by now, as its ETag or
-    date tells, which is kept in part.tag, it takes the whole. Returns the sha256 that the hub told or None."""
+    date tells, which is kept in part.tag, it takes the whole. Returns the sha256 that the hub told."""
     tag = read_file(part + ".tag").decode() if os.path.exists(part + ".tag") else ""
     have = os.path.getsize(part) if tag and os.path.exists(part) else 0
     headers = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
@@ -1570,7 +1570,7 @@ class Run:
         signal.signal(signal.SIGTERM, stop)
 
     def log(self, line, **values):
-        """Adds a line to main.log, and one with the values to metrics.jsonl, where what is not finite is null."""
+        """Adds a line to main.log, and one with the values to metrics.jsonl (null if they are not finite)."""
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         # A link could lead anywhere, and a pipe would wait.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -1697,7 +1697,7 @@ def train(model, train_loader, val_loader, run):
             model.zero_grad()
             not_finite += 1
         else:
-            raise GPT2Error(f"step {step} has loss {loss} and gradient norm {norm}: the training has diverged;"
+            raise GPT2Error(f"step {step} has loss {loss}, gradient norm {norm}: the training has diverged;"
                             f" try a lower --lr (the last checkpoint: {run.saved or 'none'})")
         run.trained(step, loss, lr, norm, time.perf_counter() - begun)
 

@@ -7,8 +7,8 @@
 A side of a shape is a process of its own, so that each has the whole memory; with several batch sizes the
 largest one that fits counts. PyTorch is what its users write today: torch.compile, autocast to bf16,
 scaled_dot_product_attention, fused AdamW, a vocabulary padded to 50304. FLOPs of a token are 6 P + 6 L T C
-for both, P the parameters without padding; MFU is the share of the GPU's dense bf16 peak. Time is that of whole
-steps, from tokens in host memory to updated parameters, the median of 3 groups of steps.
+for both, P the parameters without padding; MFU is the share of the GPU's dense bf16 peak. Time is that of
+whole steps, from tokens in host memory to updated parameters, the median of 3 groups of steps.
 
 What it refuses to be: a test. Nothing here passes or fails.
 """

@@ -304,7 +304,7 @@ class Faults:
             "cut short": lambda path: os.truncate(path, path.stat().st_size - 100),
             "emptied": lambda path: os.truncate(path, 0),
             "deleted": lambda path: path.unlink(),
-            "of other tokens, as many": lambda path: path.write_bytes(shard([1] * (path.stat().st_size // 2 - 512))),
+            "of as many 1s": lambda path: path.write_bytes(shard([1] * (path.stat().st_size // 2 - 512))),
             "replaced by a longer one": lambda path: path.write_bytes(shard([1] * 4000)),
             "of tokens >= V": lambda path: path.write_bytes(shard([99] * (path.stat().st_size // 2 - 512))),
             "no shard": lambda path: path.write_bytes(bytes(9000)),

@@ -32,7 +32,7 @@ def reference(model):
 
 
 def unsealed(path):
-    """A file without the checksum that ends its header: with it, whatever is changed would be refused for that."""
+    """A file without the checksum that ends its header, for which it would be refused whatever is changed."""
     contents = path.read_bytes()
     return contents[:1016] + bytes(8) + contents[1024:]
 
