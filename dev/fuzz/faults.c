@@ -23,7 +23,7 @@ static void broken(const char *format, ...) __attribute__((format(printf, 1, 2),
 /* --- Faults --------------------------------------------------------------------------------------------- */
 enum { ALLOC, SHORT, READ, WRITE, OPEN, KINDS, NONE = KINDS };
 static const char *const kinds[] = {"alloc", "short", "read", "write", "open"};
-static int armed = NONE;                  /* which kind of call fails */
+static _Thread_local int armed = NONE;    /* which kind of call fails */
 static long calls, at;                    /* of that kind, so far; the one that fails */
 static int lasting;                       /* and all later ones */
 static long fired, live;                  /* calls that were failed; allocations not freed */
