@@ -72,12 +72,14 @@ CUDA_LIBS = $(if $(CUBLAS),-Xlinker $(firstword $(wildcard $(CUBLAS)/lib/libcubl
 
 cuda: $(BUILD)/libgpt2cu$(CUDA_SUFFIX).so $(BUILD)/train_gpt2cu$(CUDA_SUFFIX)
 
-$(CUDA_BUILD)/host.o: train_gpt2.c Makefile
-	mkdir -p $(CUDA_BUILD)
+# The host half, as a part of a library and of a program; for the emulated GPU further down too.
+EMULATED ?= build/emulated
+$(CUDA_BUILD)/host.o $(EMULATED)/host.o: train_gpt2.c Makefile
+	mkdir -p $(@D)
 	$(CC) $(CFLAGS) -fPIC -fvisibility=hidden -DGPT2_NO_MODEL -DGPT2_NO_MAIN -c -o $@ train_gpt2.c
 
-$(CUDA_BUILD)/main.o: train_gpt2.c Makefile
-	mkdir -p $(CUDA_BUILD)
+$(CUDA_BUILD)/main.o $(EMULATED)/main.o: train_gpt2.c Makefile
+	mkdir -p $(@D)
 	$(CC) $(CFLAGS) -DGPT2_NO_MODEL -c -o $@ train_gpt2.c
 
 $(CUDA_BUILD)/model$(CUDA_SUFFIX).o: train_gpt2.cu train_gpt2.c Makefile
@@ -98,7 +100,6 @@ $(BUILD)/libgpt2.so: train_gpt2.c Makefile
 
 # The CUDA source as C++ for the CPU, in both precisions, and the tests of the layer that makes this possible. Its
 # host half is train_gpt2.c's, as in the real build.
-EMULATED ?= build/emulated
 EMULATED_FLAGS = -O2 -std=c++17 -march=$(MARCH) -fno-math-errno -fPIC -fvisibility=hidden $(WARNINGS) \
 	-Wno-unknown-pragmas $(EXTRA) -DGPT2_EMULATE -Idev/cuda/include -DGPT2_LOGITS_BYTES=30000
 ifeq ($(SANITIZE),1)
@@ -109,14 +110,6 @@ EMULATED_FLAGS := $(filter-out -march=%,$(EMULATED_FLAGS))
 endif
 
 emulated: $(addprefix $(EMULATED)/,selftest libgpt2cu.so libgpt2cu_fp32.so train_gpt2cu train_gpt2cu_fp32)
-
-$(EMULATED)/host.o: train_gpt2.c Makefile
-	mkdir -p $(EMULATED)
-	$(CC) $(CFLAGS) -fPIC -fvisibility=hidden -DGPT2_NO_MODEL -DGPT2_NO_MAIN -c -o $@ train_gpt2.c
-
-$(EMULATED)/main.o: train_gpt2.c Makefile
-	mkdir -p $(EMULATED)
-	$(CC) $(CFLAGS) -DGPT2_NO_MODEL -c -o $@ train_gpt2.c
 
 $(EMULATED)/model.o $(EMULATED)/model_fp32.o: train_gpt2.cu train_gpt2.c dev/cuda/emulate.h Makefile
 	mkdir -p $(EMULATED)

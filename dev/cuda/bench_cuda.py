@@ -73,47 +73,12 @@ def ours(shape, B):
 def pytorch(shape, B):
     """The same of PyTorch."""
     import torch
-    from torch import nn
-    from torch.nn import functional as F
+    sys.path.insert(0, os.path.join(ROOT, "dev", "bench"))
+    from bench import pytorch_model
     L, NH, C = shape[:3]
     torch.set_float32_matmul_precision("high")
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.ln1 = nn.LayerNorm(C)
-            self.ln2 = nn.LayerNorm(C)
-            self.qkv = nn.Linear(C, 3 * C)
-            self.attproj = nn.Linear(C, C)
-            self.fc = nn.Linear(C, 4 * C)
-            self.fcproj = nn.Linear(4 * C, C)
-
-        def forward(self, x):
-            qkv = (part.view(B, T, NH, C // NH).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(C, 2))
-            att = F.scaled_dot_product_attention(*qkv, is_causal=True)
-            x = x + self.attproj(att.transpose(1, 2).reshape(B, T, C))
-            return x + self.fcproj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
-
-    class GPT2(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.wte = nn.Embedding((V + 127) // 128 * 128, C)
-            self.wpe = nn.Embedding(T, C)
-            self.blocks = nn.ModuleList(Block() for _ in range(L))
-            self.lnf = nn.LayerNorm(C)
-            for parameter in self.parameters():
-                if parameter.dim() > 1:
-                    nn.init.normal_(parameter, std=0.02)
-
-        def forward(self, x, y):
-            h = self.wte(x) + self.wpe(torch.arange(T, device=x.device))
-            for block in self.blocks:
-                h = block(h)
-            logits = F.linear(self.lnf(h), self.wte.weight)
-            return F.cross_entropy(logits.view(B * T, -1), y.view(-1))
-
     torch.manual_seed(1)
-    model = GPT2().cuda()
+    model = pytorch_model(L, NH, C, (V + 127) // 128 * 128, T).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     run = torch.compile(model)
     x, y = torch.randint(0, V, (2, B, T)).pin_memory()
