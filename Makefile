@@ -92,6 +92,9 @@ $(BUILD)/libgpt2cu$(CUDA_SUFFIX).so: $(CUDA_BUILD)/model$(CUDA_SUFFIX).o $(CUDA_
 $(BUILD)/train_gpt2cu$(CUDA_SUFFIX): $(CUDA_BUILD)/model$(CUDA_SUFFIX).o $(CUDA_BUILD)/main.o
 	$(NVCC) -o $@ $^ $(CUDA_LIBS)
 
+$(CUDA_BUILD)/profile$(CUDA_SUFFIX): dev/cuda/profile.cu train_gpt2.cu $(CUDA_BUILD)/host.o
+	$(NVCC) $(NVCC_FLAGS) -o $@ dev/cuda/profile.cu $(CUDA_BUILD)/host.o $(CUDA_LIBS)
+
 $(BUILD)/train_gpt2: train_gpt2.c Makefile
 	$(CC) $(CFLAGS) -o $@ train_gpt2.c -lm
 
@@ -109,7 +112,7 @@ ifneq ($(call try,-march=$(MARCH)),yes)
 EMULATED_FLAGS := $(filter-out -march=%,$(EMULATED_FLAGS))
 endif
 
-emulated: $(addprefix $(EMULATED)/,selftest libgpt2cu.so libgpt2cu_fp32.so train_gpt2cu train_gpt2cu_fp32)
+emulated: $(addprefix $(EMULATED)/,selftest profile libgpt2cu.so libgpt2cu_fp32.so train_gpt2cu train_gpt2cu_fp32)
 
 $(EMULATED)/model.o $(EMULATED)/model_fp32.o: train_gpt2.cu train_gpt2.c dev/cuda/emulate.h Makefile
 	mkdir -p $(EMULATED)
@@ -128,6 +131,9 @@ $(EMULATED)/selftest: dev/cuda/selftest.cu dev/cuda/emulate.h Makefile
 	mkdir -p $(EMULATED)
 	$(CXX) $(EMULATED_FLAGS) -o $@ -x c++ dev/cuda/selftest.cu -lpthread -lm
 
+$(EMULATED)/profile: dev/cuda/profile.cu train_gpt2.cu dev/cuda/emulate.h $(EMULATED)/host.o
+	$(CXX) $(EMULATED_FLAGS) -o $@ $(EMULATED)/host.o -x c++ dev/cuda/profile.cu $(filter -fopenmp,$(CFLAGS)) -lpthread -lm
+
 # pytest is all that the tests need; those that hold us against torch, transformers or tiktoken skip without them.
 $(VENV)/bin/pytest:
 	$(PYTHON) -m venv $(VENV) || { echo "make test needs Python's venv module (on Debian: apt install python3-venv)"; exit 1; }
@@ -138,12 +144,13 @@ test: all $(if $(shell command -v $(firstword $(CXX))),emulated) $(VENV)/bin/pyt
 
 # TORCH names a Python that has PyTorch, for the comparison; without one, this project is timed alone.
 TORCH ?= $(PYTHON)
-bench: all
+bench: all $(if $(GPU),$(CUDA_BUILD)/profile)
 	mkdir -p build
 	$(CC) $(CFLAGS) -o build/kernels dev/bench/kernels.c -lm
 	$(PYTHON) dev/bench/bench.py --torch $(TORCH)
 	build/kernels
 	$(if $(GPU),$(PYTHON) dev/cuda/bench_cuda.py)
+	$(if $(GPU),$(CUDA_BUILD)/profile)
 
 # libFuzzer is clang's, whatever compiler the rest has. What it found stays in build/fuzz: inputs that reached
 # something new in corpus/, and one that broke something as READER-crash-..., READER-timeout-... and so on.

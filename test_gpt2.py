@@ -3422,6 +3422,20 @@ def test_the_emulation_computes_what_a_gpu_would(order):
     assert run(GPU_BUILD / "selftest", "results", GPT2_EMULATE_ORDER=order).stdout == "ok\n"
 
 
+@needs_emulation
+def test_the_profile_has_every_kernel_of_a_step_with_its_bound():
+    lines = run(GPU_BUILD / "profile", REFERENCES / "head64_model.bin", "2", "64").stdout.splitlines()[2:]
+    bounds = {line.split()[0]: line.split()[-1] for line in lines if "_kernel" in line}
+    source = (HERE / "train_gpt2.cu").read_text()
+    kernels = set(re.findall(r"^(?:template <.*> )?(?:__global__ void|FLASH_KERNEL) (\w+)\(", source, re.M))
+    others = {"convert_kernel", "noise_kernel", "gelu_kernel", "attention_plain_forward_kernel",
+              "attention_plain_dq_kernel", "attention_plain_dkdv_kernel"}     # not in this bf16 step
+    assert set(bounds) == kernels - others and len(kernels) > len(others)
+    assert set(bounds.values()) == {"FLOPs", "bytes"}
+    products = [line for line in lines if re.match(r"\d+ x \d+ x \d+ (forward|d-input|d-weight) ", line)]
+    assert sum(int(line.split()[6]) for line in products) == 3 * (4 + 2)     # a layer, two chunks of logits
+
+
 MISTAKES = {
     "no_wait": "NaN: 0 256 512", "fresh": "numbers: 0", "no_synchronize": "NaN 2", "no_event": "NaN",
     "with_event": "a number", "half_barrier": "deadlock.*__syncthreads.*its end",

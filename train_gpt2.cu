@@ -70,10 +70,12 @@ static int blas_ok(cublasStatus_t status) {
 static int begun(void) { return gpu_failed = 0; }
 static int ended(void) { return gpu_failed ? -1 : 0; }
 
-/* The tests compile this file for the CPU too, and have these two their own way. */
-#ifdef __CUDACC__
+/* The tests compile this file for the CPU, and dev/cuda/profile.cu times it; they have these their own way. */
+#ifndef LAUNCH
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
     (kernel<<<grid, block, shared, stream>>>(__VA_ARGS__), (void)gpu_ok(cudaGetLastError()))
+#endif
+#ifndef SHARED
 #define SHARED(type, name) \
     extern __shared__ uint4 shared_memory[]; \
     type *name = (type *)shared_memory
@@ -670,8 +672,7 @@ __device__ static inline void mask(float s[4], int query, int key) {
 }
 
 /* out (B,T,C), lse (B,NH,T). Blocks of later queries, which see more keys, come first. */
-FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
-                                                                      int C, int NH) {
+FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T, int C, int NH) {
     SHARED(bf16, shared);                 /* queries; two stages of keys, then values */
     bf16 *queries = shared, *stages = shared + FORWARD_ROWS * HS;
     const int tiles = (T + FORWARD_ROWS - 1) / FORWARD_ROWS;

@@ -1,0 +1,211 @@
+/* Times each kernel of a training step on a GPU against what bounds it: FLOPs, or bytes to and from memory.
+
+     make bench                                     where there is a GPU, after whole steps
+     make build/cuda/profile && build/cuda/profile d12 64 1024      a descriptor or a model file, B, T
+
+   It includes train_gpt2.cu and puts an event before and behind all that this launches: what is timed is the
+   step itself, and no tool (nsys, ncu) needs to be there. Both ceilings are measured here; they are those of
+   a large copy and of square products. Medians of five steps.
+
+   What it refuses to be: a test, or a profiler of anything else. Steps are launched kernel by kernel here,
+   without CUDA graphs, and an event takes about a microsecond: of a real step with a small batch the sum says
+   little. dev/doc/cuda.md has the bounds, and where they come from. */
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <string>
+#include <vector>
+
+/* --- What is launched, with an event before and behind it ----------------------------------------------- */
+struct Span {
+    std::string name;
+    double flops, bytes;                  /* of a product; those of kernels are in kernel_bounds */
+    cudaEvent_t begin, end;               /* made once, and used again in the next step */
+};
+static std::vector<Span> spans;
+static size_t spans_used;
+
+static void span_begin(const std::string &name, double flops, double bytes, cudaStream_t stream) {
+    if (spans_used == spans.size()) {
+        spans.push_back(Span());
+        cudaEventCreate(&spans.back().begin);
+        cudaEventCreate(&spans.back().end);
+    }
+    Span &span = spans[spans_used];
+    span.name = name, span.flops = flops, span.bytes = bytes;
+    cudaEventRecord(span.begin, stream);
+}
+static void span_end(cudaStream_t stream) { cudaEventRecord(spans[spans_used++].end, stream); }
+
+/* "(kernel<WIDTH>)" and "kernel" are "kernel". */
+static std::string kernel_name(const std::string &text) {
+    const size_t first = text[0] == '(';
+    return text.substr(first, text.find('<') - first);
+}
+
+/* In cublasLtMatmul's place. Of a linear layer's products, forward has w transposed, d-weight dout. */
+template <class Shape, class... Arguments>
+static cublasStatus_t timed_product(const Shape &s, double element, cudaStream_t stream,
+                                    Arguments... arguments) {
+    const double M = (double)s.M, N = (double)s.N, K = (double)s.K;
+    const double d_element = (s.type_d == CUDA_R_32F ? 4 : 2) * (s.add ? 2 : 1);
+    const double aux_element = s.epilogue & 128 ? element : 0;     /* the bit of all that have one */
+    const char *role = s.transposed_b ? "forward" : s.transposed_a ? "d-weight" : "d-input";
+    char name[96];
+    snprintf(name, sizeof name, "%.0f x %.0f x %.0f %s", M, N, K, role);
+    span_begin(name, 2 * M * N * K, element * (M * K + K * N) + (d_element + aux_element) * M * N, stream);
+    const cublasStatus_t status = cublasLtMatmul(arguments...);
+    span_end(stream);
+    return status;
+}
+
+#ifdef __CUDACC__
+#define LAUNCH(kernel, grid, block, shared, stream, ...) \
+    (span_begin(kernel_name(#kernel), 0, 0, stream), kernel<<<grid, block, shared, stream>>>(__VA_ARGS__), \
+     span_end(stream), (void)gpu_ok(cudaGetLastError()))
+#else
+#undef LAUNCH
+#define LAUNCH(kernel, grid, block, shared, stream, ...) \
+    (span_begin(kernel_name(#kernel), 0, 0, stream), \
+     emulate::launch(#kernel, kernel, grid, block, shared, stream, __VA_ARGS__), span_end(stream))
+#endif
+#define cublasLtMatmul(...) timed_product(plan->shape, sizeof(floatX), blas->stream, __VA_ARGS__)
+#include "../../train_gpt2.cu"
+
+/* --- Bounds --------------------------------------------------------------------------------------------- */
+struct Bound { double flops, bytes; };    /* of a kernel's calls in a step, together */
+
+static std::map<std::string, Bound> kernel_bounds(const GPT2 *m) {
+    const double N = (double)(m->B * m->T), L = (double)m->L, C = (double)m->C, NC = N * C * sizeof(floatX);
+    const double P = (double)m->start[GPT2_TENSORS], Vp = (double)m->Vp, fp32 = sizeof(float);
+    const double scores = N * ((double)m->T + 1) * C * L;     /* FLOPs of one product, half of T × T seen */
+    const double parts = (double)m->segments * C * fp32, rows = (double)m->tokens * C * fp32;
+    const double norms = 2 * L + 1, ln_blocks = fmin(pieces(m->B * m->T, ROW_WARPS), 4.0 * m->sms);
+    const double gelus = (gelu_fused(m) ? 0 : 20) + (m->recompute >= 1 ? 8 : 0);
+    const double again = m->recompute >= 2 ? 2 * L : 0;
+    return {
+        {"encoder_forward_kernel", {0, 3 * NC}},
+        {"layernorm_forward_kernel", {0, 2 * NC * (norms + again)}},
+        {"gelu_kernel", {0, gelus * NC * L}},
+        {"attention_plain_forward_kernel", {2 * scores, 4 * NC * L}},
+        {"flash_forward_kernel", {2 * scores, 4 * NC * L}},
+        {"crossentropy_kernel", {0, 2 * N * Vp * sizeof(floatX)}},
+        {"layernorm_backward_kernel", {0, 4 * NC * norms - NC}},     /* the first has nothing to add to */
+        {"column_sums_kernel", {0, 9 * NC * L}},
+        {"column_total_kernel", {0, norms * ln_blocks * 2 * C * fp32}},     /* the biases' is less */
+        {"attention_delta_kernel", {0, 2 * NC * L}},
+        {"attention_plain_dq_kernel", {3 * scores, 5 * NC * L}},
+        {"flash_dq_kernel", {3 * scores, 5 * NC * L}},
+        {"attention_plain_dkdv_kernel", {4 * scores, 6 * NC * L}},
+        {"flash_dkdv_kernel", {4 * scores, 6 * NC * L}},
+        {"dwpe_kernel", {0, NC + (double)m->T * C * fp32}},
+        {"dwte_parts_kernel", {0, NC + parts}},
+        {"dwte_kernel", {0, parts + 2 * rows}},
+        {"norm_kernel", {0, P * fp32}},
+        {"adamw_kernel", {0, P * (7 * fp32 + (sizeof(floatX) < fp32 ? sizeof(floatX) : 0))}},
+    };
+}
+
+/* Bytes read and written in a second by a copy of a quarter of the free memory, of 2 GB at most */
+static double copy_ceiling(const GPT2 *m) {
+    size_t unused = 0, all;
+    float best = 0, ms = 0;
+    cudaMemGetInfo(&unused, &all);
+    const size_t bytes = min_of(unused / 8, (size_t)1 << 30);
+    char *p = (char *)device_memory(2 * bytes, m->stream);
+    for (int run = 0; p && run < 8; run++) {
+        cudaEventRecord(m->uploaded, m->stream);
+        cudaMemcpyAsync(p, p + bytes, bytes, cudaMemcpyDeviceToDevice, m->stream);
+        cudaEventRecord(m->classified, m->stream);
+        cudaEventSynchronize(m->classified);
+        cudaEventElapsedTime(&ms, m->uploaded, m->classified);
+        best = ms > 0 && (best == 0 || ms < best) ? ms : best;
+    }
+    cudaFree(p);
+    return best > 0 ? 2.0 * (double)bytes / (best * 1e-3) : NAN;
+}
+
+/* --- Steps ---------------------------------------------------------------------------------------------- */
+static double median(std::vector<double> values) {
+    std::sort(values.begin(), values.end());
+    return values[values.size() / 2];
+}
+
+/* A step from random tokens on; the graphs are forgotten before they are made. */
+static int step(GPT2 *m, int B, int T, uint32_t *random) {
+    std::vector<int32_t> x((size_t)B * T), y(x.size());
+    float loss;
+    for (size_t i = 0; i < x.size(); i++) {
+        *random = *random * 1664525 + 1013904223;
+        x[i] = (int32_t)((*random >> 8) % (uint32_t)m->V);
+        y[i > 0 ? i - 1 : x.size() - 1] = x[i];
+    }
+    for (Graph &graph : m->graphs) graph = Graph();
+    spans_used = 0;
+    if (gpt2_forward(m, x.data(), y.data(), B, T, 1, &loss) || gpt2_backward(m)) return -1;
+    return gpt2_update(m, 1e-4, 0.9, 0.95, 1e-8, 0.1, 1);
+}
+
+struct Row { int calls; double flops, bytes; std::vector<double> ms; };
+
+int main(int argc, char **argv) {
+    enum { WARM = 2, STEPS = 5 };
+    const char *name = argc == 4 ? argv[1] : "d12";
+    const int B = argc == 4 ? atoi(argv[2]) : 64, T = argc == 4 ? atoi(argv[3]) : 1024;
+    GPT2Config config;
+    GPT2 *m = gpt2_descriptor(name, &config) ? gpt2_load(name) : gpt2_create(&config);
+    uint32_t random = 1;
+    int failed = argc != 1 && argc != 4 ? gpt2_fail("usage: profile [DESCRIPTOR|MODEL.bin B T]") : !m;
+    std::map<std::string, Row> rows;
+    std::vector<double> whole;
+    if (!failed) failed = gpt2_init(m, 1);
+    for (int run = -WARM; run < STEPS && !failed; run++) {
+        float ms = 0;
+        failed = step(m, B, T, &random);
+        cudaStreamSynchronize(m->stream);
+        if (failed || run < 0) continue;
+        cudaEventElapsedTime(&ms, spans[0].begin, spans[spans_used - 1].end);
+        whole.push_back(ms);
+        for (auto &row : rows) row.second = Row{0, 0, 0, row.second.ms};
+        for (size_t i = 0; i < spans_used; i++) {
+            Row &row = rows[spans[i].name];
+            cudaEventElapsedTime(&ms, spans[i].begin, spans[i].end);
+            if (row.calls++ == 0) row.ms.push_back(0);
+            row.ms.back() += ms;
+            row.flops += spans[i].flops, row.bytes += spans[i].bytes;
+        }
+    }
+    if (failed) {
+        fprintf(stderr, "profile: %s\n", gpt2_error());
+        gpt2_free(m);
+        return 1;
+    }
+    const std::map<std::string, Bound> bounds = kernel_bounds(m);
+    const double step_ms = median(whole), byte_ceiling = copy_ceiling(m), flop_ceiling = gpt2_ceiling();
+    double sum = 0;
+    printf("%s: %.0f TFLOP/s, %.0f GB/s; %s, B %d, T %d, -r %d\n", gpt2_device(), flop_ceiling * 1e-12,
+           byte_ceiling * 1e-9, name, B, T, m->recompute);
+    printf("%-36s %5s %9s %7s %10s %8s  of its bound\n", "", "calls", "ms", "of step", "TFLOP/s", "GB/s");
+    std::vector<std::pair<double, std::string>> order;
+    for (const auto &row : rows) order.push_back({-median(row.second.ms), row.first});
+    std::sort(order.begin(), order.end());
+    for (const auto &entry : order) {
+        Row &row = rows[entry.second];
+        const auto found = bounds.find(entry.second);
+        if (found != bounds.end()) row.flops = found->second.flops, row.bytes = found->second.bytes;
+        const double ms = -entry.first;
+        const double by_flops = row.flops / flop_ceiling, by_bytes = row.bytes / byte_ceiling;
+        printf("%-36s %5d %9.3f %6.1f%% %10.1f %8.0f %6.1f%% %s\n", entry.second.c_str(), row.calls, ms,
+               100 * ms / step_ms, row.flops / ms * 1e-9, row.bytes / ms * 1e-6,
+               1e5 * fmax(by_flops, by_bytes) / ms,
+               row.flops + row.bytes == 0 ? "?" : by_flops > by_bytes ? "FLOPs" : "bytes");
+        sum += ms;
+    }
+    printf("%-36s %5zu %9.3f %6.1f%%   the rest of %.3f ms: copies, gaps, events, the host\n", "all kernels",
+           spans_used, sum, 100 * sum / step_ms, step_ms);
+    gpt2_free(m);
+    return 0;
+}
