@@ -361,8 +361,7 @@ template <int V> __global__ void gelu_kernel(floatX *out, const floatX *dx, cons
 }
 
 /* losses (rows) = -log softmax(logits)[y]. Unless scale is 0, the rows of V logits, Vp apart, become their
-   gradient scale · (softmax - one-hot), and the padding 0. A block has a row, which it reads twice; the
-   second time from the second-level cache. */
+   gradient scale · (softmax - one-hot), and the padding 0. A block has a row, which it reads twice. */
 __global__ void crossentropy_kernel(float *losses, floatX *logits, const int32_t *y, int V, int Vp,
                                     float scale) {
     floatX *row = logits + blockIdx.x * (size_t)Vp;
@@ -1689,7 +1688,8 @@ static void forward_blocks(GPT2 *m, size_t first) {
 static void classify(GPT2 *m, size_t n) {
     const size_t C = m->C, Vp = m->Vp, rows = min_of(m->chunk, m->B * m->T - n);
     const Activations a = acts(m, 0);
-    const unsigned threads = (unsigned)min_of(512, round_to(Vp / WIDTH, WARP));
+    /* As many as can be: then the rows in work, two a multiprocessor, are read again from its own cache. */
+    const unsigned threads = (unsigned)min_of(1024, round_to(Vp / WIDTH, WARP));
     gemm(&m->blas, a.logits, Vp, Matrix{a.lnf + n * C, C, 0}, Matrix{m->params, C, 1}, rows, Vp, C);
     LAUNCH(crossentropy_kernel, (unsigned)rows, threads, 0, m->stream, a.losses + n, a.logits,
            batch_at(a.batch, m->B * m->T).y + n, (int)m->V, (int)Vp, m->train ? m->scale : 0);
