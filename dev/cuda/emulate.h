@@ -494,8 +494,7 @@ inline void stop(cudaError_t error, const char *format, ...) {
     vsnprintf(what, sizeof what, format, list);
     va_end(list);
     block.error = fail(error, "kernel %s, block (%u, %u, %u), thread (%u, %u, %u): %s", block.kernel,
-                       blockIdx.x,
-                       blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z, what);
+                       blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z, what);
     switch_to(&block.host);
     __builtin_unreachable();
 }
@@ -637,8 +636,7 @@ inline void shared_fill(void) {
 }
 
 inline cudaError_t run_grid(const char *kernel, dim3 grid, dim3 threads, size_t shared_bytes,
-                            void (*call)(void *),
-                            void *arguments) {
+                            void (*call)(void *), void *arguments) {
     static char *shared_end = NULL;
     if (!shared_end) {
         const size_t page = (size_t)sysconf(_SC_PAGESIZE), bytes = (MOST_SHARED + page - 1) / page * page;
@@ -727,8 +725,7 @@ inline cudaError_t launch_check(const char *kernel, const void *function, dim3 g
                     kernel, threads.x, threads.y, threads.z);
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
         return fail(cudaErrorInvalidConfiguration, "kernel %s: a grid of (%u, %u, %u) blocks", kernel,
-                    grid.x, grid.y,
-                    grid.z);
+                    grid.x, grid.y, grid.z);
     if (shared > allowed)
         return fail(cudaErrorInvalidValue, "kernel %s: %zu bytes of shared memory, %zu are allowed "
                     "(cudaFuncSetAttribute)", kernel, shared, allowed);
@@ -737,8 +734,7 @@ inline cudaError_t launch_check(const char *kernel, const void *function, dim3 g
 
 template <class... Parameters, class... Arguments>
 void launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared,
-            Stream *stream,
-            Arguments &&...arguments) {
+            Stream *stream, Arguments &&...arguments) {
     typedef std::tuple<void (*)(Parameters...), std::decay_t<Parameters>...> Call;
     std::lock_guard<std::recursive_mutex> lock(device().calls);
     if (sticky || launch_check(name, (const void *)kernel, grid, threads, shared)) return;
@@ -749,8 +745,7 @@ void launch(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 thr
     }, call);
     if (host) {
         fail(cudaErrorIllegalAddress,
-             "kernel %s was given %p, which is host memory: a device cannot reach it", name,
-             host);
+             "kernel %s was given %p, which is host memory: a device cannot reach it", name, host);
         sticky = latest;
         return;
     }
@@ -981,8 +976,7 @@ template <class K> cudaError_t cudaFuncSetAttribute(K *kernel, cudaFuncAttribute
     if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value < 0 || value > 163 * 1024)
         return emulate::fail(cudaErrorInvalidValue, "%d bytes of shared memory: a block can have up to %d",
-                             value,
-                             163 * 1024);
+                             value, 163 * 1024);
     emulate::shared_allowed()[(const void *)kernel] = (size_t)value;
     return cudaSuccess;
 }
@@ -1344,8 +1338,7 @@ inline cublasStatus_t matmul_shapes(const MatmulDesc &desc, const Layout &a, con
         return refuse(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: the matrices of D's batch overlap");
     if (a.type != b.type || c.type != d.type || (a.type == CUDA_R_32F && d.type != CUDA_R_32F))
         return refuse(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmul: types %d, %d, %d, %d", a.type, b.type,
-                      c.type,
-                      d.type);
+                      c.type, d.type);
     if (desc.epilogue & 128 && (desc.aux_ld < (int64_t)d.rows || desc.aux_ld % 8 || d.batch > 1))
         return refuse(CUBLAS_STATUS_NOT_SUPPORTED,
                       "cublasLtMatmul: EPILOGUE_AUX_LD is %lld for %lld rows; it must be a "
@@ -1365,8 +1358,7 @@ inline cublasStatus_t need_device(const char *what, const void *p, size_t bytes)
     if (holds(p, bytes, true)) return CUBLAS_STATUS_SUCCESS;
     describe(found, sizeof found, p);
     return refuse(CUBLAS_STATUS_EXECUTION_FAILED, "cublasLtMatmul: %s, %zu bytes, is out of bounds at %s",
-                  what, bytes,
-                  found);
+                  what, bytes, found);
 }
 template <class T> cublasStatus_t take(T *to, const void *from, size_t bytes) {
     if (bytes != sizeof *to)
@@ -1415,12 +1407,10 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d,
     default: break;
     }
     return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED,
-                           "emulate.h has no matmul attribute %d with the value %d", which,
-                           number);
+                           "emulate.h has no matmul attribute %d with the value %d", which, number);
 }
 inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *out, cudaDataType_t type,
-                                                 uint64_t rows,
-                                                 uint64_t cols, int64_t ld) {
+                                                 uint64_t rows, uint64_t cols, int64_t ld) {
     if (type != CUDA_R_32F && type != CUDA_R_16BF)
         return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED, "emulate.h has no matrices of type %d", type);
     return *out = new emulate::Layout{type, rows, cols, ld}, CUBLAS_STATUS_SUCCESS;
@@ -1467,12 +1457,11 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
     return *found = 1, CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha,
-                                     const void *A,
-                                     cublasLtMatrixLayout_t a, const void *B, cublasLtMatrixLayout_t b,
-                                     const void *beta, const void *C, cublasLtMatrixLayout_t c, void *D,
-                                     cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t *algo,
-                                         void *workspace,
-                                     size_t workspace_bytes, cudaStream_t stream) {
+                                     const void *A, cublasLtMatrixLayout_t a,
+                                     const void *B, cublasLtMatrixLayout_t b, const void *beta,
+                                     const void *C, cublasLtMatrixLayout_t c,
+                                     void *D, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t *algo,
+                                     void *workspace, size_t workspace_bytes, cudaStream_t stream) {
     std::lock_guard<std::recursive_mutex> lock(emulate::device().calls);
     const emulate::Matmul m = {*desc, *a, *b, *c, *d, *(const float *)alpha, *(const float *)beta,
                                A, B, C, D};

@@ -259,18 +259,15 @@ static void one_matmul(cudaDataType_t type, int ta, int tb, int batch, float bet
         bad |= cublasLtMatrixLayoutSetAttribute(layout[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
                                                 sizeof batch);
         bad |= cublasLtMatrixLayoutSetAttribute(layout[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
-                                                &stride,
-                                                sizeof stride);
+                                                &stride, sizeof stride);
     }
     bad |= cublasLtMatmulPreferenceCreate(&preference);
     bad |= cublasLtMatmulAlgoGetHeuristic(handle, desc, layout[0], layout[1], layout[2], layout[2],
-                                          preference, 1,
-                                          &result, &found);
+                                          preference, 1, &result, &found);
     const float one = 1;
     if (bad || !found) wrong("cuBLASLt's set-up");
     if (cublasLtMatmul(handle, desc, &one, p[0], layout[0], p[1], layout[1], &beta, p[2], layout[2], p[2],
-                       layout[2],
-                       &result.algo, NULL, 0, 0)) wrong("cublasLtMatmul");
+                       layout[2], &result.algo, NULL, 0, 0)) wrong("cublasLtMatmul");
     const std::vector<float> out = download(p[2], host[2].size()), aux_out = download(aux_device, aux.size());
     for (int b = 0; b < batch; b++)
         for (int i = 0; i < M; i++)
@@ -544,14 +541,12 @@ static void matmul_mistakes(void) {
     if (cublasLtMatmul(handle, desc, &one, p, square, p, square, &zero, p, wide, p, wide, NULL, NULL, 0, 0))
         say(cudaGetErrorString(cudaGetLastError()));
     if (cublasLtMatmulAlgoGetHeuristic(handle, desc, square, square, short_ld, short_ld, preference, 1,
-                                       &result,
-                                       &found))
+                                       &result, &found))
         say(cudaGetErrorString(cudaGetLastError()));
     cublasLtMatmulAlgoGetHeuristic(handle, desc, square, square, square, square, preference, 1, &result,
                                    &found);
     if (cublasLtMatmul(handle, desc, &one, p + 1, square, p, square, &zero, p, square, p, square,
-                       &result.algo, NULL,
-                       0, 0))
+                       &result.algo, NULL, 0, 0))
         say(cudaGetErrorString(cudaGetLastError()));
     const int64_t ld = 12;
     const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DGELU;
