@@ -34,6 +34,7 @@ import collections
 import contextlib
 import ctypes
 import datetime
+import difflib
 import errno
 import fcntl
 import functools
@@ -2262,11 +2263,24 @@ def add_flags(parser, rows, **common):
         parser.add_argument("--" + flag, help=text, **{**form, **common})
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells of a mistake in one sentence, with the flag that may have been meant."""
+    def parse_known_args(self, *arguments):
+        args, unknown = super().parse_known_args(*arguments)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], [*self._option_string_actions, *COMMANDS], 1)
+            self.error(f"there is no {unknown[0]}" + "".join(f", but there is {word}" for word in near))
+        return args, unknown
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}; {self.prog} --help tells the arguments\n")
+
+
 def make_parser():
     """The command line."""
-    parser = argparse.ArgumentParser(prog="train_gpt2.py", description=__doc__.split("\nWhat it is")[0],
-                                     epilog="COMMAND --help tells the arguments of one.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="train_gpt2.py", description=__doc__.split("\nWhat it is")[0],
+                    epilog="COMMAND --help tells the arguments of one.",
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (run, text, operands, rows) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
