@@ -29,6 +29,7 @@
 #include <new>
 #include <stdio.h>
 #include <string.h>
+#include <type_traits>
 #include <unistd.h>
 
 /* === 1. The device ====================================================================================== */
@@ -70,14 +71,14 @@ static int blas_ok(cublasStatus_t status) {
 static int begun(void) { return gpu_failed = 0; }
 static int ended(void) { return gpu_failed ? -1 : 0; }
 
-/* The tests compile this file for the CPU, and dev/cuda/profile.cu times it; they have these their own way. */
+/* The tests, which compile this for the CPU, and dev/cuda/profile.cu have these their own way. */
 #ifndef LAUNCH
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
     (kernel<<<grid, block, shared, stream>>>(__VA_ARGS__), (void)gpu_ok(cudaGetLastError()))
 #endif
 #ifndef SHARED
 #define SHARED(type, name) \
-    extern __shared__ uint4 shared_memory[]; \
+    extern __shared__ __align__(128) uint4 shared_memory[]; \
     type *name = (type *)shared_memory
 #endif
 
@@ -94,67 +95,53 @@ __device__ static inline float to_float(__nv_bfloat16 x) { return __bfloat162flo
 __device__ static inline void from_float(__nv_bfloat16 *p, float x) { *p = __float2bfloat16_rn(x); }
 #endif
 
-/* V elements at p as floats, and back: 16 bytes at a time (8, if they are no more), or a single element. */
+/* V elements at p as floats, and back: 16 bytes at a time, or 8 or a single element if there are no more. */
+template <int V, typename X> using Raw =
+    std::conditional_t<V * sizeof(X) >= 16, uint4, std::conditional_t<V * sizeof(X) == 8, uint2, X>>;
 template <int V, typename X> __device__ static inline void load(float v[V], const X *p) {
-    constexpr int bytes = V * (int)sizeof(X), each = bytes < 16 ? V : 16 / (int)sizeof(X);
+    constexpr int each = sizeof(Raw<V, X>) / sizeof(X);
     X x[each];
-    if constexpr (V == 1) v[0] = to_float(*p);
-    else
 #pragma unroll
-        for (int k = 0; k < V; k += each) {
-            if constexpr (bytes >= 16) {
-                const uint4 raw = *(const uint4 *)(p + k);
-                memcpy(x, &raw, sizeof x);
-            } else {
-                const uint2 raw = *(const uint2 *)(p + k);
-                memcpy(x, &raw, sizeof x);
-            }
+    for (int k = 0; k < V; k += each) {
+        const Raw<V, X> raw = *(const Raw<V, X> *)(p + k);
+        memcpy(x, &raw, sizeof raw);
 #pragma unroll
-            for (int i = 0; i < each; i++) v[k + i] = to_float(x[i]);
-        }
+        for (int i = 0; i < each; i++) v[k + i] = to_float(x[i]);
+    }
 }
 template <int V, typename X> __device__ static inline void store(X *p, const float v[V]) {
-    constexpr int bytes = V * (int)sizeof(X), each = bytes < 16 ? V : 16 / (int)sizeof(X);
+    constexpr int each = sizeof(Raw<V, X>) / sizeof(X);
     X x[each];
-    if constexpr (V == 1) from_float(p, v[0]);
-    else
+    Raw<V, X> raw;
 #pragma unroll
-        for (int k = 0; k < V; k += each) {
+    for (int k = 0; k < V; k += each) {
 #pragma unroll
-            for (int i = 0; i < each; i++) from_float(x + i, v[k + i]);
-            if constexpr (bytes >= 16) {
-                uint4 raw;
-                memcpy(&raw, x, sizeof x);
-                *(uint4 *)(p + k) = raw;
-            } else {
-                uint2 raw;
-                memcpy(&raw, x, sizeof x);
-                *(uint2 *)(p + k) = raw;
-            }
-        }
+        for (int i = 0; i < each; i++) from_float(x + i, v[k + i]);
+        memcpy(&raw, x, sizeof raw);
+        *(Raw<V, X> *)(p + k) = raw;
+    }
 }
 
-/* Sum and maximum over a warp; all its threads get it, in the same order always. */
-__device__ static inline float warp_sum(float x) {
+/* Sum or maximum over groups of LANES in a warp; all their threads get it, in the same order always. */
+template <int LANES, int MAX> __device__ static inline float reduce(float x) {
 #pragma unroll
-    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+    for (int step = LANES / 2; step; step /= 2) {
+        const float other = __shfl_xor_sync(0xFFFFFFFFu, x, step);
+        x = MAX ? fmaxf(x, other) : x + other;
+    }
     return x;
 }
-__device__ static inline float warp_max(float x) {
-#pragma unroll
-    for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
-    return x;
-}
+__device__ static inline float warp_sum(float x) { return reduce<WARP, 0>(x); }
 
 /* The same over a block of whole warps. */
 template <int MAX> __device__ static float block_reduce(float x) {
     __shared__ float parts[WARP];
     const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-    x = MAX ? warp_max(x) : warp_sum(x);
+    x = reduce<WARP, MAX>(x);
     if (lane == 0) parts[threadIdx.x / WARP] = x;
     __syncthreads();
     x = lane < warps ? parts[lane] : MAX ? -INFINITY : 0;
-    x = MAX ? warp_max(x) : warp_sum(x);
+    x = reduce<WARP, MAX>(x);
     __syncthreads();                      /* parts is used again */
     return x;
 }
@@ -360,6 +347,8 @@ template <int V> __global__ void gelu_kernel(floatX *out, const floatX *dx, cons
     store<V>(out + at, x);
 }
 
+#define LOG2E 1.44269504f                 /* e^x = 2^(x log₂e), for which GPUs have an instruction */
+
 /* losses (rows) = -log softmax(logits)[y]. Unless scale is 0, the rows of V logits, Vp apart, become their
    gradient scale · (softmax - one-hot), and the padding 0. A block has a row, which it reads twice. */
 __global__ void crossentropy_kernel(float *losses, floatX *logits, const int32_t *y, int V, int Vp,
@@ -370,20 +359,23 @@ __global__ void crossentropy_kernel(float *losses, floatX *logits, const int32_t
     float top = -INFINITY, sum = 0, v[WIDTH];
     for (int c = threadIdx.x * WIDTH; c < V; c += blockDim.x * WIDTH) {
         load<WIDTH>(v, row + c);
+        if (c + WIDTH > V)
+            for (int i = 0; i < WIDTH; i++) v[i] = c + i < V ? v[i] : -INFINITY;
         float higher = top;
-        for (int i = 0; i < WIDTH; i++) higher = c + i < V ? fmaxf(higher, v[i]) : higher;
-        if (higher > top) sum *= expf(top - higher), top = higher;
-        for (int i = 0; i < WIDTH; i++) sum += c + i < V ? expf(v[i] - top) : 0;
+        for (int i = 0; i < WIDTH; i++) higher = fmaxf(higher, v[i]);
+        if (higher > top) sum *= exp2f((top - higher) * LOG2E), top = higher;
+        for (int i = 0; i < WIDTH; i++) sum += exp2f((v[i] - top) * LOG2E);
     }
     const float highest = block_reduce<1>(top);
-    sum = block_reduce<0>(top > -INFINITY ? sum * expf(top - highest) : 0);
+    sum = block_reduce<0>(top > -INFINITY ? sum * exp2f((top - highest) * LOG2E) : 0);
     if (threadIdx.x == 0) losses[blockIdx.x] = highest + logf(sum) - target_logit;
     if (scale == 0) return;
     const float factor = scale / sum;
     for (int c = threadIdx.x * WIDTH; c < Vp; c += blockDim.x * WIDTH) {
         load<WIDTH>(v, row + c);
-        for (int i = 0; i < WIDTH; i++)
-            v[i] = c + i < V ? expf(v[i] - highest) * factor - (c + i == target ? scale : 0) : 0;
+        for (int i = 0; i < WIDTH; i++) v[i] = exp2f((v[i] - highest) * LOG2E) * factor;
+        if (c + WIDTH > V || (c <= target && target < c + WIDTH))
+            for (int i = 0; i < WIDTH; i++) v[i] = c + i < V ? v[i] - (c + i == target ? scale : 0) : 0;
         store<WIDTH>(row + c, v);
     }
 }
@@ -394,7 +386,6 @@ __global__ void crossentropy_kernel(float *losses, floatX *logits, const int32_t
    and lse (B,NH,T) = log₂ Σ 2^s is all that the backward pass needs to make p = 2^(s - lse) again. There,
    with delta (B,NH,T) = Σ dout · out, ds = p · (dout·v - delta), dq = ds·k / √hs, dk = dsᵀ·q / √hs, dv =
    pᵀ·dout. */
-#define LOG2E 1.44269504f
 
 /* --- The plain kernels: any head size, fp32 or bf16; a warp has a query (or a key) and all its channels - */
 enum { PLAIN_WARPS = 4 };
@@ -432,7 +423,7 @@ __global__ void attention_plain_forward_kernel(floatX *out, float *lse, const fl
     for (int from = 0; from <= t; from += WARP) {
         const int key = from + lane, keys = t + 1 - from < WARP ? t + 1 - from : WARP;
         const float score = key <= t ? factor * dot(q, head + (size_t)key * 3 * C + C, hs) : -INFINITY;
-        const float higher = fmaxf(top, warp_max(score)), fade = exp2f(top - higher);
+        const float higher = fmaxf(top, reduce<WARP, 1>(score)), fade = exp2f(top - higher);
         const float weight = exp2f(score - higher);
         total = total * fade + warp_sum(weight);
         top = higher;
@@ -451,7 +442,7 @@ __global__ void attention_plain_forward_kernel(floatX *out, float *lse, const fl
     if (lane == 0) lse[pair * T + t] = top + log2f(total);
 }
 
-/* delta (B,NH,T), for both backward kernels; a warp has a row of a head */
+/* delta (B,NH,T), for both of the plain backward kernels; a warp has a row of a head */
 __global__ void attention_delta_kernel(float *delta, const floatX *dout, const floatX *out, size_t rows,
                                        int T, int C, int NH) {
     const size_t row = blockIdx.x * (size_t)ROW_WARPS + threadIdx.x / WARP;     /* of (B,T,NH) */
@@ -534,20 +525,22 @@ __global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, co
 }
 
 /* --- Flash attention on tensor cores: bf16, heads of 64 channels (Dao 2023, "FlashAttention-2") -----------
-   A block has some queries (for dk and dv: keys) of a head, 16 or 32 for each warp, and goes through tiles of
-   64 keys (queries) in shared memory, of which the next one is on its way while one is worked on. Scores, P
-   and the sums stay in registers: the accumulators of a product have the layout that the next one's A wants.
-   */
+   A block has 128 queries (for dk and dv: keys) of a head, 32 a warp, and goes through tiles of 64 keys
+   (queries) in shared memory, of which the next one is on its way while one is worked on. Scores, P and the
+   sums stay in registers: the accumulators of a product have the layout that the next one's A wants. */
 #ifndef GPT2_FP32
 enum { HS = 64, TILE = 64, STEPS = HS / 16, FLASH_WARPS = 4, FLASH_THREADS = FLASH_WARPS * WARP };
-enum { FORWARD_TILES = 2, DQ_TILES = 2 };         /* of 16 queries, for each warp */
-enum { FORWARD_ROWS = 16 * FORWARD_TILES * FLASH_WARPS, DQ_ROWS = 16 * DQ_TILES * FLASH_WARPS };
-enum { TILE_BYTES = TILE * HS * 2, FORWARD_SHARED = FORWARD_ROWS * HS * 2 + 4 * TILE_BYTES,
-       DQ_SHARED = 2 * DQ_ROWS * HS * 2 + 4 * TILE_BYTES, DKDV_SHARED = 6 * TILE_BYTES + 4 * TILE * 4 };
+enum { OWN = 2, OWN_ROWS = 16 * OWN, BLOCK_ROWS = OWN_ROWS * FLASH_WARPS };     /* of a warp, of a block */
+enum { ROW_BYTES = HS * 2, TILE_BYTES = TILE * ROW_BYTES, STAGE_BYTES = 2 * TILE_BYTES };
+enum { FORWARD_SHARED = BLOCK_ROWS * ROW_BYTES + 2 * STAGE_BYTES,
+       DQ_SHARED = FORWARD_SHARED + 2 * BLOCK_ROWS * ROW_BYTES,
+       DKDV_SHARED = FORWARD_SHARED + BLOCK_ROWS * ROW_BYTES + 4 * TILE * 4 };
 typedef __nv_bfloat16 bf16;
 #define FLASH_KERNEL __global__ __launch_bounds__(FLASH_THREADS) void
 
 #ifdef __CUDACC__                         /* the tests have these their own way, too */
+typedef uint32_t Shared;                  /* an address in shared memory */
+__device__ static inline Shared shared_address(const void *p) { return (Shared)__cvta_generic_to_shared(p); }
 /* d (16,8) += a (16,16) · b (16,8). Of a, a thread has (row, 2 columns) at (g, 2t), (g + 8, 2t), (g, 2t + 8)
    and (g + 8, 2t + 8), of b (2 rows, column) at (2t, g), (2t + 8, g), of d (g, 2t) and (g + 8, 2t): g = lane
    / 4, t = lane % 4. */
@@ -558,20 +551,17 @@ __device__ static inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4],
 }
 /* Four 8 × 8 matrices: lanes 8 i … 8 i + 7 have the addresses of rows of the i-th, and each lane gets of row
    lane / 4 (or column, of the transposed) the elements 2 (lane % 4) and the one after. */
-__device__ static inline void ldmatrix_x4(uint32_t r[4], const void *row) {
+__device__ static inline void ldmatrix_x4(uint32_t r[4], Shared row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
-__device__ static inline void ldmatrix_x4_trans(uint32_t r[4], const void *row) {
+__device__ static inline void ldmatrix_x4_trans(uint32_t r[4], Shared row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 /* 16 bytes to shared memory, past registers and the first-level cache; in groups, to be waited for. */
-__device__ static inline void copy_async_16(void *shared, const void *global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                 :: "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
+__device__ static inline void copy_async_16(Shared to, const void *global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(global) : "memory");
 }
 __device__ static inline void copy_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ static inline void copy_async_wait(void) {
@@ -586,50 +576,77 @@ __device__ static inline bf16 *piece_at(bf16 *tile, int row, int piece) {
 }
 
 /* Rows first … of a head, stride elements apart in memory, begin their way to a tile. What lies behind row T
-   - 1 is that row again: of no account, but finite. */
-__device__ static inline void tile_load(bf16 *tile, const bf16 *head, size_t stride, int first, int rows,
-                                        int T) {
-    for (int i = threadIdx.x; i < rows * 8; i += FLASH_THREADS) {
-        const int t = first + i / 8 < T ? first + i / 8 : T - 1;
-        copy_async_16(piece_at(tile, i / 8, i % 8), head + t * stride + i % 8 * 8);
-    }
+   - 1 is that row again: of no account, but finite. A thread's rows are 16 apart, so that its pieces are all
+   in the same place of their row. */
+template <int ROWS> __device__ static inline void tile_load(bf16 *tile, const bf16 *head, unsigned stride,
+                                                            int first, int T) {
+    const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
+    const Shared to = shared_address(piece_at(tile, row, piece));
+    head += piece * 8;
+#pragma unroll
+    for (int i = 0; i < ROWS; i += FLASH_THREADS / 8)
+        copy_async_16(to + i * ROW_BYTES, head + (size_t)(unsigned)min(first + row + i, T - 1) * stride);
 }
 
 /* The same with tile number `tile` of two heads, for which there are two stages of two tiles. */
-__device__ static inline void stage_load(bf16 *stages, int tile, const bf16 *one, size_t one_stride,
-                                         const bf16 *other, size_t other_stride, int T) {
+__device__ static inline void stage_load(bf16 *stages, int tile, const bf16 *one, unsigned one_stride,
+                                         const bf16 *other, unsigned other_stride, int T) {
     bf16 *stage = stages + tile % 2 * 2 * TILE * HS;
-    tile_load(stage, one, one_stride, tile * TILE, TILE, T);
-    tile_load(stage + TILE * HS, other, other_stride, tile * TILE, TILE, T);
+    tile_load<TILE>(stage, one, one_stride, tile * TILE, T);
+    tile_load<TILE>(stage + TILE * HS, other, other_stride, tile * TILE, T);
 }
 
-/* Operands of a product: the 16 × 16 of A at a row and step; of B (k, n), given by rows n (as K in q·kᵀ) or
-   by rows k (as V in p·v), two times 16 × 8 side by side. Steps are 16 channels. */
-__device__ static inline void operand_a(uint32_t a[4], bf16 *tile, int row, int step) {
+/* Operands of a product: 16 × 16 of A, or two times 16 × 8 of B (k, n) side by side, given by rows n (as K in
+   q·kᵀ) or by rows k (as V in p·v). A lane finds the first one's address once; the next is ROW_BYTES a row
+   further, and a step, of 16 channels, flips two bits of it, as pieces are exchanged by XOR. (Found anew for
+   each operand, addresses were a third of all instructions; the shuffle, of a lane with itself, keeps the
+   compiler from doing so.) */
+__device__ static inline Shared lane_rows(bf16 *tile) {     /* of A; of B by rows k, which ldmatrix turns */
     const int lane = threadIdx.x % WARP;
-    ldmatrix_x4(a, piece_at(tile, row + lane % 16, step * 2 + lane / 16));
+    return __shfl_sync(0xFFFFFFFFu, shared_address(piece_at(tile, lane % 16, lane / 16)), lane);
 }
-__device__ static inline void operand_b_rows_n(uint32_t b[4], bf16 *tile, int n, int step) {
-    const int lane = threadIdx.x % WARP;
-    ldmatrix_x4(b, piece_at(tile, n + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+__device__ static inline Shared lane_rows_n(bf16 *tile) {
+    const int lane = threadIdx.x % WARP, row = lane % 8 + lane / 16 * 8;
+    return __shfl_sync(0xFFFFFFFFu, shared_address(piece_at(tile, row, lane / 8 % 2)), lane);
 }
-__device__ static inline void operand_b_rows_k(uint32_t b[4], bf16 *tile, int k, int step) {
-    const int lane = threadIdx.x % WARP;
-    ldmatrix_x4_trans(b, piece_at(tile, k + lane % 16, step * 2 + lane / 16));
+__device__ static inline Shared at_step(Shared address, int step) { return address ^ step * 32; }
+
+/* A warp's OWN · 16 rows of 16 channels as A */
+__device__ static inline void load_a(uint32_t a[OWN][4], Shared rows) {
+#pragma unroll
+    for (int m = 0; m < OWN; m++) ldmatrix_x4(a[m], rows + m * 16 * ROW_BYTES);
 }
 
-/* Two neighbouring 16 × 8 accumulators as A of the next product */
+/* Sums d (OWN · 16, 8 N), of columns 8 n … 8 n + 15, += a · B; B's lane address is by rows n or by rows k. */
+template <int N> __device__ static inline void multiply(float d[OWN][N][4], int n, const uint32_t a[OWN][4],
+                                                        Shared rows, int by_rows_k) {
+    uint32_t b[4];
+    by_rows_k ? ldmatrix_x4_trans(b, rows) : ldmatrix_x4(b, rows);
+#pragma unroll
+    for (int m = 0; m < OWN; m++) {
+        mma_m16n8k16_bf16(d[m][n], a[m], b);
+        mma_m16n8k16_bf16(d[m][n + 1], a[m], b + 2);
+    }
+}
+
+/* Two floats rounded to bf16 in a word, and back; and some columns of sums as A of the next product */
 __device__ static inline uint32_t pack(float low, float high) {
     const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
     uint32_t bits;
     memcpy(&bits, &both, sizeof bits);
     return bits;
 }
-__device__ static inline void pack_a(uint32_t a[4], const float left[4], const float right[4]) {
-    a[0] = pack(left[0], left[1]);
-    a[1] = pack(left[2], left[3]);
-    a[2] = pack(right[0], right[1]);
-    a[3] = pack(right[2], right[3]);
+__device__ static inline float2 unpack(uint32_t bits) {
+    __nv_bfloat162 both;
+    memcpy(&both, &bits, sizeof bits);
+    return __bfloat1622float2(both);
+}
+template <int N> __device__ static inline void pack_a(uint32_t a[OWN][4], const float d[OWN][N][4], int n) {
+#pragma unroll
+    for (int i = 0; i < OWN * 4; i++) {
+        const float *pair = d[i / 4][n + i / 2 % 2] + i % 2 * 2;
+        a[i / 4][i % 4] = pack(pair[0], pair[1]);
+    }
 }
 
 /* A warp's 16 × 64 sums, times a factor for each half, go through 16 rows of a tile that are its own to rows
@@ -653,114 +670,97 @@ __device__ static inline void sums_store(bf16 *head, size_t stride, int first, i
                 *(uint4 *)piece_at(tile, row + i / 8, i % 8);
 }
 
-__device__ static inline float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
-}
-__device__ static inline float quad_sum(float x) {
-    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
-}
-
-/* Of 16 × 8 scores of queries by keys from these on: no query sees a later key. */
-__device__ static inline void mask(float s[4], int query, int key) {
+/* Of scores s (OWN · 16, 8 N), whose first column is `ahead` of the first row, those of a query and a later
+   key: behind the diagonal or, where keys are the rows (sign -1), before it. */
+template <int N> __device__ static inline void mask(float s[OWN][N][4], int ahead, int sign) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        if (key + lane % 4 * 2 + i % 2 > query + lane / 4 + i / 2 * 8) s[i] = -INFINITY;
+    for (int i = 0; i < OWN * N * 4; i++) {
+        const int row = i / (4 * N) * 16 + lane / 4 + i / 2 % 2 * 8;
+        const int column = i / 4 % N * 8 + lane % 4 * 2 + i % 2;
+        if ((ahead + column - row) * sign > 0) s[i / (4 * N)][i / 4 % N][i % 4] = -INFINITY;
+    }
 }
 
 /* out (B,T,C), lse (B,NH,T). Blocks of later queries, which see more keys, come first. */
 FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T, int C, int NH) {
     SHARED(bf16, shared);                 /* queries; two stages of keys, then values */
-    bf16 *queries = shared, *stages = shared + FORWARD_ROWS * HS;
-    const int tiles = (T + FORWARD_ROWS - 1) / FORWARD_ROWS;
-    const int first = (tiles - 1 - blockIdx.x % tiles) * FORWARD_ROWS;
-    const size_t pair = blockIdx.x / tiles, h = pair % NH, b = pair / NH;
-    const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16 * FORWARD_TILES;
-    const int last = (min(first + FORWARD_ROWS, T) - 1) / TILE;
-    const size_t stride = 3 * (size_t)C;
+    bf16 *queries = shared, *stages = shared + BLOCK_ROWS * HS;
+    const int blocks = (T + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int first = (blocks - 1 - blockIdx.x % blocks) * BLOCK_ROWS;
+    const size_t pair = blockIdx.x / blocks, h = pair % NH, b = pair / NH;
+    const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * OWN_ROWS;
+    const int last = (min(first + BLOCK_ROWS, T) - 1) / TILE;
+    const unsigned stride = 3 * C;
     const bf16 *q = qkv + b * T * stride + h * HS, *k = q + C, *v = k + C;
+    const Shared own_queries = lane_rows(queries) + own * ROW_BYTES;
+    const Shared stage_n = lane_rows_n(stages), stage_k = lane_rows(stages) + TILE_BYTES;
     const float factor = LOG2E / 8;       /* √HS is 8 */
-    tile_load(queries, q, stride, first, FORWARD_ROWS, T);
+    tile_load<BLOCK_ROWS>(queries, q, stride, first, T);
     stage_load(stages, 0, k, stride, v, stride, T);
     copy_async_commit();
-    float sums[FORWARD_TILES][8][4] = {}, top[FORWARD_TILES][2], total[FORWARD_TILES][2];
-    uint32_t qs[FORWARD_TILES][STEPS][4], operand[4];
-    for (int m = 0; m < FORWARD_TILES; m++)
+    float sums[OWN][8][4] = {}, top[OWN][2], total[OWN][2];
+    uint32_t qs[STEPS][OWN][4];
+    for (int m = 0; m < OWN; m++)
         for (int half = 0; half < 2; half++) top[m][half] = -INFINITY, total[m][half] = 0;
     for (int tile = 0; tile <= last; tile++) {
-        bf16 *keys = stages + tile % 2 * 2 * TILE * HS, *values = keys + TILE * HS;
+        const Shared keys = stage_n + tile % 2 * STAGE_BYTES, values = stage_k + tile % 2 * STAGE_BYTES;
         if (tile < last) stage_load(stages, tile + 1, k, stride, v, stride, T);
         copy_async_commit();              /* a group each time, be it empty: all but the newest are here */
         copy_async_wait<1>();
         __syncthreads();
         if (tile == 0)
 #pragma unroll
-            for (int m = 0; m < FORWARD_TILES; m++)
-#pragma unroll
-                for (int step = 0; step < STEPS; step++) operand_a(qs[m][step], queries, own + m * 16, step);
-        if (tile * TILE >= first + own + 16 * FORWARD_TILES) {     /* no query of this warp sees these */
+            for (int step = 0; step < STEPS; step++) load_a(qs[step], at_step(own_queries, step));
+        const int ahead = tile * TILE - first - own;     /* of the first key to the first query */
+        if (ahead >= OWN_ROWS) {          /* no query of this warp sees these */
             __syncthreads();
             continue;
         }
-        float s[FORWARD_TILES][8][4] = {};
+        float s[OWN][8][4] = {};
 #pragma unroll
         for (int step = 0; step < STEPS; step++)
 #pragma unroll
-            for (int n = 0; n < 8; n += 2) {
-                operand_b_rows_n(operand, keys, n * 8, step);
+            for (int n = 0; n < 8; n += 2)
+                multiply(s, n, qs[step], at_step(keys, step) + n * 8 * ROW_BYTES, 0);
+        if (ahead + TILE > 0) mask(s, ahead, 1);
 #pragma unroll
-                for (int m = 0; m < FORWARD_TILES; m++) {
-                    mma_m16n8k16_bf16(s[m][n], qs[m][step], operand);
-                    mma_m16n8k16_bf16(s[m][n + 1], qs[m][step], operand + 2);
-                }
-            }
-        if (tile * TILE + TILE > first + own)     /* has keys behind a query of this warp */
-#pragma unroll
-            for (int m = 0; m < FORWARD_TILES; m++)
-#pragma unroll
-                for (int n = 0; n < 8; n++) mask(s[m][n], first + own + m * 16, tile * TILE + n * 8);
-#pragma unroll
-        for (int m = 0; m < FORWARD_TILES; m++)
+        for (int m = 0; m < OWN; m++) {
+            float fade[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float highest = -INFINITY;
 #pragma unroll
                 for (int i = 0; i < 16; i++) highest = fmaxf(highest, s[m][i / 2][half * 2 + i % 2]);
-                const float higher = fmaxf(top[m][half], quad_max(highest) * factor);
-                const float fade = exp2f(top[m][half] - higher);
+                const float higher = fmaxf(top[m][half], reduce<4, 1>(highest) * factor);
+                fade[half] = exp2f(top[m][half] - higher);
                 top[m][half] = higher;
-                total[m][half] *= fade;
+                total[m][half] *= fade[half];
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
                     float *score = &s[m][i / 2][half * 2 + i % 2];
                     *score = exp2f(*score * factor - higher);
                     total[m][half] += *score;
-                    sums[m][i / 2][half * 2 + i % 2] *= fade;
                 }
             }
+            if (__any_sync(0xFFFFFFFFu, fade[0] * fade[1] < 1))     /* seldom, after the first tiles */
+#pragma unroll
+                for (int i = 0; i < 32; i++) sums[m][i / 4][i % 4] *= fade[i / 2 % 2];
+        }
 #pragma unroll
         for (int step = 0; step < TILE / 16; step++) {
-            uint32_t p[FORWARD_TILES][4];
+            uint32_t p[OWN][4];
+            pack_a(p, s, step * 2);
 #pragma unroll
-            for (int m = 0; m < FORWARD_TILES; m++) pack_a(p[m], s[m][step * 2], s[m][step * 2 + 1]);
-#pragma unroll
-            for (int n = 0; n < 8; n += 2) {
-                operand_b_rows_k(operand, values, step * 16, n / 2);
-#pragma unroll
-                for (int m = 0; m < FORWARD_TILES; m++) {
-                    mma_m16n8k16_bf16(sums[m][n], p[m], operand);
-                    mma_m16n8k16_bf16(sums[m][n + 1], p[m], operand + 2);
-                }
-            }
+            for (int n = 0; n < 8; n += 2)
+                multiply(sums, n, p, at_step(values, n / 2) + step * 16 * ROW_BYTES, 1);
         }
         __syncthreads();                  /* the stage is loaded again */
     }
 #pragma unroll
-    for (int m = 0; m < FORWARD_TILES; m++) {
+    for (int m = 0; m < OWN; m++) {
         const int row = first + own + m * 16, query = row + lane / 4;
-        const float upper = quad_sum(total[m][0]), lower = quad_sum(total[m][1]);
+        const float upper = reduce<4, 0>(total[m][0]), lower = reduce<4, 0>(total[m][1]);
         float *row_lse = lse + pair * T;
         if (lane % 4 == 0 && query < T) row_lse[query] = top[m][0] + log2f(upper);
         if (lane % 4 == 0 && query + 8 < T) row_lse[query + 8] = top[m][1] + log2f(lower);
@@ -768,173 +768,170 @@ FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
     }
 }
 
-/* dq: the blocks and tiles are the forward pass's. Scores are made 16 keys at a time, and used at once. */
-FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse,
-                             const float *delta, int T, int C, int NH) {
-    SHARED(bf16, shared);                 /* queries, dout; two stages of keys, then values */
-    bf16 *queries = shared, *douts = queries + DQ_ROWS * HS, *stages = douts + DQ_ROWS * HS;
-    const int tiles = (T + DQ_ROWS - 1) / DQ_ROWS, first = (tiles - 1 - blockIdx.x % tiles) * DQ_ROWS;
-    const size_t pair = blockIdx.x / tiles, h = pair % NH, b = pair / NH;
-    const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16 * DQ_TILES;
-    const int last = (min(first + DQ_ROWS, T) - 1) / TILE;
-    const size_t stride = 3 * (size_t)C, head = b * T * stride + h * HS;
+/* dq and, before it, delta. The blocks and tiles are the forward pass's. Scores are made 16 keys at a time,
+   and used at once. */
+FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, float *delta, const bf16 *dout, const bf16 *out, const bf16 *qkv,
+                             const float *lse, int T, int C, int NH) {
+    SHARED(bf16, shared);                 /* queries, dout, out; two stages of keys, then values */
+    bf16 *queries = shared, *douts = queries + BLOCK_ROWS * HS, *outs = douts + BLOCK_ROWS * HS;
+    bf16 *stages = outs + BLOCK_ROWS * HS;
+    const int blocks = (T + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int first = (blocks - 1 - blockIdx.x % blocks) * BLOCK_ROWS;
+    const size_t pair = blockIdx.x / blocks, h = pair % NH, b = pair / NH;
+    const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * OWN_ROWS;
+    const int last = (min(first + BLOCK_ROWS, T) - 1) / TILE;
+    const unsigned stride = 3 * C;
+    const size_t head = b * T * stride + h * HS, narrow = b * T * C + h * HS;
     const bf16 *k = qkv + head + C, *v = k + C;
+    const Shared own_queries = lane_rows(queries) + own * ROW_BYTES;
+    const Shared stage_n = lane_rows_n(stages), stage_k = lane_rows(stages);
     const float factor = LOG2E / 8;
-    tile_load(queries, qkv + head, stride, first, DQ_ROWS, T);
-    tile_load(douts, dout + b * T * C + h * HS, C, first, DQ_ROWS, T);
+    tile_load<BLOCK_ROWS>(queries, qkv + head, stride, first, T);
+    tile_load<BLOCK_ROWS>(douts, dout + narrow, C, first, T);
+    tile_load<BLOCK_ROWS>(outs, out + narrow, C, first, T);
     stage_load(stages, 0, k, stride, v, stride, T);
     copy_async_commit();
-    float sums[DQ_TILES][8][4] = {}, row_lse[DQ_TILES][2], row_delta[DQ_TILES][2];
-    uint32_t qs[DQ_TILES][STEPS][4], ds_out[DQ_TILES][STEPS][4], operand[4];
-#pragma unroll
-    for (int m = 0; m < DQ_TILES; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {     /* where there is no query, p becomes 0 */
-            const int query = first + own + m * 16 + lane / 4 + half * 8;
-            const size_t row = pair * T + query;
-            row_lse[m][half] = query < T ? lse[row] : INFINITY;
-            row_delta[m][half] = query < T ? delta[row] : 0;
-        }
+    float sums[OWN][8][4] = {}, row_lse[OWN][2], row_delta[OWN][2] = {};
+    uint32_t qs[STEPS][OWN][4], ds_out[STEPS][OWN][4];
     for (int tile = 0; tile <= last; tile++) {
-        bf16 *keys = stages + tile % 2 * 2 * TILE * HS, *values = keys + TILE * HS;
         if (tile < last) stage_load(stages, tile + 1, k, stride, v, stride, T);
         copy_async_commit();
         copy_async_wait<1>();
         __syncthreads();
-        if (tile == 0)
-#pragma unroll
-            for (int m = 0; m < DQ_TILES; m++)
-#pragma unroll
-                for (int step = 0; step < STEPS; step++) {
-                    operand_a(qs[m][step], queries, own + m * 16, step);
-                    operand_a(ds_out[m][step], douts, own + m * 16, step);
-                }
-#pragma unroll 1
-        for (int part = 0; part < TILE; part += 16) {     /* unrolled, it would not fit in registers */
-            if (tile * TILE + part >= first + own + 16 * DQ_TILES) break;     /* no query sees what follows */
-            float s[DQ_TILES][2][4] = {}, dp[DQ_TILES][2][4] = {};
-            uint32_t ds[DQ_TILES][4];
+        if (tile == 0) {                  /* delta first; where there is no query, p becomes 0 */
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
-                operand_b_rows_n(operand, keys, part, step);
+                uint32_t o[OWN][4];
+                load_a(qs[step], at_step(own_queries, step));
+                load_a(ds_out[step], at_step(own_queries, step) + BLOCK_ROWS * ROW_BYTES);
+                load_a(o, at_step(own_queries, step) + 2 * BLOCK_ROWS * ROW_BYTES);
 #pragma unroll
-                for (int m = 0; m < DQ_TILES; m++) {
-                    mma_m16n8k16_bf16(s[m][0], qs[m][step], operand);
-                    mma_m16n8k16_bf16(s[m][1], qs[m][step], operand + 2);
-                }
-                operand_b_rows_n(operand, values, part, step);
-#pragma unroll
-                for (int m = 0; m < DQ_TILES; m++) {
-                    mma_m16n8k16_bf16(dp[m][0], ds_out[m][step], operand);
-                    mma_m16n8k16_bf16(dp[m][1], ds_out[m][step], operand + 2);
+                for (int i = 0; i < OWN * 4; i++) {     /* i % 2 is the half */
+                    const float2 x = unpack(o[i / 4][i % 4]), dx = unpack(ds_out[step][i / 4][i % 4]);
+                    row_delta[i / 4][i % 2] += x.x * dx.x + x.y * dx.y;
                 }
             }
 #pragma unroll
-            for (int m = 0; m < DQ_TILES; m++) {
-                const int query = first + own + m * 16, key = tile * TILE + part;
-                if (key + 15 > query) mask(s[m][0], query, key), mask(s[m][1], query, key + 8);
-#pragma unroll
-                for (int i = 0; i < 8; i++) {     /* half i / 2 % 2, of 8 keys i / 4 */
-                    float *score = &s[m][i / 4][i % 4];
-                    const float p = exp2f(*score * factor - row_lse[m][i / 2 % 2]);
-                    *score = p * (dp[m][i / 4][i % 4] - row_delta[m][i / 2 % 2]);
-                }
-                pack_a(ds[m], s[m][0], s[m][1]);
+            for (int i = 0; i < OWN * 2; i++) {
+                const int query = first + own + i / 2 * 16 + lane / 4 + i % 2 * 8;
+                const size_t row = pair * T + query;
+                row_lse[i / 2][i % 2] = query < T ? lse[row] : INFINITY;
+                row_delta[i / 2][i % 2] = reduce<4, 0>(row_delta[i / 2][i % 2]);
+                if (lane % 4 == 0 && query < T) delta[row] = row_delta[i / 2][i % 2];
             }
+        }
+#pragma unroll 1
+        for (int part = 0; part < TILE; part += 16) {     /* unrolled, it would not fit in registers */
+            const int ahead = tile * TILE + part - first - own;
+            if (ahead >= OWN_ROWS) break;     /* no query sees what follows */
+            const Shared at = tile % 2 * STAGE_BYTES + part * ROW_BYTES, keys = stage_n + at;
+            float s[OWN][2][4] = {}, dp[OWN][2][4] = {};
+            uint32_t ds[OWN][4];
 #pragma unroll
-            for (int n = 0; n < 8; n += 2) {
-                operand_b_rows_k(operand, keys, part, n / 2);
-#pragma unroll
-                for (int m = 0; m < DQ_TILES; m++) {
-                    mma_m16n8k16_bf16(sums[m][n], ds[m], operand);
-                    mma_m16n8k16_bf16(sums[m][n + 1], ds[m], operand + 2);
-                }
+            for (int step = 0; step < STEPS; step++) {
+                multiply(s, 0, qs[step], at_step(keys, step), 0);
+                multiply(dp, 0, ds_out[step], at_step(keys, step) + TILE_BYTES, 0);     /* values */
             }
+            if (ahead + 16 > 0) mask(s, ahead, 1);
+#pragma unroll
+            for (int i = 0; i < OWN * 8; i++) {
+                const int m = i / 8, n = i / 4 % 2, half = i / 2 % 2;
+                const float p = exp2f(s[m][n][i % 4] * factor - row_lse[m][half]);
+                s[m][n][i % 4] = p * (dp[m][n][i % 4] - row_delta[m][half]);
+            }
+            pack_a(ds, s, 0);
+#pragma unroll
+            for (int n = 0; n < 8; n += 2) multiply(sums, n, ds, at_step(stage_k + at, n / 2), 1);
         }
         __syncthreads();
     }
 #pragma unroll
-    for (int m = 0; m < DQ_TILES; m++)
+    for (int m = 0; m < OWN; m++)
         sums_store(dqkv + head, stride, first + own + m * 16, T, queries, own + m * 16, sums[m], 0.125f,
                    0.125f);
 }
 
-/* dk and dv of 64 keys, 16 a warp, from all queries that see them. Here the scores are transposed (keys by
-   queries), so that they are A of both products as they are. */
+/* dk and dv, from all queries that see the keys, 32 at a time. Here the scores are transposed (keys by
+   queries), so that they are A of both products as they are. Registers have no room for a warp's keys and
+   values beside its sums; they come from shared memory each time. */
 FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse,
                                const float *delta, int T, int C, int NH) {
     SHARED(bf16, shared);                 /* keys, values; two stages of queries, dout; of lse, delta */
-    bf16 *keys = shared, *values = keys + TILE * HS, *stages = values + TILE * HS;
+    bf16 *keys = shared, *values = keys + BLOCK_ROWS * HS, *stages = values + BLOCK_ROWS * HS;
     float *rows = (float *)(stages + 4 * TILE * HS);
-    const int tiles = (T + TILE - 1) / TILE, first_tile = blockIdx.x % tiles, first = first_tile * TILE;
-    const size_t pair = blockIdx.x / tiles, h = pair % NH, b = pair / NH;
-    const int thread = threadIdx.x, lane = thread % WARP, own = thread / WARP * 16, last = tiles - 1;
-    const size_t stride = 3 * (size_t)C, head = b * T * stride + h * HS;
+    const int blocks = (T + BLOCK_ROWS - 1) / BLOCK_ROWS, first = blockIdx.x % blocks * BLOCK_ROWS;
+    const size_t pair = blockIdx.x / blocks, h = pair % NH, b = pair / NH;
+    const int thread = threadIdx.x, lane = thread % WARP, own = thread / WARP * OWN_ROWS;
+    const int first_tile = first / TILE, last = (T - 1) / TILE;
+    const unsigned stride = 3 * C;
+    const size_t head = b * T * stride + h * HS;
     const bf16 *q = qkv + head, *o = dout + b * T * C + h * HS;
+    const Shared stage_n = lane_rows_n(stages), stage_k = lane_rows(stages);
+    const Shared own_keys = stage_k + (own - 2 * BLOCK_ROWS) * ROW_BYTES;     /* before the stages */
     const float factor = LOG2E / 8, *row_source = (thread < TILE ? lse : delta) + pair * T;
     const float row_none = thread < TILE ? INFINITY : 0;     /* where there is no query, p becomes 0 */
-    int tile = first_tile, query = tile * TILE + thread % TILE;
-    tile_load(keys, q + C, stride, first, TILE, T);
-    tile_load(values, q + 2 * C, stride, first, TILE, T);
-    stage_load(stages, tile, q, stride, o, C, T);
+    const int own_query = thread % TILE, begin = first_tile * TILE + own_query;
+    tile_load<BLOCK_ROWS>(keys, q + C, stride, first, T);
+    tile_load<BLOCK_ROWS>(values, q + 2 * C, stride, first, T);
+    stage_load(stages, first_tile, q, stride, o, C, T);
     copy_async_commit();
-    rows[tile % 2 * 2 * TILE + thread] = query < T ? row_source[query] : row_none;
-    float dk[8][4] = {}, dv[8][4] = {};
-    uint32_t ks[STEPS][4], vs[STEPS][4], operand[4];
-    for (; tile <= last; tile++) {
-        bf16 *queries = stages + tile % 2 * 2 * TILE * HS, *douts = queries + TILE * HS;
-        const float *tile_lse = rows + tile % 2 * 2 * TILE, *tile_delta = tile_lse + TILE;
+    rows[first_tile % 2 * 2 * TILE + thread] = begin < T ? row_source[begin] : row_none;
+    float dk[OWN][8][4] = {}, dv[OWN][8][4] = {};
+    for (int tile = first_tile; tile <= last; tile++) {
         if (tile < last) stage_load(stages, tile + 1, q, stride, o, C, T);
         copy_async_commit();
-        query += TILE;
+        const int query = (tile + 1) * TILE + own_query;
         const float next_row = query < T ? row_source[query] : row_none;
         copy_async_wait<1>();
         __syncthreads();
-        if (tile == first_tile)
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                operand_a(ks[step], keys, own, step);
-                operand_a(vs[step], values, own, step);
-            }
 #pragma unroll 1
-        for (int part = 0; part < TILE; part += 16) {
-            if (tile * TILE + part + 16 <= first + own) continue;     /* none of these queries sees a key */
-            float s[2][4] = {}, dp[2][4] = {};
-            uint32_t p_a[4], ds_a[4];
+        for (int part = 0; part < TILE; part += 32) {
+            const int ahead = tile * TILE + part - first - own;     /* of the first query to the first key */
+            if (ahead + 32 <= 0) continue;     /* none of these queries sees a key */
+            const Shared at = tile % 2 * STAGE_BYTES + part * ROW_BYTES;
+            const float *part_lse = rows + tile % 2 * 2 * TILE + part, *part_delta = part_lse + TILE;
+            float s[OWN][4][4] = {}, dp[OWN][4][4] = {};
+            uint32_t p_a[OWN][4], ds_a[OWN][4];
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
-                operand_b_rows_n(operand, queries, part, step);
-                mma_m16n8k16_bf16(s[0], ks[step], operand);
-                mma_m16n8k16_bf16(s[1], ks[step], operand + 2);
-                operand_b_rows_n(operand, douts, part, step);
-                mma_m16n8k16_bf16(dp[0], vs[step], operand);
-                mma_m16n8k16_bf16(dp[1], vs[step], operand + 2);
+                load_a(p_a, at_step(own_keys, step));
+                load_a(ds_a, at_step(own_keys, step) + BLOCK_ROWS * ROW_BYTES);
+#pragma unroll
+                for (int n = 0; n < 4; n += 2) {
+                    const Shared queries = at_step(stage_n + at, step) + n * 8 * ROW_BYTES;
+                    multiply(s, n, p_a, queries, 0);
+                    multiply(dp, n, ds_a, queries + TILE_BYTES, 0);     /* dout */
+                }
+            }
+            if (ahead < OWN_ROWS) mask(s, ahead, -1);
+#pragma unroll
+            for (int i = 0; i < OWN * 16; i++) {
+                const int m = i / 16, n = i / 4 % 4, column = n * 8 + lane % 4 * 2 + i % 2;
+                const float p = exp2f(s[m][n][i % 4] * factor - part_lse[column]);
+                s[m][n][i % 4] = p;
+                dp[m][n][i % 4] = p * (dp[m][n][i % 4] - part_delta[column]);
             }
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int at = part + i / 4 * 8 + lane % 4 * 2 + i % 2;     /* query in the tile */
-                const int seen = tile > first_tile || own + lane / 4 + i / 2 % 2 * 8 <= at;
-                const float p = seen ? exp2f(s[i / 4][i % 4] * factor - tile_lse[at]) : 0;
-                s[i / 4][i % 4] = p;
-                dp[i / 4][i % 4] = p * (dp[i / 4][i % 4] - tile_delta[at]);
-            }
-            pack_a(p_a, s[0], s[1]);
-            pack_a(ds_a, dp[0], dp[1]);
+            for (int half = 0; half < 2; half++) {     /* 16 of the queries */
+                pack_a(p_a, s, half * 2);
+                pack_a(ds_a, dp, half * 2);
 #pragma unroll
-            for (int n = 0; n < 8; n += 2) {
-                operand_b_rows_k(operand, douts, part, n / 2);
-                mma_m16n8k16_bf16(dv[n], p_a, operand);
-                mma_m16n8k16_bf16(dv[n + 1], p_a, operand + 2);
-                operand_b_rows_k(operand, queries, part, n / 2);
-                mma_m16n8k16_bf16(dk[n], ds_a, operand);
-                mma_m16n8k16_bf16(dk[n + 1], ds_a, operand + 2);
+                for (int n = 0; n < 8; n += 2) {
+                    const Shared queries = at_step(stage_k + at, n / 2) + half * 16 * ROW_BYTES;
+                    multiply(dv, n, p_a, queries + TILE_BYTES, 1);
+                    multiply(dk, n, ds_a, queries, 1);
+                }
             }
         }
         rows[(tile + 1) % 2 * 2 * TILE + thread] = next_row;
         __syncthreads();
     }
-    sums_store(dqkv + head + C, stride, first + own, T, keys, own, dk, 0.125f, 0.125f);
-    sums_store(dqkv + head + 2 * C, stride, first + own, T, values, own, dv, 1, 1);
+#pragma unroll
+    for (int m = 0; m < OWN; m++) {
+        const int row = own + m * 16;
+        sums_store(dqkv + head + C, stride, first + row, T, keys, row, dk[m], 0.125f, 0.125f);
+        sums_store(dqkv + head + 2 * C, stride, first + row, T, values, row, dv[m], 1, 1);
+    }
 }
 #endif
 
@@ -1558,7 +1555,7 @@ static void attention_forward(GPT2 *m, floatX *out, float *lse, const floatX *qk
     const unsigned heads = (unsigned)(m->B * m->NH);
 #ifndef GPT2_FP32
     if (C == NH * HS && first == 0) {
-        LAUNCH(flash_forward_kernel, blocks(m->T, FORWARD_ROWS) * heads, FLASH_THREADS,
+        LAUNCH(flash_forward_kernel, blocks(m->T, BLOCK_ROWS) * heads, FLASH_THREADS,
                FORWARD_SHARED, m->stream, out, lse, qkv, T, C, NH);
         return;
     }
@@ -1571,18 +1568,18 @@ static void attention_backward(GPT2 *m, floatX *dqkv, float *delta, const floatX
     const int T = (int)m->T, C = (int)m->C, NH = (int)m->NH, warps = plain_warps(m, C / NH);
     const unsigned heads = (unsigned)(m->B * m->NH);
     const size_t rows = m->B * m->T * m->NH;
-    LAUNCH(attention_delta_kernel, blocks(rows, ROW_WARPS), ROW_WARPS * WARP, 0, m->stream, delta, dout, out,
-           rows, T, C, NH);
 #ifndef GPT2_FP32
     if (C == NH * HS) {
-        LAUNCH(flash_dq_kernel, blocks(m->T, DQ_ROWS) * heads, FLASH_THREADS, DQ_SHARED,
-               m->stream, dqkv, dout, qkv, lse, delta, T, C, NH);
-        LAUNCH(flash_dkdv_kernel, blocks(m->T, TILE) * heads, FLASH_THREADS, DKDV_SHARED,
+        LAUNCH(flash_dq_kernel, blocks(m->T, BLOCK_ROWS) * heads, FLASH_THREADS, DQ_SHARED,
+               m->stream, dqkv, delta, dout, out, qkv, lse, T, C, NH);
+        LAUNCH(flash_dkdv_kernel, blocks(m->T, BLOCK_ROWS) * heads, FLASH_THREADS, DKDV_SHARED,
                m->stream, dqkv, dout, qkv, lse, delta, T, C, NH);
         return;
     }
 #endif
     const unsigned grid = blocks(m->T, warps) * heads;
+    LAUNCH(attention_delta_kernel, blocks(rows, ROW_WARPS), ROW_WARPS * WARP, 0, m->stream, delta, dout, out,
+           rows, T, C, NH);
     LAUNCH(attention_plain_dq_kernel, grid, warps * WARP, plain_shared(warps, C / NH), m->stream, dqkv, dout,
            qkv, lse, delta, T, C, NH);
     LAUNCH(attention_plain_dkdv_kernel, grid, warps * WARP, plain_shared(warps, C / NH), m->stream, dqkv,

@@ -102,6 +102,7 @@ struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
+inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {(float)v.x, (float)v.y}; }
 
 enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2,
@@ -1150,18 +1151,22 @@ inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[
     emulate::Mma m = {d, a, b};
     emulate::warp_operation("mma", emulate::mma_finish, &m);
 }
-inline void ldmatrix_x4(uint32_t r[4], const void *shared_row) {
-    emulate::Ldmatrix l = {r, shared_row};
-    emulate::need_shared_row(shared_row, "ldmatrix");
+/* An address in shared memory: a number, which instructions of PTX take, and not a pointer */
+typedef uintptr_t Shared;
+inline Shared shared_address(const void *p) { return (Shared)p; }
+inline void ldmatrix_x4(uint32_t r[4], Shared row) {
+    emulate::Ldmatrix l = {r, (const void *)row};
+    emulate::need_shared_row(l.row, "ldmatrix");
     emulate::warp_operation("ldmatrix", emulate::ldmatrix_finish<false>, &l);
 }
-inline void ldmatrix_x4_trans(uint32_t r[4], const void *shared_row) {
-    emulate::Ldmatrix l = {r, shared_row};
-    emulate::need_shared_row(shared_row, "ldmatrix.trans");
+inline void ldmatrix_x4_trans(uint32_t r[4], Shared row) {
+    emulate::Ldmatrix l = {r, (const void *)row};
+    emulate::need_shared_row(l.row, "ldmatrix.trans");
     emulate::warp_operation("ldmatrix.trans", emulate::ldmatrix_finish<true>, &l);
 }
 /* cp.async: the destination is NaN until the copy's group is waited for, by the thread that issued it. */
-inline void copy_async_16(void *shared, const void *global) {
+inline void copy_async_16(Shared to, const void *global) {
+    void *shared = (void *)to;
     emulate::need_shared_row(shared, "cp.async");
     if ((uintptr_t)global % 16 || !emulate::holds(global, 16, true)) {
         char what[256];

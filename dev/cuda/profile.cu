@@ -98,7 +98,7 @@ static std::map<std::string, Bound> kernel_bounds(const GPT2 *m) {
         {"column_total_kernel", {0, norms * ln_blocks * 2 * C * fp32}},     /* the biases' is less */
         {"attention_delta_kernel", {0, 2 * NC * L}},
         {"attention_plain_dq_kernel", {3 * scores, 5 * NC * L}},
-        {"flash_dq_kernel", {3 * scores, 5 * NC * L}},
+        {"flash_dq_kernel", {3 * scores, 6 * NC * L}},
         {"attention_plain_dkdv_kernel", {4 * scores, 6 * NC * L}},
         {"flash_dkdv_kernel", {4 * scores, 6 * NC * L}},
         {"dwpe_kernel", {0, NC + (double)m->T * C * fp32}},

@@ -126,10 +126,10 @@ __global__ void mma_kernel(float *d, float *d2, uint32_t *ld, const float *c, co
         acc[i] = acc2[i] = c[(group + (i < 2 ? 0 : 8)) * 8 + member * 2 + (i & 1)];
     mma_m16n8k16_bf16(acc, fa, fb);
     uint32_t la[4], lb[4], lt[4];
-    ldmatrix_x4(la, &sa[lane % 16][lane / 16 * 8]);
-    ldmatrix_x4(lb, &sb[lane % 8 + lane / 16 * 8][lane / 8 % 2 * 8]);
+    ldmatrix_x4(la, shared_address(&sa[lane % 16][lane / 16 * 8]));
+    ldmatrix_x4(lb, shared_address(&sb[lane % 8 + lane / 16 * 8][lane / 8 % 2 * 8]));
     mma_m16n8k16_bf16(acc2, la, lb);
-    ldmatrix_x4_trans(lt, &sa[lane % 16][lane / 16 * 8]);
+    ldmatrix_x4_trans(lt, shared_address(&sa[lane % 16][lane / 16 * 8]));
     for (int i = 0; i < 4; i++) {
         d[(group + (i < 2 ? 0 : 8)) * 8 + member * 2 + (i & 1)] = acc[i];
         d2[(group + (i < 2 ? 0 : 8)) * 8 + member * 2 + (i & 1)] = acc2[i];
@@ -175,7 +175,7 @@ template <int left> __global__ void async_kernel(float *out, const float *in) {
     SHARED(float, shared);
     float *mine = shared + threadIdx.x * 8;
     for (int group = 0; group < 2; group++) {
-        copy_async_16(mine + 4 * group, in + threadIdx.x * 8 + 4 * group);
+        copy_async_16(shared_address(mine + 4 * group), in + threadIdx.x * 8 + 4 * group);
         copy_async_commit();
     }
     copy_async_wait<left>();

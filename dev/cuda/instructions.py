@@ -1,0 +1,84 @@
+"""Counts the instructions in kernels' loops, as nvcc makes them: of speed, what takes no GPU to know.
+
+    python3 dev/cuda/instructions.py --cublas DIR                  flash attention's, for sm_90
+    python3 dev/cuda/instructions.py --kernel layernorm --arch 80
+
+A scheduler, of which a multiprocessor has four, issues an instruction of one warp a cycle at most, so that
+what a loop has besides its products (HMMA) can be what bounds it. For each loop of 50 instructions or more:
+all of them, how many for each HMMA, and the commonest. A loop's count includes the loops in it once, and both
+sides of branches, such as the masks that only tiles on the diagonal take.
+
+It takes nvcc, and nvdisasm from the CUDA toolkit or from the Python package nvidia-cuda-nvdisasm. What it
+refuses to be: a measurement of time.
+"""
+import argparse
+import collections
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def compile_kernels(args, cubin):
+    """Makes the machine code, and returns registers and bytes of spills by kernel."""
+    command = ["nvcc", "-O3", "-std=c++17", f"-arch=sm_{args.arch}", "-ftz=true", "-Xptxas", "-v", "-cubin",
+               "-o", cubin, os.path.join(ROOT, "train_gpt2.cu")]
+    if args.cublas:
+        command.insert(1, f"-I{os.path.join(args.cublas, 'include')}")
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"instructions.py: nvcc failed: {done.stderr.strip().splitlines()[0]}; cublasLt.h is in the"
+                 " include of --cublas")
+    text = r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) reg"
+    return {name: (int(registers), int(stores) + int(loads))
+            for name, stores, loads, registers in re.findall(text, done.stderr, re.DOTALL)}
+
+
+def read_code(nvdisasm, cubin):
+    """By kernel, its instructions and labels in order: ("HMMA", ""), ("BRA", ".L_x_1"), ("", ".L_x_1")."""
+    code, lines = {}, None
+    text = subprocess.run([nvdisasm, "-c", cubin], check=True, capture_output=True, text=True).stdout
+    for line in text.splitlines():
+        if section := re.match(r"\.text\.(\w+):", line):
+            lines = code.setdefault(section[1], [])
+        elif label := re.match(r"(\.L_x_\d+):", line):
+            lines.append(("", label[1]))
+        elif found := re.match(r"\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?(\w+)[^`;]*(?:`\((\.L_x_\d+)\))?", line):
+            lines.append((found[1], found[2] or ""))
+    return code
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", default="90", help="compute capability, such as 80 (90)")
+    parser.add_argument("--kernel", default="flash", help="kernels whose name has this")
+    parser.add_argument("--cublas", help="cuBLASLt's folder, as make's CUBLAS")
+    parser.add_argument("--nvdisasm", default=shutil.which("nvdisasm"), help="where that is")
+    args = parser.parse_args()
+    if not args.nvdisasm:
+        sys.exit("instructions.py: there is no nvdisasm; pip install nvidia-cuda-nvdisasm, and name the"
+                 " program in it with --nvdisasm")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = os.path.join(folder, "kernels.cubin")
+        sizes = compile_kernels(args, cubin)
+        code = read_code(args.nvdisasm, cubin)
+    for kernel, lines in code.items():
+        if args.kernel not in kernel:
+            continue
+        name = re.search(r"_Z\d+(\w+?_kernel)", kernel)
+        print("{}: {} registers, {} bytes of spills".format(name[1] if name else kernel, *sizes[kernel]))
+        labels = {label: at for at, (word, label) in enumerate(lines) if not word}
+        for at, (word, label) in enumerate(lines):
+            body = collections.Counter(word for word, _ in lines[labels.get(label, at):at] if word)
+            if word == "BRA" and sum(body.values()) >= 50:
+                count, products = sum(body.values()) + 1, body["HMMA"]
+                each = f"{count / products:.2f} for each of {products} HMMA" if products else "no HMMA"
+                print(f"  a loop of {count}, {each}:", *(f"{n} {what}" for what, n in body.most_common(9)))
+
+
+if __name__ == "__main__":
+    main()
