@@ -8,8 +8,8 @@ what a loop has besides its products (HMMA) can be what bounds it. For each loop
 all of them, how many for each HMMA, and the commonest. A loop's count includes the loops in it once, and both
 sides of branches, such as the masks that only tiles on the diagonal take.
 
-It takes nvcc, and nvdisasm from the CUDA toolkit or from the Python package nvidia-cuda-nvdisasm. What it
-refuses to be: a measurement of time.
+The exit status is 1 if a kernel spills registers. It takes nvcc, and nvdisasm from the CUDA toolkit or from
+the Python package nvidia-cuda-nvdisasm. What it refuses to be: a measurement of time.
 """
 import argparse
 import collections
@@ -78,7 +78,8 @@ def main():
                 count, products = sum(body.values()) + 1, body["HMMA"]
                 each = f"{count / products:.2f} for each of {products} HMMA" if products else "no HMMA"
                 print(f"  a loop of {count}, {each}:", *(f"{n} {what}" for what, n in body.most_common(9)))
+    return any(spills for _, spills in sizes.values())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
