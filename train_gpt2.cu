@@ -649,12 +649,11 @@ template <int N> __device__ static inline void pack_a(uint32_t a[OWN][4], const 
     }
 }
 
-/* A warp's 16 × 64 sums, times a factor for each half, go through 16 rows of a tile that are its own to rows
-   first … of a head in memory. */
+/* A warp's 16 × 64 sums, times a factor for each half, go through 16 rows of a tile, its own and read by then,
+   to rows first … of a head in memory. */
 __device__ static inline void sums_store(bf16 *head, size_t stride, int first, int T, bf16 *tile, int row,
                                          const float sums[8][4], float upper, float lower) {
     const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    __syncwarp();
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         const uint32_t high = pack(sums[n][0] * upper, sums[n][1] * upper);
