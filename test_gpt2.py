@@ -3396,6 +3396,26 @@ def test_on_a_gpu_without_master_weights_parameters_are_bf16_and_learn_as_well(n
 
 
 @needs_gpu_build
+@each_precision
+def test_on_a_gpu_a_pass_becomes_a_graph_though_others_took_its_plans(precision, on_gpu):
+    """A graph is captured when a pass comes for the second time, and no plan can be made while it is."""
+    x, y = token_rows(2, 16, 70)
+
+    def gradients(model):
+        loss = model.forward(x, y)
+        model.backward()
+        grads = [bytes(model.get(name, "grad")) for name in ("wte", "qkvw", "fcb")]
+        model.zero_grad()
+        return loss, grads
+
+    model = lively(16, 70, 2, 2, 32)
+    first = gradients(model)
+    for T in range(1, 16):                   # five plans each, and there is room for 64
+        model.logits([row[:T] for row in x])
+    assert [gradients(model) for _ in range(3)] == [first] * 3
+
+
+@needs_gpu_build
 def test_a_gpu_writes_the_text_that_the_cpu_writes(monkeypatch):
     ours = lively(24, 61, 2, 2, 32)
     monkeypatch.setattr(train_gpt2, "library", lambda device="auto": gpu_library("fp32"))

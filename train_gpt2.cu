@@ -131,7 +131,6 @@ template <int LANES, int MAX> __device__ static inline float reduce(float x) {
     }
     return x;
 }
-__device__ static inline float warp_sum(float x) { return reduce<WARP, 0>(x); }
 
 /* The same over a block of whole warps. */
 template <int MAX> __device__ static float block_reduce(float x) {
@@ -227,12 +226,12 @@ template <int V> __global__ void layernorm_forward_kernel(floatX *out, float *me
             load<V>(v, x + c);
             for (int i = 0; i < V; i++) sum += v[i];
         }
-        m = warp_sum(sum) / C;
+        m = reduce<WARP, 0>(sum) / C;
         for (int c = lane * V; c < C; c += WARP * V) {
             load<V>(v, x + c);
             for (int i = 0; i < V; i++) squares += (v[i] - m) * (v[i] - m);
         }
-        s = 1.0f / sqrtf(warp_sum(squares) / C + 1e-5f);
+        s = 1.0f / sqrtf(reduce<WARP, 0>(squares) / C + 1e-5f);
         if (lane == 0) mean[n] = m, rstd[n] = s;
     }
     for (int c = lane * V; c < C; c += WARP * V) {
@@ -276,7 +275,7 @@ template <int V> __global__ void layernorm_backward_kernel(floatX *dinp, float *
             store<V>(db + c, b);
             store<V>(dw + c, a);
         }
-        const float mean_g = warp_sum(sum_g) / C, mean_g_norm = warp_sum(sum_g_norm) / C;
+        const float mean_g = reduce<WARP, 0>(sum_g) / C, mean_g_norm = reduce<WARP, 0>(sum_g_norm) / C;
         for (int c = lane * V; c < C; c += WARP * V) {
             load<V>(xv, x + c);
             load<V>(dv, d + c);
@@ -425,7 +424,7 @@ __global__ void attention_plain_forward_kernel(floatX *out, float *lse, const fl
         const float score = key <= t ? factor * dot(q, head + (size_t)key * 3 * C + C, hs) : -INFINITY;
         const float higher = fmaxf(top, reduce<WARP, 1>(score)), fade = exp2f(top - higher);
         const float weight = exp2f(score - higher);
-        total = total * fade + warp_sum(weight);
+        total = total * fade + reduce<WARP, 0>(weight);
         top = higher;
         weights[lane] = weight;
         __syncwarp();
@@ -452,7 +451,7 @@ __global__ void attention_delta_kernel(float *delta, const floatX *dout, const f
     float sum = 0;
     for (int c = threadIdx.x % WARP; c < hs; c += WARP)
         sum += to_float(dout[row * hs + c]) * to_float(out[row * hs + c]);
-    sum = warp_sum(sum);
+    sum = reduce<WARP, 0>(sum);
     if (threadIdx.x % WARP == 0) delta[(b * NH + h) * T + t] = sum;
 }
 
@@ -531,10 +530,9 @@ __global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, co
 #ifndef GPT2_FP32
 enum { HS = 64, TILE = 64, STEPS = HS / 16, FLASH_WARPS = 4, FLASH_THREADS = FLASH_WARPS * WARP };
 enum { OWN = 2, OWN_ROWS = 16 * OWN, BLOCK_ROWS = OWN_ROWS * FLASH_WARPS };     /* of a warp, of a block */
-enum { ROW_BYTES = HS * 2, TILE_BYTES = TILE * ROW_BYTES, STAGE_BYTES = 2 * TILE_BYTES };
-enum { FORWARD_SHARED = BLOCK_ROWS * ROW_BYTES + 2 * STAGE_BYTES,
-       DQ_SHARED = FORWARD_SHARED + 2 * BLOCK_ROWS * ROW_BYTES,
-       DKDV_SHARED = FORWARD_SHARED + BLOCK_ROWS * ROW_BYTES + 4 * TILE * 4 };
+enum { ROW_BYTES = HS * 2, BLOCK_BYTES = BLOCK_ROWS * ROW_BYTES, TILE_BYTES = TILE * ROW_BYTES };
+enum { STAGE_BYTES = 2 * TILE_BYTES, FORWARD_SHARED = BLOCK_BYTES + 2 * STAGE_BYTES };
+enum { DQ_SHARED = FORWARD_SHARED + 2 * BLOCK_BYTES, DKDV_SHARED = FORWARD_SHARED + BLOCK_BYTES + 16 * TILE };
 typedef __nv_bfloat16 bf16;
 #define FLASH_KERNEL __global__ __launch_bounds__(FLASH_THREADS) void
 
@@ -649,8 +647,8 @@ template <int N> __device__ static inline void pack_a(uint32_t a[OWN][4], const 
     }
 }
 
-/* A warp's 16 × 64 sums, times a factor for each half, go through 16 rows of a tile, its own and read by then,
-   to rows first … of a head in memory. */
+/* A warp's 16 × 64 sums, times a factor for each half, go through 16 rows of a tile, which are its own and
+   were read before, to rows first … of a head in memory. */
 __device__ static inline void sums_store(bf16 *head, size_t stride, int first, int T, bf16 *tile, int row,
                                          const float sums[8][4], float upper, float lower) {
     const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
@@ -698,10 +696,9 @@ FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
     tile_load<BLOCK_ROWS>(queries, q, stride, first, T);
     stage_load(stages, 0, k, stride, v, stride, T);
     copy_async_commit();
-    float sums[OWN][8][4] = {}, top[OWN][2], total[OWN][2];
+    float sums[OWN][8][4] = {}, top[OWN][2], total[OWN][2] = {};
     uint32_t qs[STEPS][OWN][4];
-    for (int m = 0; m < OWN; m++)
-        for (int half = 0; half < 2; half++) top[m][half] = -INFINITY, total[m][half] = 0;
+    for (int i = 0; i < OWN * 2; i++) top[i / 2][i % 2] = -INFINITY;
     for (int tile = 0; tile <= last; tile++) {
         const Shared keys = stage_n + tile % 2 * STAGE_BYTES, values = stage_k + tile % 2 * STAGE_BYTES;
         if (tile < last) stage_load(stages, tile + 1, k, stride, v, stride, T);
@@ -802,8 +799,8 @@ FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, float *delta, const bf16 *dout, const b
             for (int step = 0; step < STEPS; step++) {
                 uint32_t o[OWN][4];
                 load_a(qs[step], at_step(own_queries, step));
-                load_a(ds_out[step], at_step(own_queries, step) + BLOCK_ROWS * ROW_BYTES);
-                load_a(o, at_step(own_queries, step) + 2 * BLOCK_ROWS * ROW_BYTES);
+                load_a(ds_out[step], at_step(own_queries, step) + BLOCK_BYTES);
+                load_a(o, at_step(own_queries, step) + 2 * BLOCK_BYTES);
 #pragma unroll
                 for (int i = 0; i < OWN * 4; i++) {     /* i % 2 is the half */
                     const float2 x = unpack(o[i / 4][i % 4]), dx = unpack(ds_out[step][i / 4][i % 4]);
@@ -894,7 +891,7 @@ FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, co
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
                 load_a(p_a, at_step(own_keys, step));
-                load_a(ds_a, at_step(own_keys, step) + BLOCK_ROWS * ROW_BYTES);
+                load_a(ds_a, at_step(own_keys, step) + BLOCK_BYTES);
 #pragma unroll
                 for (int n = 0; n < 4; n += 2) {
                     const Shared queries = at_step(stage_n + at, step) + n * 8 * ROW_BYTES;
@@ -957,6 +954,7 @@ typedef struct {
     void *workspace;
     Plan plans[PLANS];
     int count;                            /* plans made so far; the 65th takes the first one's place */
+    int capturing;                        /* a graph, in which no plan can be made: some cuBLASLt fail then */
 } Blas;
 
 static void plan_free(Plan *plan) {
@@ -1001,12 +999,10 @@ static int plan_make(Blas *blas, Plan *plan, const Shape *s, const floatX *bias,
     ok = ok && blas_ok(cublasLtMatmulPreferenceCreate(&preference)) &&
          blas_ok(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                                       &workspace, sizeof workspace));
-    const cublasLtMatmulPreferenceAttributes_t alignments[] = {
-        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-    for (int i = 0; i < 4; i++)
-        ok = ok && blas_ok(cublasLtMatmulPreferenceSetAttribute(preference, alignments[i], &align,
-                                                                sizeof align));
+    const int first = CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES;
+    for (int i = first; i < first + 4; i++)     /* of A, B, C, D */
+        ok = ok && blas_ok(cublasLtMatmulPreferenceSetAttribute(
+                       preference, (cublasLtMatmulPreferenceAttributes_t)i, &align, sizeof align));
     cublasLtMatmulHeuristicResult_t best = {};
     int found = 0;
     ok = ok && cublasLtMatmulAlgoGetHeuristic(blas->handle, plan->operation, plan->a, plan->b, plan->d,
@@ -1018,12 +1014,12 @@ static int plan_make(Blas *blas, Plan *plan, const Shape *s, const floatX *bias,
     return 0;
 }
 
-/* The plan of a product, made when it is first needed; NULL if there is none. */
+/* The plan of a product, made when it is first needed; NULL if there is none, or no time to make it. */
 static Plan *plan_find(Blas *blas, const Shape *shape, const floatX *bias, const floatX *aux) {
     for (int i = 0; i < PLANS && i < blas->count; i++)
         if (!memcmp(&blas->plans[i].shape, shape, sizeof *shape)) return &blas->plans[i];
     Plan *plan = &blas->plans[blas->count % PLANS];
-    if (!plan_make(blas, plan, shape, bias, aux)) return NULL;
+    if (blas->capturing || !plan_make(blas, plan, shape, bias, aux)) return NULL;
     blas->count++;
     return plan;
 }
@@ -1043,7 +1039,8 @@ typedef struct {
 template <typename D> static int gemm(Blas *blas, D *d, size_t ld_d, Matrix a, Matrix b, size_t M, size_t N,
                                       size_t K, After after = {CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, NULL}) {
     const void *c = after.add ? after.add : d;
-    const uintptr_t pointers = (uintptr_t)d | (uintptr_t)a.data | (uintptr_t)b.data | (uintptr_t)c;
+    const uintptr_t pointers = (uintptr_t)d | (uintptr_t)a.data | (uintptr_t)b.data | (uintptr_t)c |
+                               (uintptr_t)after.bias;
     const float one = 1, beta = after.add ? 1 : 0;
     Shape shape;
     memset(&shape, 0, sizeof shape);      /* the padding too: shapes are compared by their bytes */
@@ -1055,9 +1052,10 @@ template <typename D> static int gemm(Blas *blas, D *d, size_t ld_d, Matrix a, M
     Plan *plan = plan_find(blas, &shape, after.bias, after.aux);
     if (!plan) return after.aux ? 0 : blas_ok(CUBLAS_STATUS_NOT_SUPPORTED);
     if (!plan_point(plan, after.bias, after.aux)) return 0;
-    return blas_ok(cublasLtMatmul(blas->handle, plan->operation, &one, b.data, plan->a, a.data, plan->b,
-                                  &beta, c, plan->d, d, plan->d, &plan->algorithm, blas->workspace, WORKSPACE,
-                                  blas->stream));
+    const cublasStatus_t status = cublasLtMatmul(
+        blas->handle, plan->operation, &one, b.data, plan->a, a.data, plan->b, &beta, c, plan->d, d, plan->d,
+        &plan->algorithm, blas->workspace, WORKSPACE, blas->stream);
+    return after.aux ? status == CUBLAS_STATUS_SUCCESS : blas_ok(status);
 }
 
 /* === 5. GPT-2 =========================================================================================== */
@@ -1236,11 +1234,13 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, Purpose purpose) {
         cudaFree(m->act_memory);
         m->act_memory = NULL, m->act_bytes = 0;
         if (!gpu_ok(cudaMemGetInfo(&free_bytes, &gpu_bytes))) return -1;
-        while (purpose == TRAIN && total + later > free_bytes && m->recompute < 2) {
-            m->recompute++;
+        for (;; m->recompute++) {         /* kernels and graphs take some memory when they are first used */
+            const int last = purpose != TRAIN || m->recompute == 2;
             total = acts_place(m, B, T, purpose);
+            if (last || total + later + min_of(free_bytes / 16, 512 << 20) <= free_bytes)
+                m->act_memory = (char *)device_memory(total, m->stream);
+            if (m->act_memory || last) break;
         }
-        m->act_memory = (char *)device_memory(total, m->stream);
         m->act_bytes = m->act_memory ? total : 0;
     }
     if (!m->act_memory) return -1;
@@ -1291,7 +1291,8 @@ static int device_open(GPT2 *m) {
     for (const void *kernel : kernels)
         if (!gpu_ok(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          (int)m->shared_most))) return -1;
-    if (!gpu_ok(cudaStreamCreate(&m->stream)) || !gpu_ok(cudaStreamCreate(&m->upload)) ||
+    if (!gpu_ok(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking)) ||
+        !gpu_ok(cudaStreamCreateWithFlags(&m->upload, cudaStreamNonBlocking)) ||
         !gpu_ok(cudaEventCreate(&m->uploaded)) || !gpu_ok(cudaEventCreate(&m->classified)) ||
         !blas_ok(cublasLtCreate(&m->blas.handle))) return -1;
     m->blas.stream = m->stream;
@@ -1385,9 +1386,10 @@ template <typename To, typename From> static void convert(GPT2 *m, To *out, cons
 
 /* The memory of a kind to look into: not while gradients are half made, and those that count as 0 are 0. */
 static float *whole_memory(GPT2 *m, int kind) {
-    const int grads = kind == GPT2_GRAD, due = grads && m->backward_due;
-    if (due) gpt2_fail("the gradients are half made: call gpt2_backward after gpt2_forward");
-    float *memory = due ? NULL : memory_of(m, kind);
+    const int grads = kind == GPT2_GRAD;
+    if (grads && m->backward_due)
+        return gpt2_fail("the gradients are half made: call gpt2_backward after gpt2_forward"), (float *)NULL;
+    float *memory = memory_of(m, kind);
     if (memory && grads && m->grads_empty &&
         !gpu_ok(cudaMemsetAsync(memory, 0, m->start[GPT2_TENSORS] * sizeof *memory, m->stream))) return NULL;
     return memory;
@@ -1566,7 +1568,6 @@ static void attention_backward(GPT2 *m, floatX *dqkv, float *delta, const floatX
                                const floatX *qkv, const float *lse) {
     const int T = (int)m->T, C = (int)m->C, NH = (int)m->NH, warps = plain_warps(m, C / NH);
     const unsigned heads = (unsigned)(m->B * m->NH);
-    const size_t rows = m->B * m->T * m->NH;
 #ifndef GPT2_FP32
     if (C == NH * HS) {
         LAUNCH(flash_dq_kernel, blocks(m->T, BLOCK_ROWS) * heads, FLASH_THREADS, DQ_SHARED,
@@ -1577,6 +1578,7 @@ static void attention_backward(GPT2 *m, floatX *dqkv, float *delta, const floatX
     }
 #endif
     const unsigned grid = blocks(m->T, warps) * heads;
+    const size_t rows = m->B * m->T * m->NH;
     LAUNCH(attention_delta_kernel, blocks(rows, ROW_WARPS), ROW_WARPS * WARP, 0, m->stream, delta, dout, out,
            rows, T, C, NH);
     LAUNCH(attention_plain_dq_kernel, grid, warps * WARP, plain_shared(warps, C / NH), m->stream, dqkv, dout,
@@ -1587,7 +1589,7 @@ static void attention_backward(GPT2 *m, floatX *dqkv, float *delta, const floatX
 
 /* --- Passes --------------------------------------------------------------------------------------------- */
 /* Launches a pass: the first time kernel by kernel, the second time into a graph, and then that. Where a
-   graph is refused, kernel by kernel always. */
+   graph is refused, or plans that it needs are gone, kernel by kernel again. */
 static void run(GPT2 *m, void (*pass)(GPT2 *)) {
     GraphKey key;
     memset(&key, 0, sizeof key);          /* the padding too: keys are compared by their bytes */
@@ -1605,12 +1607,16 @@ static void run(GPT2 *m, void (*pass)(GPT2 *)) {
         return;
     }
     cudaGraph_t captured = NULL;
-    if (!graph->made && cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess) {
+    const int separate = m->gelu_separate;
+    if (!graph->made && !gpu_failed && !cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeThreadLocal)) {
+        m->blas.capturing = 1;
         pass(m);
+        m->blas.capturing = 0;
         if (cudaStreamEndCapture(m->stream, &captured) == cudaSuccess) {
-            if (cudaGraphInstantiate(&graph->made, captured, 0) != cudaSuccess) graph->made = NULL;
+            if (gpu_failed || cudaGraphInstantiate(&graph->made, captured, 0)) graph->made = NULL;
             cudaGraphDestroy(captured);
         }
+        if (!graph->made) gpu_failed = 0, m->gelu_separate = separate;     /* kernel by kernel it may work */
     }
     if (graph->made) gpu_ok(cudaGraphLaunch(graph->made, m->stream));
     else cudaGetLastError(), pass(m);
@@ -1731,8 +1737,7 @@ static int pass_begin(GPT2 *m, const int32_t *x, const int32_t *y, int batch, in
 int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, float grad_scale, float *loss) {
     const int train = grad_scale != 0;
     begun();
-    if (train && !memory_of(m, GPT2_GRAD)) return -1;
-    if (pass_begin(m, x, y, B, T, train ? TRAIN : EVALUATE)) return -1;
+    if ((train && !memory_of(m, GPT2_GRAD)) || pass_begin(m, x, y, B, T, train ? TRAIN : EVALUATE)) return -1;
     const size_t N = m->B * m->T;
     m->scale = grad_scale / (float)N;
     batch_send(m, x, y, N);
@@ -1823,7 +1828,8 @@ int gpt2_logits(GPT2 *m, const int32_t *x, int B, int T, int last_only, float *o
     for (size_t n = 0, rows; n < N / every && !gpu_failed; n += rows) {
         rows = min_of(m->chunk, N / every - n);
         const floatX *ln = a.lnf + ((n + 1) * every - 1 - first) * C;
-        gemm(&m->blas, (float *)a.logits, V, Matrix{ln, every * C, 0}, Matrix{m->params, C, 1}, rows, V, C);
+        const size_t apart = rows > 1 ? every * C : C;     /* the same plan for a token after any number */
+        gemm(&m->blas, (float *)a.logits, V, Matrix{ln, apart, 0}, Matrix{m->params, C, 1}, rows, V, C);
         gpu_ok(cudaMemcpyAsync(out + n * V, a.logits, rows * V * sizeof *out, cudaMemcpyDeviceToHost,
                                m->stream));
     }
@@ -1950,15 +1956,14 @@ int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, doub
 /* --- The machine ---------------------------------------------------------------------------------------- */
 const char *gpt2_device(void) {
     static thread_local char text[320];
-    cudaDeviceProp properties;
+    cudaDeviceProp gpu;
     int device = 0, count = 0;
     if (cudaGetDeviceCount(&count) != cudaSuccess || !count || cudaGetDevice(&device) != cudaSuccess ||
-        cudaGetDeviceProperties(&properties, device) != cudaSuccess) {
+        cudaGetDeviceProperties(&gpu, device) != cudaSuccess) {
         cudaGetLastError();
         return "no GPU";
     }
-    snprintf(text, sizeof text, "%s, %d multiprocessors, %s", properties.name, properties.multiProcessorCount,
-             FLOATX_NAME);
+    snprintf(text, sizeof text, "%s, %d multiprocessors, %s", gpu.name, gpu.multiProcessorCount, FLOATX_NAME);
     return text;
 }
 

@@ -1454,6 +1454,8 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
                                                      cublasLtMatmulPreference_t p, int wanted,
                                                      cublasLtMatmulHeuristicResult_t *results, int *found) {
     *found = 0;
+    for (const emulate::Stream *stream : emulate::device().streams)     /* as some versions do */
+        if (stream->capture) return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED, "a graph is being captured");
     const cublasStatus_t status = emulate::matmul_shapes(*desc, *a, *b, *c, *d);
     if (status || wanted < 1) return status;
     memset((void *)results, 0, sizeof *results);

@@ -85,19 +85,6 @@ python() {     # one that has pytest, if there is one
 }
 export -f python
 
-tests() {
-    if python3 -c "import pytest" 2>/dev/null || [ -x .venv/bin/python ]; then
-        GPT2_GPU_BUILD=$PWD python -m pytest -q test_gpt2.py -k "gpu or other_device" || exit 1
-    else
-        echo "no pytest here: the references alone"
-    fi
-    for model in dev/reference/*_model.bin; do
-        ./train_gpt2cu_fp32 -e "$model" --check "${model/_model/_reference}" || exit 1
-        ./train_gpt2cu -e "$model" --check "${model/_model/_reference}"       # for its errors; it is bf16
-    done
-    true
-}
-
 shards() {     # two shards of random tokens below 200 in build/on_gpu_data
     python3 - <<'PYTHON'
 import os, random, struct
@@ -111,15 +98,32 @@ PYTHON
 }
 export -f shards
 
+tests() {
+    if python3 -c "import pytest" 2>/dev/null || [ -x .venv/bin/python ]; then
+        GPT2_GPU_BUILD=$PWD python -m pytest -q test_gpt2.py -k "gpu or other_device" || exit 1
+    else
+        echo "no pytest here: the references alone"
+    fi
+    for model in dev/reference/*_model.bin; do
+        ./train_gpt2cu_fp32 -e "$model" --check "${model/_model/_reference}" || exit 1
+        ./train_gpt2cu -e "$model" --check "${model/_model/_reference}"       # for its errors; it is bf16
+    done
+    # Samples between steps, whose many shapes take the plans of a step's products; and what cuBLASLt refuses.
+    shards && CUBLASLT_LOG_LEVEL=2 ./train_gpt2cu -e d2 -i 'build/on_gpu_data/train_*.bin' -b 2 -t 192 -d 384 \
+        -x 3 -v 0 -s 1 -g 70 | grep -a "cublasLt\|loss" | cut -c1-160 | sort | uniq -c | sort -rn | head -n 12
+}
+
 sanitize() {   # any status but 0 is a failure: compute-sanitizer's 9, the program's, or that there is none
     shards || exit 1
-    local run=(./train_gpt2cu -e d2 -i 'build/on_gpu_data/train_*.bin' -b 2 -t 192 -d 384 -x 2 -v 0 -s 0 -g 0)
+    local run=(./train_gpt2cu -e d2 -i 'build/on_gpu_data/train_*.bin' -b 1 -x 2 -v 0 -s 0 -g 0)
     local check=(-e dev/reference/head64_model.bin --check dev/reference/head64_reference.bin)
     for tool in memcheck racecheck; do
         local sanitizer=(compute-sanitizer --tool "$tool" --error-exitcode 9)
         "${sanitizer[@]}" ./train_gpt2cu_fp32 "${check[@]}" | tail -n 5 || exit 1
         "${sanitizer[@]}" ./train_gpt2cu "${check[@]}" --tolerance 0.1 | tail -n 5 || exit 1
-        "${sanitizer[@]}" "${run[@]}" | tail -n 5 || exit 1
+        for T in 1 65 129 192; do     # tiles are of 64, blocks of 128
+            "${sanitizer[@]}" "${run[@]}" -t $T -d $T | tail -n 5 || exit 1
+        done
     done
 }
 
@@ -147,7 +151,7 @@ bench() {
 
 part build 150 build
 part tests 200 tests
-part sanitize 100 sanitize
+part sanitize 150 sanitize
 part repeat 30 repeat
 part profile 60 profile
 part bench 445 bench
