@@ -254,20 +254,23 @@ static inline vf vexp(vf x) {
    × NR results stays in registers while k runs; a step of k takes MR values of A and NR of B, so both are
    packed into panels in which these lie side by side: A in panels of MR rows, B in panels of NR columns.
 
-     registers   MR × NV sums, NV vectors of B, a broadcast of A: 6 × 2 fill 16 registers, 12 × 2 fill 32
-     L1          a panel of B: KC × NR floats, 12 KiB, packed by its user (twice KC: 1 % faster, error + 30 %)
+     registers   MR × NV sums, NV vectors of B, a broadcast of A: 6 × 2 fill 16 registers, 8 × 3 fill 32
+     L1          a panel of B: KC × NR floats, 12 or 18 KiB, packed by its user (twice KC: error + 30 %)
+     L2          what a thread has so far of NR columns of C, where they lie side by side until k is through
      L2 and L3   a block of A: MC × KB floats at most, packed by all threads, and read once for every panel
 
    Rows and columns have strides, so that one function serves the three products of a linear layer. NR columns
    of C are a thread's unit of work; a sum over k runs in the same order whoever takes it, so that the bits do
    not depend on the threads. dev/doc/gemm.md has the figures behind the choices. */
-enum { NV = 2, NR = NV * LANES, KC = 3072 / NR, KB = 8 * KC, MC = 1056 };
-enum { GROUP = 48 };                      /* rows of A that a thread packs at a time: whole cache lines */
-#if LANES == 16 || defined(__aarch64__)
-enum { MR = 12 };
+#if LANES == 16
+enum { MR = 8, NV = 3, KC = 96 };
+#elif defined(__aarch64__)
+enum { MR = 12, NV = 2, KC = 384 };
 #else
-enum { MR = 6 };
+enum { MR = 6, NV = 2, KC = 1536 / LANES };
 #endif
+enum { NR = NV * LANES, KB = 1536, MC = 1056 };
+enum { GROUP = 48 };                      /* rows of A that a thread packs at a time: whole cache lines */
 
 typedef struct { const float *p; size_t row, col; } Matrix;     /* p[i * row + j * col]; row or col is 1 */
 static Matrix transposed(Matrix m) { return (Matrix){m.p, m.col, m.row}; }
@@ -277,16 +280,27 @@ static Matrix from(Matrix m, size_t row, size_t col) {
 
 typedef struct {
     int threads;
-    float *pack_a, *pack_b;               /* (MC, KB), (threads, KC, NR) */
+    float *pack_a, *pack_b;               /* (MC, KB), (threads, KC + MC, NR) */
     float *own;                           /* (threads, own_floats) for attention */
     size_t own_floats;
 } Workspace;
+
+/* Rows become columns, by shuffles: a gather of each column took 3 times as long. */
+static inline void transpose(v4 x[4]) {
+    for (int round = 0; round < 2; round++) {
+        const v4 a = x[0], b = x[1], c = x[2], d = x[3];
+        x[0] = (v4){a[0], c[0], a[1], c[1]};
+        x[1] = (v4){a[2], c[2], a[3], c[3]};
+        x[2] = (v4){b[0], d[0], b[1], d[1]};
+        x[3] = (v4){b[2], d[2], b[3], d[3]};
+    }
+}
 
 /* Packs `lines` lines of kc floats into panels of R: dst[panel][k][r] = src[(panel * R + r) * line + k *
    step], 0 where there is no line. Inlined, so that R is a constant. */
 static inline __attribute__((always_inline))
 void pack(float *dst, const float *src, size_t line, size_t step, size_t lines, size_t kc, size_t R) {
-    size_t first = 0;
+    size_t first = 0, whole = kc / 4 * 4;
     if (line == 1)
         for (size_t group; first + R <= lines; first += group) {
             group = first + GROUP <= lines ? GROUP : R;
@@ -300,55 +314,67 @@ void pack(float *dst, const float *src, size_t line, size_t step, size_t lines, 
         const size_t n = min(R, lines - first), fours = step == 1 && n >= 4 ? n : 0;
         if (n < R) memset(d, 0, R * kc * sizeof *d);
         for (size_t at = 0; at < fours; at += 4) {
-            size_t r = min(at, n - 4), k = 0;     /* the last four lines may be in two fours */
-            for (const float *four = s + r * line; k < kc; k++) {
-                const v4 column = {four[k], four[k + line], four[k + 2 * line], four[k + 3 * line]};
-                memcpy(d + k * R + r, &column, sizeof column);
+            const size_t r = min(at, n - 4);      /* the last four lines may be in two fours */
+            for (size_t k = 0; k < whole; k += 4) {
+                v4 x[4];
+                for (int i = 0; i < 4; i++) memcpy(x + i, s + (r + i) * line + k, sizeof *x);
+                transpose(x);
+                for (int i = 0; i < 4; i++) memcpy(d + (k + i) * R + r, x + i, sizeof *x);
             }
         }
-        for (size_t r = fours; r < n; r++)
-            for (size_t k = 0; k < kc; k++) d[k * R + r] = s[r * line + k * step];
+        for (size_t r = 0; r < n; r++)
+            for (size_t k = r < fours ? whole : 0; k < kc; k++) d[k * R + r] = s[r * line + k * step];
     }
 }
 
-/* The hot loop: c (MR,NR) = a (kc,MR)ᵀ · b (kc,NR) + bias (NR) + add (MR,NR), the last two unless NULL. Rows
-   of c and add are ldc apart; add may be c. Unrolled, the sums stay in registers; c is fetched meanwhile. */
-static inline void kernel(float *c, size_t ldc, const float *a, const float *b, size_t kc, const float *bias,
-                          const float *add) {
+/* The hot loop: c (MR,N) = a (kc,MR)ᵀ · b (kc,NR) + bias (N) + add (MR,N), the last two unless NULL, in N
+   columns, `vectors` of them. Rows of c are ldc apart, those of add ldadd; add may be c. Unrolled, with a
+   constant number of vectors, the sums stay in registers. */
+static inline __attribute__((always_inline))
+void kernel(float *c, size_t ldc, const float *a, const float *b, size_t kc, const float *bias,
+            const float *add, size_t ldadd, int vectors) {
     vf sum[MR][NV] = {{{0}}};
-    for (size_t i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1);
     for (size_t k = 0; k < kc; k++, a += MR, b += NR) {
         vf row[NV];
-#pragma GCC unroll 8
-        for (int j = 0; j < NV; j++) row[j] = vload(b + j * LANES, LANES);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++)
+            if (j < vectors) row[j] = vload(b + j * LANES, LANES);
 #pragma GCC unroll 12
         for (int i = 0; i < MR; i++)
-#pragma GCC unroll 8
-            for (int j = 0; j < NV; j++) sum[i][j] += a[i] * row[j];
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++)
+                if (j < vectors) sum[i][j] += a[i] * row[j];
     }
 #pragma GCC unroll 12
-    for (size_t i = 0; i < MR; i++)
-#pragma GCC unroll 8
-        for (size_t j = 0; j < NR; j += LANES) {
-            vf result = sum[i][j / LANES];
-            if (add) result += vload(add + i * ldc + j, LANES);
-            if (bias) result += vload(bias + j, LANES);
-            vstore(c + i * ldc + j, result, LANES);
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) {
+            if (j >= vectors) continue;
+            vf result = sum[i][j];
+            if (add) result += vload(add + i * ldadd + j * LANES, LANES);
+            if (bias) result += vload(bias + j * LANES, LANES);
+            vstore(c + i * ldc + j * LANES, result, LANES);
         }
 }
 
-/* The same where C has M rows and N columns left; a tile at an edge is computed whole, in a buffer. */
+/* The same where C has M rows and N columns left; a tile that ends inside a vector goes through a buffer. */
 static void tile(float *c, size_t ldc, const float *a, const float *b, size_t kc, const float *bias,
-                 const float *add, size_t M, size_t N) {
-    float whole[MR * NR];
-    if (M >= MR && N >= NR) {
-        kernel(c, ldc, a, b, kc, bias, add);
-        return;
-    }
-    kernel(whole, NR, a, b, kc, NULL, NULL);
+                 const float *add, size_t ldadd, size_t M, size_t N) {
+    float buffer[MR * NR];
+    const int whole = M >= MR && (N >= NR || N % LANES == 0);
+    float *to = whole ? c : buffer;
+    const float *row = whole ? bias : NULL, *plus = whole ? add : NULL;
+    const size_t ldto = whole ? ldc : NR;
+    if (N > NR - LANES)
+        kernel(to, ldto, a, b, kc, row, plus, ldadd, NV);
+    else if (N > LANES)
+        kernel(to, ldto, a, b, kc, row, plus, ldadd, NV - 1);
+    else
+        kernel(to, ldto, a, b, kc, row, plus, ldadd, 1);
+    if (whole) return;
     for (size_t i = 0; i < min(MR, M); i++)
         for (size_t j = 0; j < min(NR, N); j++)
-            c[i * ldc + j] = (add ? add[i * ldc + j] : 0) + (bias ? bias[j] : 0) + whole[i * NR + j];
+            c[i * ldc + j] = (add ? add[i * ldadd + j] : 0) + (bias ? bias[j] : 0) + buffer[i * NR + j];
 }
 
 /* Asks for a part of the cache lines of a panel of B. With few rows the use of a panel is so short that
@@ -372,8 +398,8 @@ static void gemm_share(const Workspace *ws, size_t *taken, float *c, size_t ldc,
     const int alone = ws->threads == 1;   /* OpenMP may give fewer threads than asked for */
     const size_t thread = alone ? 0 : (size_t)omp_get_thread_num(), units = (N + NR - 1) / NR;
     const size_t threads = alone ? 1 : (size_t)omp_get_num_threads();
-    const size_t mc = even_pieces(M, MC, MR), kc = even_pieces(K, KC, 1), kb = KB / KC * kc;
-    float *panel = ws->pack_b + thread * KC * NR;
+    const size_t mc = even_pieces(M, MC, MR), kc = even_pieces(K, KC, 1), kb = (size_t)MC * KB / mc / kc * kc;
+    float *panel = ws->pack_b + thread * (KC + MC) * NR, *sums = panel + KC * NR;
     size_t before = 0;                    /* units taken in earlier blocks */
     for (size_t m = 0; m < M; m += mc)
         for (size_t k = 0; k < K; k += kb, before += units + threads) {
@@ -395,13 +421,15 @@ static void gemm_share(const Workspace *ws, size_t *taken, float *c, size_t ldc,
                 for (size_t l = k; l < end; l += kc) {
                     const size_t terms = min(kc, end - l);
                     const Matrix then = l + kc < end ? from(b, l + kc, j) : from(b, k, j_next);
-                    const float *plus = l ? c : add, *row = l || !bias ? NULL : bias + j;
+                    const float *plus = k ? c : add, *row = l || !bias ? NULL : bias + j;
+                    const int inner = l > k, last = l + kc >= end;
                     pack(panel, from(b, l, j).p, b.col, b.row, columns, terms, NR);
                     for (size_t i = 0; i < rows; i += MR) {
                         const size_t at = (m + i) * ldc + j;
                         prefetch(then, terms, i / MR, high / MR);
-                        tile(c + at, ldc, ws->pack_a + (l - k) * high + i * terms, panel, terms, row,
-                             plus ? plus + at : NULL, rows - i, columns);
+                        tile(last ? c + at : sums + i * NR, last ? ldc : NR, ws->pack_a + (l - k) * high +
+                             i * terms, panel, terms, row, inner ? sums + i * NR : plus ? plus + at : NULL,
+                             inner ? NR : ldc, rows - i, columns);
                     }
                 }
             }
@@ -617,7 +645,7 @@ static size_t attention_floats(size_t T, size_t hs) { return QUERIES * (2 * T + 
 static Workspace attention_workspace(const Workspace *ws, size_t T) {
     const size_t thread = (size_t)omp_get_thread_num();
     float *own = ws->own + thread * ws->own_floats;
-    return (Workspace){1, own + 2 * QUERIES * T, ws->pack_b + thread * KC * NR, own, 0};
+    return (Workspace){1, own + 2 * QUERIES * T, ws->pack_b + thread * (KC + MC) * NR, own, 0};
 }
 
 /* p (rows,T): the softmax of the scores of a head's queries q … q + rows, factor · q·kᵀ */
@@ -762,7 +790,7 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, int own) {
     m->ws.own_floats = round_up(attention_floats(T, m->C / m->NH), 16);
     const size_t sizes[] = {
         N, N, N, N, BTC, 4 * BTC, m->chunk * m->Vp, G, G, 4 * G,                /* losses … dwide */
-        (size_t)MC * KB, threads * KC * NR, threads * m->ws.own_floats,         /* pack_a, pack_b, own */
+        (size_t)MC * KB, threads * (KC + MC) * NR, threads * m->ws.own_floats,     /* pack_a, pack_b, own */
         BTC, BTC, BTC, 4 * BTC, 3 * BTC,                                        /* residual1 … qkv */
     };
     _Static_assert(sizeof sizes == sizeof(Activations), "one size for each activation");

@@ -104,7 +104,7 @@ static void packed_blocks(void) {
                     pack(panel, W + j * K + k, K, 1, min(NR, N - j), kc, NR);
                     for (size_t i = 0; i < high; i += MR) {
                         float *c = C + (m + i) * N + j;
-                        tile(c, N, ws.pack_a + i * kc, panel, kc, NULL, k ? c : NULL, high - i, N - j);
+                        tile(c, N, ws.pack_a + i * kc, panel, kc, NULL, k ? c : NULL, N, high - i, N - j);
                     }
                 }
             }
@@ -172,7 +172,7 @@ int main(int argc, char **argv) {
     double ms[STEPS][TURNS], share[STEPS][TURNS], off[STEPS], best = 0;
     const double flops = 2.0 * (double)M * (double)N * (double)K;
     ws.pack_a = floats((size_t)MC * KB);
-    ws.pack_b = floats((size_t)all * KC * NR);
+    ws.pack_b = floats((size_t)all * (KC + MC) * NR);
     operands();
 
     for (int turn = -1; turn < TURNS; turn++)                     /* turn -1 warms up */

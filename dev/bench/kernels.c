@@ -72,7 +72,7 @@ int main(int argc, char **argv) {
     Workspace ws = {.threads = omp_get_max_threads()};
     ws.own_floats = attention_floats(T, C / NH);
     ws.pack_a = floats((size_t)MC * KB);
-    ws.pack_b = floats((size_t)ws.threads * KC * NR);
+    ws.pack_b = floats((size_t)ws.threads * (KC + MC) * NR);
     ws.own = floats((size_t)ws.threads * ws.own_floats);
     float *source = floats(L3), *to = floats(L3);
     {
