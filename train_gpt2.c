@@ -173,7 +173,6 @@ int gpt2_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));   
 #include <omp.h>
 #else
 static int omp_get_max_threads(void) { return 1; }
-static int omp_get_num_threads(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
@@ -256,12 +255,13 @@ static inline vf vexp(vf x) {
 
      registers   MR × NV sums, NV vectors of B, a broadcast of A: 6 × 2 fill 16 registers, 8 × 3 fill 32
      L1          a panel of B: KC × NR floats, 12 or 18 KiB, packed by its user (twice KC: error + 30 %)
-     L2          what a thread has so far of NR columns of C, where they lie side by side until k is through
-     L2 and L3   a block of A: MC × KB floats at most, packed by all threads, and read once for every panel
+     L2          what a thread has so far of NR columns of C, side by side there until k is through
+     L2 and L3   a block of A: ROOM floats at most, packed by its user, and read once for every panel
 
    Rows and columns have strides, so that one function serves the three products of a linear layer. NR columns
-   of C are a thread's unit of work; a sum over k runs in the same order whoever takes it, so that the bits do
-   not depend on the threads. dev/doc/gemm.md has the figures behind the choices. */
+   of a band of up to MC rows of C are a thread's unit of work; a sum over k runs in the same order whoever
+   takes it, so that the bits do not depend on the threads. A thread packs both A and B for itself: taking over
+   what another one packed cost up to 10 %, packing it twice 1 %. dev/doc/gemm.md has all such figures. */
 #if LANES == 16
 enum { MR = 8, NV = 3, KC = 96 };
 #elif defined(__aarch64__)
@@ -269,8 +269,9 @@ enum { MR = 12, NV = 2, KC = 384 };
 #else
 enum { MR = 6, NV = 2, KC = 1536 / LANES };
 #endif
-enum { NR = NV * LANES, KB = 1536, MC = 1056 };
-enum { GROUP = 48 };                      /* rows of A that a thread packs at a time: whole cache lines */
+enum { NR = NV * LANES, MC = 1056, ROOM = 1056 * MC };
+enum { LEAST = 264, BANDS = 64 };         /* rows of a band, if there are so many; bands at a time */
+enum { GROUP = 48 };                      /* rows of A that are packed at a time: whole cache lines */
 
 typedef struct { const float *p; size_t row, col; } Matrix;     /* p[i * row + j * col]; row or col is 1 */
 static Matrix transposed(Matrix m) { return (Matrix){m.p, m.col, m.row}; }
@@ -280,7 +281,7 @@ static Matrix from(Matrix m, size_t row, size_t col) {
 
 typedef struct {
     int threads;
-    float *pack_a, *pack_b;               /* (MC, KB), (threads, KC + MC, NR) */
+    float *pack_a, *pack_b;               /* (threads, ROOM), (threads, KC + MC, NR) */
     float *own;                           /* (threads, own_floats) for attention */
     size_t own_floats;
 } Workspace;
@@ -391,49 +392,46 @@ static size_t even_pieces(size_t n, size_t most, size_t unit) {
     return round_up((n + pieces - 1) / pieces, unit);
 }
 
-/* A thread's share of gemm. *taken counts the units that threads took, of all blocks: a thread takes the next
-   one before it starts on one, and so one more than it does. */
-static void gemm_share(const Workspace *ws, size_t *taken, float *c, size_t ldc, Matrix a, Matrix b, size_t M,
-                       size_t N, size_t K, const float *bias, const float *add) {
-    const int alone = ws->threads == 1;   /* OpenMP may give fewer threads than asked for */
-    const size_t thread = alone ? 0 : (size_t)omp_get_thread_num(), units = (N + NR - 1) / NR;
-    const size_t threads = alone ? 1 : (size_t)omp_get_num_threads();
-    const size_t mc = even_pieces(M, MC, MR), kc = even_pieces(K, KC, 1), kb = (size_t)MC * KB / mc / kc * kc;
-    float *panel = ws->pack_b + thread * (KC + MC) * NR, *sums = panel + KC * NR;
-    size_t before = 0;                    /* units taken in earlier blocks */
-    for (size_t m = 0; m < M; m += mc)
-        for (size_t k = 0; k < K; k += kb, before += units + threads) {
-            const size_t rows = min(mc, M - m), high = round_up(rows, MR), end = min(k + kb, K);
-            if (threads > 1 && before > 0) {
-#pragma omp barrier
-            }
-            for (size_t i = thread * GROUP; i < rows; i += threads * GROUP)
-                for (size_t l = k; l < end; l += kc)
-                    pack(ws->pack_a + (l - k) * high + i * min(kc, end - l), from(a, m + i, l).p, a.row,
-                         a.col, min(GROUP, rows - i), min(kc, end - l), MR);
-            if (threads > 1) {
-#pragma omp barrier
-            }
-            size_t next, unit = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED) - before;
-            for (; unit < units; unit = next) {
-                next = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED) - before;
-                const size_t j = unit * NR, j_next = min(next, units - 1) * NR, columns = min(NR, N - j);
-                for (size_t l = k; l < end; l += kc) {
-                    const size_t terms = min(kc, end - l);
-                    const Matrix then = l + kc < end ? from(b, l + kc, j) : from(b, k, j_next);
-                    const float *plus = k ? c : add, *row = l || !bias ? NULL : bias + j;
-                    const int inner = l > k, last = l + kc >= end;
-                    pack(panel, from(b, l, j).p, b.col, b.row, columns, terms, NR);
-                    for (size_t i = 0; i < rows; i += MR) {
-                        const size_t at = (m + i) * ldc + j;
-                        prefetch(then, terms, i / MR, high / MR);
-                        tile(last ? c + at : sums + i * NR, last ? ldc : NR, ws->pack_a + (l - k) * high +
-                             i * terms, panel, terms, row, inner ? sums + i * NR : plus ? plus + at : NULL,
-                             inner ? NR : ldc, rows - i, columns);
-                    }
+typedef struct {                          /* c (M,N) = a (M,K) · b (K,N) + bias (N) + add (M,N), see gemm */
+    float *c;
+    size_t ldc, M, N, K, mc, kc;          /* in bands of mc rows, kc steps of k at a time */
+    Matrix a, b;
+    const float *bias, *add;
+} Product;
+
+/* A thread's share of a product. It packs a band of A, then takes panels of B that none took for this band,
+   which taken[band] counts; the next one before it starts on one. Threads begin with bands that lie apart, so
+   that with many rows each has bands for itself. */
+static void gemm_share(const Workspace *ws, size_t thread, size_t *taken, Product p) {
+    const size_t bands = (p.M + p.mc - 1) / p.mc, units = (p.N + NR - 1) / NR, kc = p.kc;
+    float *pack_a = ws->pack_a + thread * ROOM, *panel = ws->pack_b + thread * (KC + MC) * NR;
+    float *sums = panel + KC * NR;
+    for (size_t n = 0; n < bands; n++) {
+        const size_t band = (thread * bands / (size_t)ws->threads + n) % bands, m = band * p.mc;
+        const size_t rows = min(p.mc, p.M - m), high = round_up(rows, MR);
+        size_t next, unit = __atomic_fetch_add(taken + band, 1, __ATOMIC_RELAXED);
+        for (size_t k = 0; k < p.K && unit < units; k += kc)
+            for (size_t i = 0; i < rows; i += GROUP)
+                pack(pack_a + k * high + i * min(kc, p.K - k), from(p.a, m + i, k).p, p.a.row, p.a.col,
+                     min(GROUP, rows - i), min(kc, p.K - k), MR);
+        for (; unit < units; unit = next) {
+            next = __atomic_fetch_add(taken + band, 1, __ATOMIC_RELAXED);
+            const size_t j = unit * NR, j_next = min(next, units - 1) * NR, columns = min(NR, p.N - j);
+            for (size_t k = 0; k < p.K; k += kc) {
+                const size_t terms = min(kc, p.K - k);
+                const int last = k + kc >= p.K;
+                pack(panel, from(p.b, k, j).p, p.b.col, p.b.row, columns, terms, NR);
+                for (size_t i = 0; i < rows; i += MR) {
+                    const size_t at = (m + i) * p.ldc + j;
+                    float *sum = sums + i * NR;
+                    prefetch(last ? from(p.b, 0, j_next) : from(p.b, k + kc, j), terms, i / MR, high / MR);
+                    tile(last ? p.c + at : sum, last ? p.ldc : NR, pack_a + k * high + i * terms, panel, terms,
+                         k || !p.bias ? NULL : p.bias + j, k ? sum : p.add ? p.add + at : NULL,
+                         k ? NR : p.ldc, rows - i, columns);
                 }
             }
         }
+    }
 }
 
 /* gemm of one row, which is a token that is generated: as fast as B can be read, which packing would slow to
@@ -469,14 +467,23 @@ static void gemm_row(const Workspace *ws, float *c, const float *a, Matrix b, si
 /* c (M,N) = a (M,K) · b (K,N) + bias (N) + add (M,N); bias, add and ldc as for kernel. */
 static void gemm(const Workspace *ws, float *c, size_t ldc, Matrix a, Matrix b, size_t M, size_t N, size_t K,
                  const float *bias, const float *add) {
-    size_t taken = 0;
-    if (M == 1 && a.col == 1)
+    const size_t each = M / (size_t)ws->threads + 1, most = each < LEAST ? LEAST : min(each, MC);
+    const size_t mc = even_pieces(M, round_up(most, MR), MR), kc = even_pieces(K, KC, 1);
+    const size_t kb = ROOM / mc / kc * kc;
+    if (M == 1 && a.col == 1) {
         gemm_row(ws, c, a.p, b, N, K, bias, add);
-    else if (ws->threads == 1)                 /* attention: a parallel region of one would cost 1 µs */
-        gemm_share(ws, &taken, c, ldc, a, b, M, N, K, bias, add);
-    else
+        return;
+    }
+    for (size_t k = 0; k < K; k += kb, bias = NULL, add = c)
+        for (size_t m = 0; m < M; m += BANDS * mc) {
+            size_t taken[BANDS] = {0};
+            const Product p = {c + m * ldc, ldc, min(BANDS * mc, M - m), N, min(kb, K - k), mc, kc,
+                               from(a, m, k), from(b, k, 0), bias, add ? add + m * ldc : NULL};
+            if (ws->threads == 1) gemm_share(ws, 0, taken, p);     /* attention: to be parallel costs 1 µs */
+            else
 #pragma omp parallel num_threads(ws->threads)
-        gemm_share(ws, &taken, c, ldc, a, b, M, N, K, bias, add);
+                gemm_share(ws, (size_t)omp_get_thread_num(), taken, p);
+        }
 }
 
 /* --- Layers ------------------------------------------------------------------------------------------------
@@ -640,12 +647,12 @@ static void crossentropy(float *losses, float *logits, const int32_t *y, size_t 
    matrix; backward makes them again. A strip stays in L2 and has all its keys: no online softmax. */
 enum { QUERIES = 96 };
 
-/* What a thread has for itself: two strips of scores, and room to pack another or its queries. */
-static size_t attention_floats(size_t T, size_t hs) { return QUERIES * (2 * T + round_up(T + hs, MR)); }
-static Workspace attention_workspace(const Workspace *ws, size_t T) {
-    const size_t thread = (size_t)omp_get_thread_num();
-    float *own = ws->own + thread * ws->own_floats;
-    return (Workspace){1, own + 2 * QUERIES * T, ws->pack_b + thread * (KC + MC) * NR, own, 0};
+/* What a thread has for itself: two strips of scores, and its part of what gemm needs. */
+static size_t attention_floats(size_t T) { return 2 * QUERIES * T; }
+static Workspace thread_workspace(const Workspace *ws) {
+    const size_t i = (size_t)omp_get_thread_num();
+    float *own = ws->own + i * ws->own_floats;
+    return (Workspace){1, ws->pack_a + i * ROOM, ws->pack_b + i * (KC + MC) * NR, own, 0};
 }
 
 /* p (rows,T): the softmax of the scores of a head's queries q … q + rows, factor · q·kᵀ */
@@ -666,7 +673,7 @@ static void attention_forward(const Workspace *ws, float *out, const float *qkv,
     for (size_t head = 0; head < B * NH; head++) {
         const size_t at = head / NH * T * C + head % NH * hs, at3 = head / NH * T * 3 * C + head % NH * hs;
         const Matrix Q = {qkv + at3, 3 * C, 1}, K = from(Q, 0, C), V = from(Q, 0, 2 * C);
-        const Workspace own = attention_workspace(ws, T);
+        const Workspace own = thread_workspace(ws);
         for (size_t q = first; q < T; q += QUERIES) {
             const size_t rows = min(QUERIES, T - q);
             attention_scores(&own, own.own, Q, K, q, rows, T, hs, 1 / sqrtf((float)hs));
@@ -686,7 +693,7 @@ static void attention_backward(const Workspace *ws, float *dqkv, const float *do
     for (size_t head = 0; head < B * NH; head++) {
         const size_t at = head / NH * T * C + head % NH * hs, at3 = head / NH * T * C3 + head % NH * hs;
         const Matrix Q = {qkv + at3, C3, 1}, K = from(Q, 0, C), V = from(Q, 0, 2 * C), O = {dout + at, C, 1};
-        const Workspace own = attention_workspace(ws, T);
+        const Workspace own = thread_workspace(ws);
         float *p = own.own, *ds = p + QUERIES * T, *dq = dqkv + at3, *dk = dq + C, *dv = dk + C;
         for (size_t strip = (T + QUERIES - 1) / QUERIES; strip-- > 0;) {
             const size_t q = strip * QUERIES, rows = min(QUERIES, T - q), keys = q + rows;
@@ -787,10 +794,10 @@ static int acts_layout(GPT2 *m, size_t B, size_t T, int own) {
         return gpt2_fail("a batch of %zu x %zu tokens fits no memory; use a smaller one", B, T);
     m->act_own = own;
     m->chunk = even_pieces(N, ((size_t)1 << 24) / m->Vp + 1, MR);     /* logits: about 64 MB at most */
-    m->ws.own_floats = round_up(attention_floats(T, m->C / m->NH), 16);
+    m->ws.own_floats = round_up(attention_floats(T), 16);
     const size_t sizes[] = {
         N, N, N, N, BTC, 4 * BTC, m->chunk * m->Vp, G, G, 4 * G,                /* losses … dwide */
-        (size_t)MC * KB, threads * (KC + MC) * NR, threads * m->ws.own_floats,     /* pack_a, pack_b, own */
+        threads * ROOM, threads * (KC + MC) * NR, threads * m->ws.own_floats,     /* pack_a, pack_b, own */
         BTC, BTC, BTC, 4 * BTC, 3 * BTC,                                        /* residual1 … qkv */
     };
     _Static_assert(sizeof sizes == sizeof(Activations), "one size for each activation");

@@ -165,13 +165,13 @@ int main(int argc, char **argv) {
         {"4 W packed", packed_panel, M, 1},
         {"5 A packed, k in pieces", packed_blocks, M, 1},
         {"6 threads", packed_blocks, M, all},
-        {"7 next panel fetched: gemm()", the_gemm, M, all},
+        {"7 each its own A: gemm()", the_gemm, M, all},
         {"  gemm(), one thread", the_gemm, M, 1},
     };
     enum { STEPS = sizeof steps / sizeof *steps };
     double ms[STEPS][TURNS], share[STEPS][TURNS], off[STEPS], best = 0;
     const double flops = 2.0 * (double)M * (double)N * (double)K;
-    ws.pack_a = floats((size_t)MC * KB);
+    ws.pack_a = floats((size_t)all * ROOM);
     ws.pack_b = floats((size_t)all * (KC + MC) * NR);
     operands();
 

@@ -70,8 +70,8 @@ int main(int argc, char **argv) {
     const size_t C = 768, NH = 12, V = 50257, Vp = 50304, N = B * T, chunk = min(N, 256);
     const double NC_bytes = 4.0 * (double)(N * C);
     Workspace ws = {.threads = omp_get_max_threads()};
-    ws.own_floats = attention_floats(T, C / NH);
-    ws.pack_a = floats((size_t)MC * KB);
+    ws.own_floats = attention_floats(T);
+    ws.pack_a = floats((size_t)ws.threads * ROOM);
     ws.pack_b = floats((size_t)ws.threads * (KC + MC) * NR);
     ws.own = floats((size_t)ws.threads * ws.own_floats);
     float *source = floats(L3), *to = floats(L3);
