@@ -2169,7 +2169,7 @@ SETTINGS = {
         ("batch-size", 8, COUNT, "rows in a batch, B"),
         ("seq-len", None, COUNT, "tokens in a row, T (the context)"),
         ("total-batch-size", None, COUNT, "tokens in an update, gathered over batches (B times T)"),
-        ("steps", 4400, COUNT0, "updates"),
+        ("steps", 5400, COUNT0, "updates"),
         ("lr", 4e-3, REAL, "learning rate at its highest"),
         ("warmup", 100, COUNT0, "steps in which it rises from 0"),
         ("schedule", "cosine", SCHEDULES, "how it falls then"),
