@@ -140,7 +140,7 @@ $(VENV)/bin/pytest:
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest
 
 test: all $(if $(shell command -v $(firstword $(CXX))),emulated) $(VENV)/bin/pytest
-	$(VENV)/bin/python -m pytest -q test_gpt2.py
+	$(VENV)/bin/python -m pytest -q test_gpt2.py dev/test
 
 # TORCH names a Python that has PyTorch, for the comparison; without one, this project is timed alone.
 TORCH ?= $(PYTHON)

@@ -6,7 +6,7 @@
 The model is that of dev/reference/make_reference.py with parameters, activations and their gradients in bf16,
 PyTorch's fused attention, and the loss of fp32 logits: usual mixed precision. AdamW works on fp32 masters, of
 which the bf16 parameters are rounded copies. So PyTorch makes the roundings that train_gpt2.cu makes, at
-places of its own; errors of the same size are rounding, and larger ones a mistake. test_gpt2.py allows FACTOR
+places of its own; errors of the same size are rounding, and larger ones a mistake. test_gpu.py allows FACTOR
 times PyTorch's error, for a loss (a single number, whose error may be small by chance) the largest of all.
 
 What it refuses to be: a test, or a benchmark.

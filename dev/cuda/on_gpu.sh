@@ -6,7 +6,7 @@
 #     dev/cuda/on_gpu.sh build bench                          where a call may not take longer
 #
 #   build      make cuda, in both precisions, and the self-test of the emulation's meaning of mma and ldmatrix
-#   tests      the tests of the GPU in test_gpt2.py, here on the real one
+#   tests      dev/test/test_gpu.py, here on the real one
 #   sanitize   compute-sanitizer's memcheck and racecheck over two references and two steps of training
 #   repeat     three runs of ten steps of a small model: the same bytes
 #   profile    time of each kernel of a step against its bound, at 124M and B 64 and 4, by dev/cuda/profile.cu
@@ -21,7 +21,7 @@ parts=${*:-build tests sanitize repeat profile bench}
 mkdir -p "$out"
 
 if ! nvidia-smi -L >/dev/null 2>&1; then
-    echo "on_gpu.sh: nvidia-smi finds no GPU here; make emulated, then test_gpt2.py, is what can be done without"
+    echo "on_gpu.sh: nvidia-smi finds no GPU here; make emulated, then dev/test/test_gpu.py, is what can be done without"
     exit 1
 fi
 nvidia-smi -L | tee "$out/gpu.txt"
@@ -100,7 +100,7 @@ export -f shards
 
 tests() {
     if python3 -c "import pytest" 2>/dev/null || [ -x .venv/bin/python ]; then
-        GPT2_GPU_BUILD=$PWD python -m pytest -q test_gpt2.py -k "gpu or other_device" || exit 1
+        GPT2_GPU_BUILD=$PWD python -m pytest -q dev/test/test_gpu.py || exit 1
     else
         echo "no pytest here: the references alone"
     fi

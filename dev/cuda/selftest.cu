@@ -1,7 +1,7 @@
 /* Tests of emulate.h, by small kernels with known results, and by mistakes that it has to find.
 
      build/emulated/selftest NAME        prints "ok", or what was found,
-         in a sentence; test_gpt2.py runs them all
+         in a sentence; test_gpu.py runs them all
 
    Compiled with nvcc (dev/cuda/on_gpu.sh does), those of `results` run on a GPU: what emulate.h takes mma and
    ldmatrix to mean is then held against the hardware. What it refuses to be: a test of train_gpt2.cu. */

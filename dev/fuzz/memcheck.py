@@ -4,7 +4,7 @@
     make memcheck                                      builds without AVX and OpenMP, then all: 5 minutes
     python3 dev/fuzz/memcheck.py --build DIR binary    of that build the runs of the binary only
 
-"tests" are those sections of test_gpt2.py that call the library or the binary; both run under valgrind, a
+"tests" are the files of tests that mostly call the library or the binary; both run under valgrind, a
 driver that a test starts does not. What counts is a record of valgrind's that names train_gpt2.c in one of
 its stacks: a wrong access, a jump by memory that nobody wrote, a block that is lost. "binary"
 trains, saves, resumes, validates, samples, checks a reference and evaluates HellaSwag, with files that are
@@ -25,11 +25,8 @@ import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-TESTS = ROOT / "test_gpt2.py"
-SECTIONS = ("The model against the references", "What forward, backward and AdamW promise",
-            "What the C API refuses", "Shards and the loader", "Schedules, z-scores, shapes", "Generation",
-            "HellaSwag", "Files and initial values", "A run, by either front end",
-            "Mistakes on the command lines")
+TESTS = ["test_gpt2.py", *(f"dev/test/test_{area}.py" for area in ("files", "sampling", "command_line"))]
+TOO_SLOW = "torch or 2_to_the_31 or gpt2_xl or signal or interrupted or doubles or d12"
 MEMCHECK = ["valgrind", "--leak-check=full", "--num-callers=30", "--trace-children=yes",
             "--trace-children-skip=*python*,*/sh,*/cc,*/gcc"]
 OURS = re.compile(r"train_gpt2\.c:\d+|libgpt2\.so|(?:^|/)train_gpt2\)")
@@ -49,19 +46,14 @@ def row(part, what, times, happened):
 
 def tests(build, folder):
     """The sections under valgrind. Returns whether there was nothing of ours."""
-    sections = re.split(r"(?m)^# --- (.*?) -+\n", TESTS.read_text())
-    names = [name for title, body in zip(sections[1::2], sections[2::2]) if title.startswith(SECTIONS)
-             for name in re.findall(r"(?m)^def (test_\w+)", body)]
-    left_out = ("torch", "2_to_the_31", "gpt2_xl", "signal", "interrupted")     # too large, too slow
-    names = [name for name in names if not any(word in name for word in left_out)]
     command = [*MEMCHECK, "--show-leak-kinds=definite", f"--log-file={folder}/tests.%p.log", sys.executable,
-               "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{TESTS}::{name}" for name in names)]
+               "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-k", f"not ({TOO_SLOW})"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace",
                           env={**os.environ, "PYTHONMALLOC": "malloc", "GPT2_BUILD": str(build)})
     found = [record for log in folder.glob("tests.*.log") for record in records(log)]
     ours = [record for record in found if OURS.search(record)]
     passed = re.search(r"(\d+) passed", done.stdout)
-    row("tests", f"{len(names)} functions of test_gpt2.py", int(passed[1]) if passed else 0,
+    row("tests", " ".join(TESTS), int(passed[1]) if passed else 0,
         f"{done.stdout.strip().splitlines()[-1]}; records that name the library: {len(ours)};"
         f" that name Python only: {len(found) - len(ours)}")
     print(*ours[:20], sep="\n\n", end="\n" * bool(ours))

@@ -7,7 +7,7 @@
    Whatever the file, a reader has to end within a second, without a wrong access, undefined arithmetic, a
    leak, or an allocation that the file's size does not justify; a file that it refuses must be named by its
    message, and what it accepts must be usable. What this refuses to be: a test of what is computed, which
-   test_gpt2.py is.
+   dev/test/test_faults.py is.
 
    Random bytes hardly ever have a magic number, and a size that fits the header: the mutator below changes a
    part and then, mostly, mends these two. dev/fuzz/seeds.py makes the first inputs. */

