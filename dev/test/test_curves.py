@@ -10,7 +10,7 @@ import xml.etree.ElementTree
 import pytest
 
 import train_gpt2
-from conftest import driver, HERE, metrics, run, SMALL, TEXT
+from conftest import curves, driver, HERE, metrics, run, SMALL, TEXT
 from train_gpt2 import GPT2
 
 
@@ -53,10 +53,10 @@ def test_curves_come_from_either_log_and_the_later_line_counts(tmp_path):
                    "s:2 trl:5.")
     expected = {"val_loss": [(0, 5.5)], "loss": [(0, 5.4), (1, 5.2)], "lr": [(0, 4e-5), (1, 8e-5)],
                 "norm": [(0, 5.99), (1, 2)], "eval": [(250, 0.295)]}
-    assert train_gpt2.read_curves(str(log)) == train_gpt2.read_curves(str(tmp_path)) == expected
+    assert curves.read_curves(str(log)) == curves.read_curves(str(tmp_path)) == expected
     (tmp_path / "metrics.jsonl").write_text('[1]\n{"step": 1, "loss": 5.20004, "lr": 8.00001e-05}\n{"step')
     expected.update(loss=[(0, 5.4), (1, 5.20004)], lr=[(0, 4e-5), (1, 8.00001e-5)])
-    assert train_gpt2.read_curves(str(tmp_path)) == expected
+    assert curves.read_curves(str(tmp_path)) == expected
 
 
 def test_plot_overlays_runs_and_logs_of_llmc(tmp_path, trained):
@@ -90,13 +90,13 @@ def test_a_run_begins_with_a_summary_and_ends_with_what_to_do_next(trained, tmp_
     shown, folder = trained
     shutil.copytree(folder.parents[1], tmp_path, dirs_exist_ok=True)
     parameters = GPT2.load(folder / "best.bin").num_parameters
-    assert f"3 of 32 tokens, in batches of 2 x 16: {96 / len(TEXT.encode()) / 0.9:.2f} epochs" in shown
-    assert f"{parameters:,} parameters" in shown and f"{96 / parameters:.2f} tokens for each" in shown
-    assert re.search(r"^memory: \d+ MB needed of [\d,]+ MB$", shown, re.M)
-    assert re.search(r"^time:   about \d\d:\d\d for the other 1 steps", shown, re.M)
+    assert f"3 of 32 tokens, in micro-batches of 2 x 16: {96 / len(TEXT.encode()) / 0.9:.2f} epochs" in shown
+    assert f"{parameters:,} parameters" in shown and f"{96 / parameters:.2f} tokens per parameter" in shown
+    assert re.search(r"^memory: \d+ MB needed, [\d,]+ MB available$", shown, re.M)
+    assert re.search(r"^time:   about \d\d:\d\d for the remaining 1 steps", shown, re.M)
     line = r"^3 steps, \d\d:\d\d, best validation loss \d\.\d{4} at step \d \(runs/1/best.bin\)$"
     assert re.search(line, shown, re.M)
-    for title in ("write text", "train on", "compare"):
+    for title in ("sample", "continue", "compare"):
         words = re.search(rf"^{title}: +python3 \S+ (.*)$", shown, re.M)[1].split()
         driver(*(word.replace("ANOTHER_RUN", "runs/1/main.log") for word in words), cwd=tmp_path)
     assert (tmp_path / "loss.svg").exists() and (tmp_path / "runs" / "1" / "DONE_00000006").exists()
@@ -121,7 +121,7 @@ def test_the_memory_needed_is_about_what_a_run_takes(tmp_path):
 def test_too_little_memory_is_told(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gpt2, "memory_there", lambda: 10**5)
+    monkeypatch.setattr(train_gpt2, "memory_available", lambda: 10**5)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert train_gpt2.main(["--data", "text.txt", *SMALL]) == 0
-    assert re.search(r"memory: that does not fit.* --batch-size", capsys.readouterr().out)
+    assert re.search(r"memory: not enough.* --batch-size", capsys.readouterr().out)

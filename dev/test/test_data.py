@@ -74,7 +74,7 @@ def test_a_text_gives_the_same_shards_by_any_way(tmp_path):
     shown = prepare("a.txt", "--val-fraction", 0.25, cwd=tmp_path).stdout
     train, val, _ = prepared(tmp_path / "out")
     assert bytes(train + val) == text and len(val) == pytest.approx(len(text) / 4, abs=9)
-    assert f"{len(train):,} tokens to train on, {len(val):,} to validate on" in shown
+    assert f"{len(train):,} training tokens, {len(val):,} validation tokens" in shown
     for source in ("a.txt.gz", "-"):
         with open(tmp_path / "a.txt", "rb") as stdin:
             subprocess.run([sys.executable, HERE / "train_gpt2.py", "prepare", source, "--out", "again",
@@ -116,7 +116,7 @@ def test_prepare_needs_no_more_memory_for_more_text(tmp_path):
     ("a.jsonl", b'{"text": "\xff"}', ["line 1"]),
     ("a.jsonl", b"[" * 100_000, ["line 1"]),
     ("a.txt.gz", b"no such thing", ["a.txt.gz", "gz"]),
-    ("a.txt.gz", gzip.compress(random.Random(1).randbytes(99))[:80], ["a.txt.gz", "fetch or pack it again"]),
+    ("a.txt.gz", gzip.compress(random.Random(1).randbytes(99))[:80], ["a.txt.gz", "download or compress it again"]),
     ("a.txt.gz", gzip.compress(b"a" * 99)[:15] + b"\xff" * 20, ["a.txt.gz"]),
     ("a.jsonl", b"\n \n", ["a.jsonl", "no text"]),
     ("a.txt", b"", ["a.txt", "no text"]),
@@ -284,9 +284,16 @@ def test_gpt2_vocab_puts_the_files_where_tiktoken_finds_them(tmp_path, bpe):
 
 
 # --- The default text ---------------------------------------------------------------------------------------
+def copy_of_driver(folder):
+    """Copies the driver and the modules that it loads."""
+    (folder / "dev" / "data").mkdir(parents=True)
+    for name in ("train_gpt2.py", "dev/fileio.py", "dev/convert.py", "dev/curves.py", "dev/data/fetch.py"):
+        shutil.copy(HERE / name, folder / name)
+
+
 def test_without_shakespeare_python_has_english(tmp_path, server):
     cache = tmp_path / "dev" / "data"
-    shutil.copy(HERE / "train_gpt2.py", tmp_path)     # the cache is beside it
+    copy_of_driver(tmp_path)                 # the cache is in its folder
 
     def said(**environment):
         shown = run(sys.executable, "train_gpt2.py", *SMALL, cwd=tmp_path, **environment).stdout
@@ -294,7 +301,7 @@ def test_without_shakespeare_python_has_english(tmp_path, server):
 
     one_sentence(said(), "Python's help texts from the standard library", "not tiny Shakespeare from GitHub",
                  "sha256", "pip")
-    assert server.requests == ["/input.txt"] and os.listdir(cache) == ["python_topics.txt"]
+    assert server.requests == ["/input.txt"] and sorted(p.name for p in cache.glob("*.txt")) == ["python_topics.txt"]
     one_sentence(said(GPT2_OFFLINE="1"), "help texts from dev/data/python_topics.txt", "GPT2_OFFLINE")
     (cache / "tinyshakespeare.txt").write_text("To bee")
     one_sentence(said(GPT2_OFFLINE="1"), "help texts", "dev/data/tinyshakespeare.txt: its sha256")
@@ -306,7 +313,7 @@ def test_shakespeare_is_fetched_once_and_kept(tmp_path, server, monkeypatch, cap
     name, title, origin, _, fetch = train_gpt2.DEFAULT_TEXTS[0]
     ours = (name, title, origin, hashlib.sha256(server.text).hexdigest(), fetch)
     monkeypatch.setattr(train_gpt2, "DEFAULT_TEXTS", [ours])
-    monkeypatch.setattr(train_gpt2, "HERE", str(tmp_path))
+    monkeypatch.setattr(train_gpt2, "DATA", str(tmp_path / "dev" / "data"))
     for origin in ("GitHub", "tinyshakespeare.txt"):
         path = tmp_path / "dev" / "data" / name
         assert train_gpt2.default_text() == str(path) and path.read_bytes() == server.text

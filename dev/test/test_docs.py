@@ -109,7 +109,7 @@ def sandbox(tmp_path):
     data = tmp_path / "dev" / "data"
     GPT2(GPT2Config(1024, 50257, 1, 1, 16)).save(tmp_path / "small.bin")
     hub = data / "gpt2"
-    train_gpt2.export_hf(GPT2.load(tmp_path / "small.bin"), None, str(hub), "F32")
+    train_gpt2.export_model(GPT2.load(tmp_path / "small.bin"), None, "hf", str(hub), "F32")
     for split in ("train_000001", "val_000000"):
         tokens = array.array("H", [i * 7919 % 50257 for i in range(2000)])
         (data / "fineweb10B").mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import train_gpt2
-from conftest import header, HERE, one_sentence, refused, run, tokens_of
+from conftest import fetch_module, header, HERE, one_sentence, refused, run, tokens_of
 
 
 # --- Downloads ----------------------------------------------------------------------------------------------
@@ -27,7 +27,8 @@ def fetch(server, tmp_path):
     folder data, and checks that nothing else is left there. Returns the ranges that were asked for."""
     def fetch(*faults, sha256=SHA256, size=len(BODY), body=BODY, path="/f", **options):
         server.text, server.faults, server.ranges = body, list(faults), []
-        train_gpt2.download(server.url + path, str(tmp_path / "data" / "f"), sha256, size, **options)
+        fetch_module.download(server.url + path, str(tmp_path / "data" / "f"), sha256, size,
+                              progress=train_gpt2.Progress(unit="MB", label=f"{tmp_path}/data/f: "), **options)
         assert os.listdir(tmp_path / "data") == ["f"] and (tmp_path / "data" / "f").read_bytes() == body
         return server.ranges
 
@@ -51,7 +52,7 @@ def test_a_download_goes_on_where_it_was(fetch, tmp_path, fault, words):
     assert fetch(fault, fault, fault, tries=2, timeout=0.2) == [(None, None)] + rest[:2]     # third: the last
     (tmp_path / "data" / "f").unlink()
     part = tmp_path / "data" / "f.part"
-    with refused(words, "goes on with the 25,600 bytes in", "f.part", "by hand"):
+    with refused(words, "resumes after the 25,600 bytes in", "f.part", "by hand"):
         fetch(fault, tries=1, timeout=0.2)
     assert part.read_bytes() == BODY[:third] and not (tmp_path / "data" / "f").exists()
     assert fetch(sha256=None, size=None) == rest[:1]
@@ -92,7 +93,7 @@ def test_a_wrong_file_is_deleted_and_reported(fetch, tmp_path, wrong, words):
     ({"size": 10}, "76,800 bytes long, expected 10"), ({"body": BODY + b"?", "sha256": None}, "76,801"),
     ({"size": 10**15}, "expected 1,000,000,000,000,000")])
 def test_a_file_of_the_wrong_size_is_not_fetched(fetch, tmp_path, wrong, words):
-    with refused(words, "nothing was fetched"):
+    with refused(words, "nothing was downloaded"):
         fetch(**wrong)
     assert os.listdir(tmp_path / "data") == []
 
@@ -130,7 +131,7 @@ def test_proxies_are_honoured(fetch, server, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", server.url)
     monkeypatch.setenv("https_proxy", server.url)
     server.text = BODY
-    train_gpt2.download("http://far.invalid/f", str(tmp_path / "f"), SHA256)
+    fetch_module.download("http://far.invalid/f", str(tmp_path / "f"), SHA256)
     with refused("502"):
         fetch("https://far.invalid/f", tries=1)
     assert server.requests == ["http://far.invalid/f", "/f", "far.invalid:443"]
@@ -139,11 +140,11 @@ def test_proxies_are_honoured(fetch, server, tmp_path, monkeypatch):
 def test_what_cannot_be_downloaded(fetch, server, tmp_path, monkeypatch):
     for url in "ftp://127.0.0.1/f file:///etc/passwd /etc/passwd http:// https://[ http://a:b/".split():
         with refused(url):
-            train_gpt2.download(url, str(tmp_path / "f"), tries=1)
-    with refused("without its size"):
+            fetch_module.download(url, str(tmp_path / "f"), tries=1)
+    with refused("has no Content-Length"):
         fetch("no size", size=None)
     monkeypatch.setenv("GPT2_OFFLINE", "1")
-    with refused("GPT2_OFFLINE", "data/f is missing or not right", f"fetch {server.url}/f by hand"):
+    with refused("GPT2_OFFLINE", "data/f is missing or invalid", f"fetch {server.url}/f by hand"):
         fetch()
     assert server.ranges == [] and os.listdir(tmp_path) == ["data"] and os.listdir(tmp_path / "data") == []
 
@@ -158,8 +159,8 @@ def test_a_download_shows_how_it_goes(fetch, server, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt2.Progress, "__init__", eager)
     fetch("cut")
     shown = capsys.readouterr().out
-    assert re.search(r"data/f\.part: 0\.1 of 0\.1 MB \| \d+\.\d MB/s \| 00:00 left\n", shown)
-    assert f"{server.url}/f: the connection ended after 25,600 of 76,800 bytes; trying again in 1 s" in shown
+    assert re.search(r"data/f: 0\.1 of 0\.1 MB \| \d+\.\d MB/s \| 00:00 left\n", shown)
+    assert f"{server.url}/f: the connection ended after 25,600 of 76,800 bytes; retrying in 1 s" in shown
 
 
 # --- Data sets ----------------------------------------------------------------------------------------------
@@ -261,8 +262,8 @@ def test_a_data_set_that_was_interrupted_goes_on(server, tmp_path):
         assert process.poll() is None
     one_sentence(run(*words, status=1).stderr, "fineweb_val_000000.bin.part", "another process")
     process.send_signal(signal.SIGINT)
-    one_sentence(process.communicate(timeout=30)[1], "stopped", "goes on with the", part.name, server.url)
+    one_sentence(process.communicate(timeout=30)[1], "stopped", "resumes after the", part.name, server.url)
     assert process.returncode == 130
-    one_sentence(run(*words, status=1).stderr, "no token shard")     # for it is whole now
+    one_sentence(run(*words, status=1).stderr, "not a token shard")     # for it is whole now
     assert server.ranges[-1][0] == f"bytes={len(BODY) * 10 // 3}-"
     one_sentence(run(*words, status=1, GPT2_OFFLINE="1").stderr, "GPT2_OFFLINE", "by hand")

@@ -18,8 +18,9 @@ import tempfile
 import pytest
 
 import train_gpt2
-from conftest import (as_bytes, as_lines, as_theirs, BUILD, command, header, HERE, hub_folder, LIB, lively,
-                      one_sentence, outputs, refused, run, spoil, tensors, TENSORS, write_safetensors)
+from conftest import (as_bytes, as_lines, as_theirs, BUILD, command, convert, fetch_module, header, HERE,
+                      hub_folder, LIB, lively, one_sentence, outputs, refused, run, spoil, tensors, TENSORS,
+                      write_safetensors)
 from train_gpt2 import GPT2, GPT2Config, GPT2Error
 
 
@@ -81,7 +82,7 @@ def test_a_second_run_in_a_directory_is_refused(data, whole_runs, tmp_path, fron
     fcntl.flock(lock, fcntl.LOCK_EX)
     done = run(*command(front, data, "", tmp_path / "run", resume=front == "driver"), status=1)
     os.close(lock)
-    one_sentence(done.stderr, tmp_path / "run", "not ended")
+    one_sentence(done.stderr, tmp_path / "run", "in use" if front == "driver" else "not ended")
     assert outputs(tmp_path / "run") == outputs(whole_runs[front][1])
     run(*command(front, data, "", tmp_path / "run", resume=True))
 
@@ -182,7 +183,7 @@ def test_the_driver_says_which_file_is_none(mainly, tmp_path, whole_runs, small,
 def test_a_model_that_shrinks_while_it_is_read_is_refused(tmp_path, small, monkeypatch):
     path = hub_folder(tmp_path, small) / "model.safetensors"
     write_safetensors(path, as_theirs(small))
-    monkeypatch.setattr(train_gpt2, "read_heads", lambda *_: os.truncate(path, path.stat().st_size - 4) or 3)
+    monkeypatch.setattr(convert, "read_heads", lambda *_: os.truncate(path, path.stat().st_size - 4) or 3)
     with refused(path, "shorter"):
         train_gpt2.open_model(str(path), "cpu")
 
@@ -270,9 +271,9 @@ def test_names_in_an_archive_are_no_places_to_write_to(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "deep" / "tmp"))
     monkeypatch.setattr(subprocess, "run", downloaded)
     link = False
-    assert train_gpt2.gutenberg_shakespeare() == b"ab\n\n\nab\n\n\nab\n"
+    assert fetch_module.gutenberg_shakespeare() == b"ab\n\n\nab\n\n\nab\n"
     link = True
     with pytest.raises((KeyError, AttributeError)):     # default_text goes on to the next text
-        train_gpt2.gutenberg_shakespeare()
+        fetch_module.gutenberg_shakespeare()
     assert [*os.walk(tmp_path)] == [(str(tmp_path), ["deep"], []), (str(tmp_path / "deep"), ["tmp"], []),
                                     (str(tmp_path / "deep" / "tmp"), [], [])]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import train_gpt2
-from conftest import driver, LIB, metrics, TEXT, tokens_of, told
+from conftest import curves, driver, LIB, metrics, TEXT, tokens_of, told
 from train_gpt2 import GPT2, GPT2Config, Loader
 
 
@@ -83,8 +83,8 @@ def test_the_best_model_is_kept_over_a_resumption(base):
     assert LIB.gpt2_newest(str(parts)) == 6     # what was validated beyond step 4 before does not count
     shown = driver("--resume", "--out", parts, "--patience", 0).stdout
     assert f"{rows[2]:.4f} at step 2 ({parts}/best.bin)" in shown
-    curves, resumed = (train_gpt2.read_curves(str(folder)) for folder in (whole, parts))
-    assert all(resumed[name] == curves[name] for name in ("loss", "val_loss", "lr", "norm"))
+    uninterrupted, resumed = (curves.read_curves(str(folder)) for folder in (whole, parts))
+    assert all(resumed[name] == uninterrupted[name] for name in ("loss", "val_loss", "lr", "norm"))
     assert len(metrics(parts)) > len(metrics(whole))
     for folder in (whole, parts):
         model = GPT2.load(folder / "best.bin")

@@ -14,8 +14,9 @@ import threading
 import pytest
 
 import train_gpt2
-from conftest import (as_bytes, as_theirs, driver, encoded, header, HERE, hub_folder, lively, one_sentence,
-                      refused, relative, run, spoil, tensors, TEXT, token_rows, told, write_safetensors)
+from conftest import (as_bytes, as_theirs, convert, driver, encoded, header, HERE, hub_folder, lively,
+                      one_sentence, refused, relative, run, spoil, tensors, TEXT, token_rows, told,
+                      write_safetensors)
 from train_gpt2 import GPT2, GPT2Config, GPT2Error
 
 
@@ -134,7 +135,7 @@ def rename(name, new):
     (spoil("shape", [3, 4]), "(3, 4), expected (12,)"), (spoil("data_offsets", [0, 48]), "overlaps"),
     (spoil("data_offsets", 1), "TypeError"), (spoil("data_offsets", [-48, 0]), "ln_f.bias"),
     (spoil("data_offsets", [10**9, 10**9 + 48]), "ln_f"), (lambda entries: entries.update(x=3), "TypeError"),
-    (lambda entries: entries.clear(), "up to byte"), (lambda entries: entries.pop("wpe.weight"), "gaps"),
+    (lambda entries: entries.clear(), "end at byte 10"), (lambda entries: entries.pop("wpe.weight"), "gaps"),
     (rename("ln_f.bias", "ln_f.basis"), "'ln_f.basis' is (12,), expected no such"),
     (rename("h.1.ln_2.bias", "score"), "'h.1.ln_2.bias' is missing, expected (12,)"),
     (rename("h.1.ln_1.bias", "h.2.ln_1.weight"), "'h.1.ln_1.bias' is missing"),
@@ -147,7 +148,7 @@ def test_a_safetensors_header_that_lies_gets_one_sentence(tmp_path, small, chang
 
 @pytest.mark.parametrize("length, header, words", [
     (None, b"", "0 bytes"), (None, b"\x10", "1 bytes"), (2**64 - 1, b"", "8 bytes"), (9, b"{}", "10 bytes"),
-    (2, b"[]", "not a GPT-2"), (2, b"{}", "wte.weight"), (2, b"{}more", "up to byte 10"),
+    (2, b"[]", "not a GPT-2"), (2, b"{}", "wte.weight"), (2, b"{}more", "end at byte 10"),
     (1, b"\xff", "decode"), (10**5, b"[" * 10**5, "not a"), (10**5, b'{"a":' * 20000, "not a")])
 def test_a_file_that_is_no_safetensors_gets_one_sentence(tmp_path, length, header, words):
     begin = b"" if length is None else struct.pack("<Q", length)
@@ -221,7 +222,7 @@ def test_a_name_on_the_hub_is_fetched_once(tmp_path, small, monkeypatch):
             requests.append(self.path)
 
     handler = functools.partial(Handler, directory=tmp_path)
-    monkeypatch.setattr(train_gpt2, "HERE", str(tmp_path))
+    monkeypatch.setattr(train_gpt2, "DATA", str(tmp_path / "dev" / "data"))
     with refused("GPT2_OFFLINE"):
         train_gpt2.open_model("gpt2", "cpu")
     monkeypatch.delenv("GPT2_OFFLINE")
@@ -287,16 +288,17 @@ def toy_bpe():
 
 def test_a_tokenizers_merges_are_found_again(toy_bpe):
     tokenizer, merges = toy_bpe
-    tokens, pairs = train_gpt2.spell(tokenizer)
+    tokens, pairs = convert.vocabulary(tokenizer.pieces, tokenizer.end)
     assert pairs == [" ".join(piece.decode().replace(" ", "\u0120") for piece in pair) for pair in merges]
     assert tokens[24:30] == ["y", "z", "\u0120", "<|endoftext|>", "th", "the"] and len(tokens) == 35
-    tokens, pairs = train_gpt2.spell(train_gpt2.ByteTokenizer())
+    byte = train_gpt2.ByteTokenizer()
+    tokens, pairs = convert.vocabulary(byte.pieces, byte.end)
     assert [tokens[i] for i in (0, 10, 65, 0xAD, 0xFF)] == ["<|endoftext|>", "\u010a", "A", "\u0143", "\xff"]
     assert pairs == [] and len(set(tokens)) == 256
     for piece, end in ((b"abc", 27), (b"", 27), (b"a", 27), (b"aZ", 27), (b"th", 27), (b"ab", -1)):
         pieces = [*tokenizer.pieces[:28], piece, *tokenizer.pieces[28:]]
-        with refused("of the tokenizer", "byte-pair"):
-            train_gpt2.spell(train_gpt2.GPT2Tokenizer(pieces, end))
+        with refused("of the tokenizer", "byte-level BPE"):
+            convert.vocabulary(pieces, end)
 
 
 def gpt2s_vocabulary():
@@ -311,7 +313,8 @@ def test_transformers_reads_our_tokenizers(tmp_path, toy_bpe):
     transformers = pytest.importorskip("transformers")
     text = TEXT + "It's 12345,\t\u65e5\u672c \x7f \U0001f600  don't\r\n\n  'll"
     for tokenizer in (train_gpt2.ByteTokenizer(), gpt2s_vocabulary()):
-        train_gpt2.export_hf(GPT2(GPT2Config(4, len(tokenizer.pieces), 1, 1, 2)), tokenizer, tmp_path, "F32")
+        train_gpt2.export_model(GPT2(GPT2Config(4, len(tokenizer.pieces), 1, 1, 2)), tokenizer, "hf", tmp_path,
+                                "F32")
         for kind in (transformers.AutoTokenizer, transformers.GPT2TokenizerFast):
             theirs = kind.from_pretrained(tmp_path)
             tokens = theirs(text)["input_ids"]
@@ -319,7 +322,7 @@ def test_transformers_reads_our_tokenizers(tmp_path, toy_bpe):
             assert theirs("<|endoftext|>")["input_ids"] == [theirs.eos_token_id] == [tokenizer.end]
             assert len(theirs) == len(tokenizer.pieces)
     tokenizer, _ = toy_bpe
-    train_gpt2.export_hf(GPT2(GPT2Config(4, 35, 1, 1, 2)), tokenizer, tmp_path, "F32")
+    train_gpt2.export_model(GPT2(GPT2Config(4, 35, 1, 1, 2)), tokenizer, "hf", tmp_path, "F32")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert [tokenizer.pieces[i] for i in theirs("the other here")["input_ids"]] == [
         b"the", b" ", b"o", b"ther", b" ", b"her", b"e"]
@@ -370,7 +373,7 @@ def test_ggufs_own_reader_finds_all_of_a_model(tmp_path, toy_bpe, dtype):
     assert facts["gpt2.attention.layer_norm_epsilon"] == pytest.approx(1e-5)
     assert (facts["tokenizer.ggml.model"], facts["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     found = (facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.merges"])
-    assert found == train_gpt2.spell(tokenizer) and len(found[1]) == len(merges)
+    assert found == convert.vocabulary(tokenizer.pieces, tokenizer.end) and len(found[1]) == len(merges)
     assert facts["tokenizer.ggml.token_type"] == [3 if i == 27 else 1 for i in range(35)]
     assert facts["tokenizer.ggml.bos_token_id"] == facts["tokenizer.ggml.eos_token_id"] == 27
     found = {tensor.name: tensor for tensor in reader.tensors}

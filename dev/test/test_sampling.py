@@ -188,7 +188,7 @@ def test_a_sample_streams_text_up_to_a_stop(byte_model, tmp_path):
     text = bytes(itertools.takewhile(bool, tokens)).decode(errors="replace")     # byte 0 ends a text
     assert whole.stdout == f"{prompt}{text}\n"
     assert re.search(r"^\(29 tokens read in .* tokens/s\)", whole.stderr)
-    assert "past the model's context of 16 tokens, the last 8 or more counted" in whole.stderr
+    assert "longer than the model's context of 16 tokens; the last 8 or more were used" in whole.stderr
     stop = text[3:5]
     assert sample("--tokens", 60, "--stop", stop).stdout == prompt + text.split(stop)[0] + "\n"
     words = [sys.executable, HERE / "train_gpt2.py", "sample", path, "--prompt", "-", "--tokens", "60"]
@@ -226,7 +226,7 @@ def test_eval_gives_loss_perplexity_and_bits_per_byte(byte_model, tmp_path):
     shown = driver("eval", path, "--data", tmp_path / "my.txt").stdout
     values = [float(value) for value in re.findall(r"^\w+: +([\d.]+)", shown, re.M)]
     assert values == pytest.approx([loss, math.exp(loss), loss / math.log(2)], rel=1e-4)
-    assert f"{rows * T:,} tokens in rows of 16" in shown and f"{rows * T:,} bytes" in shown
+    assert f"{rows * T:,} tokens in sequences of 16" in shown and f"{rows * T:,} bytes" in shown
     driver("prepare", tmp_path / "my.txt", "--out", tmp_path / "shards", "--val-fraction", 0)
     assert driver("eval", path, "--data", tmp_path / "shards" / "train_*.bin").stdout == shown
     told(driver("eval", path, status=1), "--data")
@@ -246,7 +246,7 @@ def test_eval_counts_hellaswag(byte_model, tmp_path):
         right, by_length, _ = model.hellaswag(tmp_path / "h.bin", 0, count)
         for name in ("h.jsonl", "h.bin"):
             shown = driver("eval", path, "--hellaswag", tmp_path / name, "--examples", count).stdout
-            assert f"{right / count:.4f} right, {by_length / count:.4f} by the mean" in shown
-            assert f"of {count} examples" in shown
+            assert f"accuracy {right / count:.4f}, by the mean over tokens {by_length / count:.4f}" in shown
+            assert f"over {count} examples" in shown
     (tmp_path / "h.jsonl").write_text('{"ctx": "a", "endings": ["b"]}\n')
     told(driver("eval", path, "--hellaswag", tmp_path / "h.jsonl", status=1), "h.jsonl: line 1")

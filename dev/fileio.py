@@ -1,0 +1,65 @@
+"""Reading and writing files safely; shared by convert.py, curves.py and data/fetch.py.
+
+train_gpt2.py has the same few functions of its own, since it must work without this folder.
+"""
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+
+
+class Error(Exception):
+    """One sentence for the user."""
+
+
+def printable(text):
+    """Text from a file without control characters, which could manipulate the terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def regular(path, flags):
+    """An opener for open() that rejects anything but a regular file; a pipe, for instance, would block."""
+    file = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return file
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Adds the path to an OSError from read or write, which lacks it."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror:
+            error.filename = error.filename or path
+        raise
+
+
+def write_file(path, *parts):
+    """Writes a file atomically. The parts are bytes-like, or generators of them."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with naming(path), open(temporary, "wb") as file:
+            for part in parts:
+                if hasattr(part, "__next__"):
+                    file.writelines(part)
+                else:
+                    file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
