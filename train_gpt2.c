@@ -33,7 +33,12 @@ extern "C" {
 #pragma GCC visibility push(default)
 typedef struct GPT2 GPT2;                 /* parameters, gradients, moments, activations */
 typedef struct { int32_t max_T, V, L, NH, C; } GPT2Config;
-enum { GPT2_TENSORS = 16, GPT2_DIFFS = GPT2_TENSORS + 2, GPT2_WINDOW = 128 };
+/* The tensors in file order; from GPT2_LN1W to GPT2_FCPROJB they are stacked over layers. */
+enum { GPT2_WTE, GPT2_WPE,
+       GPT2_LN1W, GPT2_LN1B, GPT2_QKVW, GPT2_QKVB, GPT2_ATTPROJW, GPT2_ATTPROJB,
+       GPT2_LN2W, GPT2_LN2B, GPT2_FCW, GPT2_FCB, GPT2_FCPROJW, GPT2_FCPROJB,
+       GPT2_LNFW, GPT2_LNFB, GPT2_TENSORS };
+enum { GPT2_DIFFS = GPT2_TENSORS + 2, GPT2_WINDOW = 128 };
 enum { GPT2_PARAM, GPT2_GRAD, GPT2_MOMENT1, GPT2_MOMENT2 };     /* the kinds of a tensor */
 const char *gpt2_error(void);
 /* --- the model (section 2) --- */
@@ -79,7 +84,8 @@ double gpt2_ceiling(void);                       /* FLOP/s that no step can exce
    lnfw lnfb. Returns its number of elements (-1 for a bad index), its name and its shape, L first where it
    has layers, 0 for dimensions that it has not; either may be NULL. */
 int64_t gpt2_tensor(const GPT2Config *config, int index, const char **name, int64_t shape[3]);
-enum { GPT2_DECAYED = 1 | 1 << 1 | 1 << 4 | 1 << 6 | 1 << 10 | 1 << 12 };     /* bit i: tensor i decays */
+enum { GPT2_DECAYED = 1 << GPT2_WTE | 1 << GPT2_WPE | 1 << GPT2_QKVW | 1 << GPT2_ATTPROJW | 1 << GPT2_FCW |
+                      1 << GPT2_FCPROJW };       /* bit i: tensor i has weight decay */
 int64_t gpt2_parameters(const GPT2Config *config);                 /* without padding */
 double gpt2_flops_per_token(const GPT2Config *config, int T);      /* of a training step: 6 P + 6 L T C */
 int gpt2_config_check(const GPT2Config *config);                   /* can a model have this shape? */
@@ -189,8 +195,7 @@ static inline double seconds(void) {
 /* === 2. The model ======================================================================================= */
 
 /* --- Vectors -----------------------------------------------------------------------------------------------
-   One source for every processor: GCC's and Clang's vector extension, as wide as the target's registers.
-   Loads and stores are memcpy, which is one unaligned move, and takes a part of a vector at an edge. */
+   GCC's and Clang's vector extension, as wide as the target's registers: one source for every processor. */
 #if defined(LANES)                        /* given: any of the three widths runs on any processor */
 #elif defined(__AVX512F__)
 #define LANES 16
@@ -205,89 +210,747 @@ typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef float v4 __attribute__((vector_size(16)));
 #define SPLAT(x) ((x) - (vf){0})
 
-/* The first min(n, LANES) floats at p, the other lanes `fill`. */
+/* Loads min(n, LANES) floats, and `fill` into the other lanes. memcpy is one unaligned move. */
 static inline vf vload_fill(const float *p, size_t n, float fill) {
     vf v = SPLAT(fill);
-    n >= LANES ? memcpy(&v, p, sizeof v) : memcpy(&v, p, n * sizeof *p);
+    if (n >= LANES) memcpy(&v, p, sizeof v);
+    else memcpy(&v, p, n * sizeof *p);
     return v;
 }
 static inline vf vload(const float *p, size_t n) { return vload_fill(p, n, 0); }
 static inline void vstore(float *p, vf v, size_t n) {
-    n >= LANES ? memcpy(p, &v, sizeof v) : memcpy(p, &v, n * sizeof *p);
+    if (n >= LANES) memcpy(p, &v, sizeof v);
+    else memcpy(p, &v, n * sizeof *p);
 }
 
 static inline vf vselect(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 static inline vf vmax(vf a, vf b) { return vselect(a > b, a, b); }
 static inline vf vsquare(vf v) { return v * v; }
 
-static inline float vsum(vf v) {          /* always in the same order */
+static inline float vsum(vf v) {          /* in a fixed order */
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += v[i];
     return sum;
 }
-static inline float vtop(vf v) {
+static inline float vtop(vf v) {          /* the largest lane */
     float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
+    for (int i = 1; i < LANES; i++)
+        if (v[i] > top) top = v[i];
     return top;
 }
 
-/* e^x to about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, then the Taylor series of e^r, whose ninth term is
-   below half an ulp, times 2^n put together from its bits. Adding 1.5·2^23 rounds to an integer and leaves it
-   in the low bits. ln 2 is taken off in two parts, the first with so few bits that n times it is exact (Cody
-   & Waite 1980). Below -88 the result is 0, above 88 it stays at e^88; NaN stays NaN. */
+/* e^x to about 1 ulp, with x = n ln 2 + r and |r| <= ln 2 / 2; 0 below -88, e^88 above 88; NaN stays NaN. */
 static inline vf vexp(vf x) {
-    const float magic = 12582912.0f;
+    const float magic = 12582912.0f;      /* 1.5 · 2^23: adding it rounds to an integer in the low bits */
     x = vselect(x < -88.0f, SPLAT(-88.0f), vselect(x > 88.0f, SPLAT(88.0f), x));
     vf shifted = x * 1.44269504f + magic;
     vf n = shifted - magic;
-    vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;     /* ln 2 in two parts (Cody & Waite 1980) */
     static const float factors[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    vf series = SPLAT(1.0f / 5040);
+    vf series = SPLAT(1.0f / 5040);       /* Taylor series of e^r; the next term is below half an ulp */
 #pragma GCC unroll 8
     for (int i = 0; i < 7; i++) series = series * r + factors[i];
     return series * (vf)(((vu)shifted + 127) << 23);     /* 2^n */
 }
 
-/* --- Matrix product ----------------------------------------------------------------------------------------
-   C = A·B after Goto & van de Geijn (2008, "Anatomy of High-Performance Matrix Multiplication"). A tile of MR
-   × NR results stays in registers while k runs; a step of k takes MR values of A and NR of B, so both are
-   packed into panels in which these lie side by side: A in panels of MR rows, B in panels of NR columns.
+/* The size of equal pieces of n, a multiple of unit and at most about `most`. */
+static size_t even_size(size_t n, size_t most, size_t unit) {
+    const size_t pieces = (n + most - 1) / most;
+    return round_up((n + pieces - 1) / pieces, unit);
+}
 
-     registers   MR × NV sums, NV vectors of B, a broadcast of A: 6 × 2 fill 16 registers, 8 × 3 fill 32
-     L1          a panel of B: KC × NR floats, 12 or 18 KiB, packed by its user (twice KC: error + 30 %)
-     L2          what a thread has so far of NR columns of C, side by side there until k is through
-     L2 and L3   a block of A: ROOM floats at most, packed by its user, and read once for every panel
+/* --- Matrix product, declared ------------------------------------------------------------------------------
+   Defined at the end of this section. Row and column strides let it serve all products of a linear layer. */
+typedef struct { const float *p; size_t row, col; } Matrix;     /* p[i * row + j * col]; row or col is 1 */
+static Matrix transposed(Matrix m) { return (Matrix){m.p, m.col, m.row}; }
+static Matrix submatrix(Matrix m, size_t row, size_t col) {     /* from that element on */
+    return (Matrix){m.p + row * m.row + col * m.col, m.row, m.col};
+}
 
-   Rows and columns have strides, so that one function serves the three products of a linear layer. NR columns
-   of a band of up to MC rows of C are a thread's unit of work; a sum over k runs in the same order whoever
-   takes it, so that the bits do not depend on the threads. A thread packs both A and B for itself: taking over
-   what another one packed cost up to 10 %, packing it twice 1 %. dev/doc/gemm.md has all such figures. */
-#if LANES == 16
+#if LANES == 16                           /* MR rows x NV vectors of C in registers; KC steps of k in L1 */
 enum { MR = 8, NV = 3, KC = 96 };
 #elif defined(__aarch64__)
 enum { MR = 12, NV = 2, KC = 384 };
 #else
 enum { MR = 6, NV = 2, KC = 1536 / LANES };
 #endif
-enum { NR = NV * LANES, MC = 1056, ROOM = 1056 * MC };
-enum { LEAST = 264, BANDS = 64 };         /* rows of a band, if there are so many; bands at a time */
-enum { GROUP = 48 };                      /* rows of A that are packed at a time: whole cache lines */
-
-typedef struct { const float *p; size_t row, col; } Matrix;     /* p[i * row + j * col]; row or col is 1 */
-static Matrix transposed(Matrix m) { return (Matrix){m.p, m.col, m.row}; }
-static Matrix from(Matrix m, size_t row, size_t col) {
-    return (Matrix){m.p + row * m.row + col * m.col, m.row, m.col};
-}
+enum { NR = NV * LANES, MC = 1056 };      /* columns of a panel of B; rows of a band of A */
+enum { PACK_A = 1056 * MC, PACK_B = (KC + MC) * NR };     /* floats of buffers per thread */
 
 typedef struct {
     int threads;
-    float *pack_a, *pack_b;               /* (threads, ROOM), (threads, KC + MC, NR) */
-    float *own;                           /* (threads, own_floats) for attention */
-    size_t own_floats;
+    float *pack_a, *pack_b;               /* (threads, PACK_A), (threads, PACK_B) */
+    float *scratch;                       /* (threads, scratch_floats), for attention */
+    size_t scratch_floats;
 } Workspace;
 
-/* Rows become columns, by shuffles: gathered one by one they made packing B 5 % of the time, now 1.5 %. */
-static inline void transpose(v4 x[4]) {
+/* c (M,N) = a (M,K) · b (K,N) + bias (N) + add (M,N), the last two unless NULL. Rows of c and of add
+   are ldc apart; add may be c. */
+static void gemm(const Workspace *ws, float *c, size_t ldc, Matrix a, Matrix b, size_t M, size_t N, size_t K,
+                 const float *bias, const float *add);
+
+/* --- Layers ------------------------------------------------------------------------------------------------
+   Pure functions over arrays: outputs first, dimensions last; N = B·T rows. With `add` a backward function
+   accumulates gradients of parameters, otherwise it overwrites them. dev/doc/layers.md derives them all. */
+
+/* Token and position embedding. */
+static void encoder_forward(float *out,                            /* (N,C) = wte[x] + wpe[t] */
+                            const int32_t *x, const float *wte, const float *wpe,
+                            size_t N, size_t T, size_t C) {
+#pragma omp parallel for
+    for (size_t n = 0; n < N; n++)
+        for (size_t c = 0; c < C; c++) out[n * C + c] = wte[(size_t)x[n] * C + c] + wpe[n % T * C + c];
+}
+
+/* Always accumulates: the classifier has written to dwte before. */
+static void encoder_backward(float *dwte, float *dwpe,             /* (Vp,C), (max_T,C) */
+                             const float *dout, const int32_t *x, size_t N, size_t T, size_t C) {
+    enum { COLUMNS = 64 };                /* threads split the columns, since rows of equal tokens collide */
+#pragma omp parallel for
+    for (size_t first = 0; first < C; first += COLUMNS)
+        for (size_t n = 0; n < N; n++)
+            for (size_t c = first; c < min(first + COLUMNS, C); c++) {
+                dwte[(size_t)x[n] * C + c] += dout[n * C + c];
+                dwpe[n % T * C + c] += dout[n * C + c];
+            }
+}
+
+/* Sums over rows, for the gradients of biases and of layer norm's weights. */
+static void column_sums(float *db, float *dw,                      /* (C) Σ dout, (C) Σ dout · norm or NULL */
+                        const float *dout, const float *inp, const float *mean, const float *rstd,
+                        size_t N, size_t C, int add) {
+    enum { ROWS = 64 };                   /* partial sums: the error of one long sum would grow with N */
+#pragma omp parallel for
+    for (size_t c = 0; c < C; c += LANES) {
+        vf sum_b = {0}, sum_w = {0};
+        for (size_t first = 0; first < N; first += ROWS) {
+            vf part_b = {0}, part_w = {0};
+            for (size_t n = first; n < min(first + ROWS, N); n++) {
+                vf d = vload(dout + n * C + c, C - c);
+                part_b += d;
+                if (dw) part_w += d * ((vload(inp + n * C + c, C - c) - mean[n]) * rstd[n]);
+            }
+            sum_b += part_b;
+            sum_w += part_w;
+        }
+        if (add) sum_b += vload(db + c, C - c);
+        vstore(db + c, sum_b, C - c);
+        if (!dw) continue;
+        if (add) sum_w += vload(dw + c, C - c);
+        vstore(dw + c, sum_w, C - c);
+    }
+}
+
+/* Layer normalization over the channels (Ba, Kiros & Hinton 2016): norm = (inp - mean) · rstd. */
+static void layernorm_forward(float *out, float *mean, float *rstd,     /* (N,C) = norm · w + b; (N); (N) */
+                              const float *inp, const float *w, const float *b, size_t N, size_t C) {
+#pragma omp parallel for
+    for (size_t n = 0; n < N; n++) {
+        const float *x = inp + n * C;
+        vf sum = {0}, squares = {0};
+        for (size_t c = 0; c < C; c += LANES) sum += vload(x + c, C - c);
+        mean[n] = vsum(sum) / (float)C;
+        for (size_t c = 0; c < C; c += LANES) squares += vsquare(vload_fill(x + c, C - c, mean[n]) - mean[n]);
+        rstd[n] = 1.0f / sqrtf(vsum(squares) / (float)C + 1e-5f);
+        for (size_t c = 0; c < C; c += LANES) {
+            vf norm = (vload(x + c, C - c) - mean[n]) * rstd[n];
+            vstore(out + n * C + c, norm * vload(w + c, C - c) + vload(b + c, C - c), C - c);
+        }
+    }
+}
+
+/* With g = w · dout: dinp += rstd · (g - mean(g) - norm · mean(g · norm)). */
+static void layernorm_backward(float *dinp, float *dw, float *db,       /* (N,C), (C), (C) */
+                               const float *dout, const float *inp, const float *w, const float *mean,
+                               const float *rstd, size_t N, size_t C, int add) {
+#pragma omp parallel for
+    for (size_t n = 0; n < N; n++) {
+        const float *x = inp + n * C, *d = dout + n * C;
+        vf sum_g = {0}, sum_g_norm = {0};
+        for (size_t c = 0; c < C; c += LANES) {
+            vf g = vload(w + c, C - c) * vload(d + c, C - c);
+            sum_g += g;
+            sum_g_norm += g * ((vload(x + c, C - c) - mean[n]) * rstd[n]);
+        }
+        float mean_g = vsum(sum_g) / (float)C, mean_g_norm = vsum(sum_g_norm) / (float)C;
+        for (size_t c = 0; c < C; c += LANES) {
+            vf g = vload(w + c, C - c) * vload(d + c, C - c), old = vload(dinp + n * C + c, C - c);
+            vf norm = (vload(x + c, C - c) - mean[n]) * rstd[n];
+            vstore(dinp + n * C + c, old + (g - mean_g - norm * mean_g_norm) * rstd[n], C - c);
+        }
+    }
+    column_sums(db, dw, dout, inp, mean, rstd, N, C, add);
+}
+
+/* Linear layer with w (OC,C), and the residual stream (N,OC) added unless that is NULL. */
+static void linear_forward(const Workspace *ws, float *out,        /* (N,OC) = inp (N,C)·wᵀ + b + residual */
+                           const float *inp, const float *w, const float *b, const float *residual,
+                           size_t N, size_t C, size_t OC) {
+    gemm(ws, out, OC, (Matrix){inp, C, 1}, (Matrix){w, 1, C}, N, OC, C, b, residual);
+}
+static void linear_backward_input(const Workspace *ws, float *dinp,     /* (N,C) = dout (N,OC) · w */
+                                  const float *dout, const float *w, size_t N, size_t C, size_t OC) {
+    gemm(ws, dinp, C, (Matrix){dout, OC, 1}, (Matrix){w, C, 1}, N, C, OC, NULL, NULL);
+}
+static void linear_backward_weight(const Workspace *ws, float *dw,     /* (OC,C) = doutᵀ · inp */
+                                   float *db,                          /* (OC) = Σ dout over rows */
+                                   const float *dout, const float *inp, size_t N, size_t C, size_t OC,
+                                   int add) {
+    gemm(ws, dw, C, (Matrix){dout, 1, OC}, (Matrix){inp, C, 1}, OC, C, N, NULL, add ? dw : NULL);
+    column_sums(db, NULL, dout, NULL, NULL, NULL, N, OC, add);
+}
+
+/* GELU in the tanh form (Hendrycks & Gimpel 2016): x/2 · (1 + tanh u) = x · σ(2u), with σ the logistic function
+   and u = √(2/π) (x + 0.044715 x³). Unless dx is NULL, dx *= the derivative at inp. */
+static void gelu(float *out, float *dx, const float *inp, size_t n) {
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i += LANES) {
+        vf x = vload(inp + i, n - i), twice_u = x * (1.59576912f + 0.0713548163f * x * x);
+        vf sigma = 1.0f / (1.0f + vexp(-twice_u)), slope = 1.59576912f + 3 * 0.0713548163f * x * x;
+        vstore(out + i, x * sigma, n - i);
+        if (dx) vstore(dx + i, vload(dx + i, n - i) * (sigma + x * sigma * (1.0f - sigma) * slope), n - i);
+    }
+}
+
+/* Replaces a row of n logits by scale · softmax(factor · row). Returns log Σ exp(factor · row). */
+static float softmax(float *row, size_t n, float factor, float scale) {
+    vf tops = SPLAT(-INFINITY), sums = {0};
+    for (size_t i = 0; i < n; i += LANES) tops = vmax(vload_fill(row + i, n - i, -INFINITY), tops);
+    const float top = vtop(tops) * factor;
+    for (size_t i = 0; i < n; i += LANES) {
+        const vf e = vexp(vload_fill(row + i, n - i, -INFINITY) * factor - top);
+        vstore(row + i, e, n - i);
+        sums += e;
+    }
+    const float sum = vsum(sums);
+    for (size_t i = 0; i < n; i += LANES) vstore(row + i, vload(row + i, n - i) * (scale / sum), n - i);
+    return top + logf(sum);
+}
+
+/* Replaces dp (n), the gradient of probabilities p (n), by factor · that of the logits: p · (dp - Σ p dp). */
+static void softmax_backward(float *dp, const float *p, size_t n, float factor) {
+    vf sums = {0};
+    for (size_t i = 0; i < n; i += LANES) sums += vload(p + i, n - i) * vload(dp + i, n - i);
+    const float sum = vsum(sums);
+    for (size_t i = 0; i < n; i += LANES)
+        vstore(dp + i, vload(p + i, n - i) * (vload(dp + i, n - i) - sum) * factor, n - i);
+}
+
+/* Cross-entropy, forward and backward: rows of V logits, Vp apart, become scale · (softmax - one-hot(y)). */
+static void crossentropy(float *losses, float *logits,             /* (N) = -log softmax(logits)[y]; (N,Vp) */
+                         const int32_t *y, size_t N, size_t V, size_t Vp, float scale) {
+#pragma omp parallel for
+    for (size_t n = 0; n < N; n++) {
+        float *row = logits + n * Vp, target = row[y[n]];
+        losses[n] = softmax(row, V, 1, scale) - target;
+        row[y[n]] -= scale;
+    }
+}
+
+/* --- Attention ---------------------------------------------------------------------------------------------
+   Causal: out = softmax(q·kᵀ / √hs)·v for each head of hs = C / NH channels. A thread takes a head and goes
+   through strips of QUERIES rows of scores, which stay in L2: there is no T × T matrix. The backward pass
+   recomputes the strips. */
+enum { QUERIES = 96 };
+
+static size_t attention_floats(size_t T) { return 2 * QUERIES * T; }     /* scratch: two strips of scores */
+
+/* The current thread's part of a workspace, for products on one thread. */
+static Workspace thread_workspace(const Workspace *ws) {
+    const size_t i = (size_t)omp_get_thread_num();
+    float *scratch = ws->scratch + i * ws->scratch_floats;
+    return (Workspace){1, ws->pack_a + i * PACK_A, ws->pack_b + i * PACK_B, scratch, 0};
+}
+
+/* p (rows,T): the probabilities of queries q … q + rows - 1, softmax(factor · q·kᵀ), 0 for later keys. */
+static void attention_scores(const Workspace *ws, float *p, Matrix Q, Matrix K, size_t q, size_t rows,
+                             size_t T, size_t hs, float factor) {
+    gemm(ws, p, T, submatrix(Q, q, 0), transposed(K), rows, q + rows, hs, NULL, NULL);
+    for (size_t i = 0; i < rows; i++) {
+        softmax(p + i * T, q + i + 1, factor, 1);
+        memset(p + i * T + q + i + 1, 0, (rows - i - 1) * sizeof *p);
+    }
+}
+
+/* With B = 1, only the positions from `first` on are computed (generation). */
+static void attention_forward(const Workspace *ws, float *out,     /* (B,T,C), or (T - first,C) */
+                              const float *qkv,                    /* (B,T,3C) */
+                              size_t B, size_t first, size_t T, size_t C, size_t NH) {
+    const size_t hs = C / NH;
+#pragma omp parallel for schedule(dynamic) num_threads(ws->threads)
+    for (size_t head = 0; head < B * NH; head++) {
+        const size_t b = head / NH, channel = head % NH * hs;
+        const Matrix Q = {qkv + b * T * 3 * C + channel, 3 * C, 1}, K = submatrix(Q, 0, C);
+        const Matrix V = submatrix(Q, 0, 2 * C);
+        const Workspace own = thread_workspace(ws);
+        for (size_t q = first; q < T; q += QUERIES) {
+            const size_t rows = min(QUERIES, T - q);
+            attention_scores(&own, own.scratch, Q, K, q, rows, T, hs, 1 / sqrtf((float)hs));
+            const Matrix P = {own.scratch, T, 1};
+            float *out_rows = out + (b * T + q - first) * C + channel;
+            gemm(&own, out_rows, C, P, V, rows, hs, q + rows, NULL, NULL);
+        }
+    }
+}
+
+/* With P the probabilities and S the scores: dP = dout·vᵀ, dv = Pᵀ·dout, dq = dS·k, dk = dSᵀ·q. */
+static void attention_backward(const Workspace *ws, float *dqkv,   /* (B,T,3C) */
+                               const float *dout, const float *qkv,     /* (B,T,C), (B,T,3C) */
+                               size_t B, size_t T, size_t C, size_t NH) {
+    const size_t hs = C / NH, C3 = 3 * C;
+    const float factor = 1 / sqrtf((float)hs);
+#pragma omp parallel for schedule(dynamic) num_threads(ws->threads)
+    for (size_t head = 0; head < B * NH; head++) {
+        const size_t b = head / NH, channel = head % NH * hs;
+        const Matrix Q = {qkv + b * T * C3 + channel, C3, 1}, K = submatrix(Q, 0, C);
+        const Matrix V = submatrix(Q, 0, 2 * C), O = {dout + b * T * C + channel, C, 1};
+        const Workspace own = thread_workspace(ws);
+        float *p = own.scratch, *ds = p + QUERIES * T;
+        float *dq = dqkv + b * T * C3 + channel, *dk = dq + C, *dv = dk + C;
+        /* The last strip comes first: its queries see all keys, so it can overwrite dk and dv. */
+        for (size_t strip = (T + QUERIES - 1) / QUERIES; strip-- > 0;) {
+            const size_t q = strip * QUERIES, rows = min(QUERIES, T - q), keys = q + rows;
+            const int last = keys == T;
+            const Matrix P = {p, T, 1}, S = {ds, T, 1};
+            attention_scores(&own, p, Q, K, q, rows, T, hs, factor);
+            gemm(&own, ds, T, submatrix(O, q, 0), transposed(V), rows, keys, hs, NULL, NULL);
+            for (size_t i = 0; i < rows; i++) softmax_backward(ds + i * T, p + i * T, keys, factor);
+            gemm(&own, dq + q * C3, C3, S, K, rows, hs, keys, NULL, NULL);
+            gemm(&own, dk, C3, transposed(S), submatrix(Q, q, 0), keys, hs, rows, NULL, last ? NULL : dk);
+            gemm(&own, dv, C3, transposed(P), submatrix(O, q, 0), keys, hs, rows, NULL, last ? NULL : dv);
+        }
+    }
+}
+
+/* --- GPT-2 ---------------------------------------------------------------------------------------------- */
+typedef union {                           /* pointers to the tensors of a kind */
+    struct {
+        float *wte, *wpe;                 /* (Vp, C), also the classifier's weights; (max_T, C) */
+        float *ln1w, *ln1b;               /* (L, C) from here to fcprojb: stacked over layers */
+        float *qkvw, *qkvb;               /* (L, 3C, C), (L, 3C) */
+        float *attprojw, *attprojb;       /* (L, C, C), (L, C) */
+        float *ln2w, *ln2b;               /* (L, C) */
+        float *fcw, *fcb;                 /* (L, 4C, C), (L, 4C) */
+        float *fcprojw, *fcprojb;         /* (L, C, 4C), (L, C) */
+        float *lnfw, *lnfb;               /* (C) */
+    };
+    float *all[GPT2_TENSORS];
+} Tensors;
+
+enum { ACTIVATIONS = 18 };
+typedef union {                           /* pointers to the activations, with N = B · T */
+    struct {
+        float *losses, *x, *mean, *rstd;  /* (N): x is int32; mean and rstd of the last layer norm */
+        float *ln, *gelu;                 /* (N, C), (N, 4C) outputs of the last layer norm and GELU */
+        float *logits;                    /* (chunk, Vp) */
+        float *dresidual, *dln, *dhidden; /* gradients: (N, C); (N, C) of ln; (N, 4C) of fc or qkv */
+        float *pack_a, *pack_b, *scratch; /* see Workspace */
+        float *residual1, *residual2;     /* (N, C) the residual stream before attention, before the MLP */
+        float *att, *fc, *qkv;            /* (N, C), (N, 4C) before GELU, (N, 3C) */
+    };
+    float *all[ACTIVATIONS];
+} Activations;
+_Static_assert(sizeof(Activations) == ACTIVATIONS * sizeof(float *), "ACTIVATIONS is their number");
+#define INDEX_OF(activation) (offsetof(Activations, activation) / sizeof(float *))
+
+/* What a forward pass is for. The value is the first activation of which each layer keeps its own; those
+   before it are shared. Outputs of layer norm and GELU are cheap: the backward pass recomputes them. */
+enum { TRAIN = INDEX_OF(residual1), GENERATE = INDEX_OF(qkv), EVALUATE = ACTIVATIONS };
+
+struct GPT2 {
+    GPT2Config config;
+    size_t C, NH, L, V, Vp;
+    float *memory[4];                     /* of each kind of tensor; NULL until needed */
+    void *mapped;                         /* the mapped model file that holds the parameters, or NULL */
+    size_t start[GPT2_TENSORS + 1];       /* of each tensor in a memory, and the end */
+    int64_t updates;
+    int grads_zero;                       /* gradients count as 0: the next backward pass overwrites them */
+    int backward_due;                     /* gpt2_forward has added the classifier's part of a gradient */
+    float norm;                           /* of the gradients, NaN if unknown */
+    size_t B, T, chunk;                   /* of the last forward pass; chunk: rows per classifier call */
+    size_t cached;                        /* leading tokens of x whose keys and values are in qkv */
+    int purpose;                          /* TRAIN, GENERATE or EVALUATE */
+    size_t act_start[ACTIVATIONS + 1];    /* of each activation of layer 0, and the end */
+    size_t act_stride;                    /* from one layer's activations to the next one's */
+    float *act_memory;
+    size_t act_count;                     /* floats there */
+    Workspace ws;
+};
+
+static float *alloc_floats(size_t n) {    /* zeroed, aligned to a cache line */
+    float *p = NULL;
+    if (n < SIZE_MAX / 8) p = aligned_alloc(64, round_up(n * sizeof *p, 64));
+    if (p) return memset(p, 0, n * sizeof *p);
+    gpt2_fail("no memory for %.0f MB; reduce the model, the batch size or the sequence length",
+              (double)n * 4e-6);
+    return NULL;
+}
+
+static float *memory_of(GPT2 *m, int kind) {     /* allocated on first use */
+    if (!m->memory[kind]) m->memory[kind] = alloc_floats(m->start[GPT2_TENSORS]);
+    return m->memory[kind];
+}
+
+/* The tensors of a kind, of stacked ones layer l's. */
+static Tensors tensors(const GPT2 *m, int kind, size_t l) {
+    Tensors t;
+    for (int i = 0; i < GPT2_TENSORS; i++) {
+        t.all[i] = m->memory[kind] + m->start[i];
+        if (i >= GPT2_LN1W && i <= GPT2_FCPROJB) t.all[i] += l * ((m->start[i + 1] - m->start[i]) / m->L);
+    }
+    return t;
+}
+
+/* The activations, of those that each layer keeps layer l's. */
+static Activations activations(const GPT2 *m, size_t l) {
+    Activations a;
+    for (int i = 0; i < ACTIVATIONS; i++) {
+        a.all[i] = m->act_memory + m->act_start[i];
+        if (i >= m->purpose) a.all[i] += l * m->act_stride;
+    }
+    return a;
+}
+
+/* Lays out the activations for B × T tokens and a purpose, and allocates them. */
+static int layout_activations(GPT2 *m, size_t B, size_t T, int purpose) {
+    const size_t N = B * T, C = m->C, threads = (size_t)m->ws.threads, train = purpose == TRAIN;
+    if ((double)N * (double)C * (double)m->L > 1e15)
+        return gpt2_fail("a batch of %zu x %zu tokens does not fit into memory; reduce it", B, T);
+    m->purpose = purpose;
+    m->chunk = even_size(N, ((size_t)1 << 24) / m->Vp + 1, MR);     /* at most about 64 MB of logits */
+    m->ws.scratch_floats = round_up(attention_floats(T), 16);
+    const size_t sizes[ACTIVATIONS] = {
+        [INDEX_OF(losses)] = N, [INDEX_OF(x)] = N, [INDEX_OF(mean)] = N, [INDEX_OF(rstd)] = N,
+        [INDEX_OF(ln)] = N * C, [INDEX_OF(gelu)] = N * 4 * C, [INDEX_OF(logits)] = m->chunk * m->Vp,
+        [INDEX_OF(dresidual)] = train * N * C, [INDEX_OF(dln)] = train * N * C,
+        [INDEX_OF(dhidden)] = train * N * 4 * C,
+        [INDEX_OF(pack_a)] = threads * PACK_A, [INDEX_OF(pack_b)] = threads * PACK_B,
+        [INDEX_OF(scratch)] = threads * m->ws.scratch_floats,
+        [INDEX_OF(residual1)] = N * C, [INDEX_OF(residual2)] = N * C,
+        [INDEX_OF(att)] = N * C, [INDEX_OF(fc)] = N * 4 * C, [INDEX_OF(qkv)] = N * 3 * C,
+    };
+    for (int i = 0; i < ACTIVATIONS; i++) m->act_start[i + 1] = m->act_start[i] + round_up(sizes[i], 16);
+    m->act_stride = m->act_start[ACTIVATIONS] - m->act_start[purpose];
+    size_t total = m->act_start[ACTIVATIONS] + (m->L - 1) * m->act_stride;
+    if (train) total += N * C;            /* residual1 after the last layer */
+    if (total > m->act_count) {
+        free(m->act_memory);
+        m->act_memory = alloc_floats(total);
+        m->act_count = 0;
+        if (m->act_memory) m->act_count = total;
+    }
+    if (!m->act_memory) return -1;
+    const Activations a = activations(m, 0);
+    m->ws.pack_a = a.pack_a;
+    m->ws.pack_b = a.pack_b;
+    m->ws.scratch = a.scratch;
+    return 0;
+}
+
+static size_t mapped_bytes(const GPT2 *m) { return 1024 + m->start[GPT2_TENSORS] * sizeof(float); }
+
+GPT2 *gpt2_create(const GPT2Config *config) { return gpt2_create_mapped(config, -1); }
+
+GPT2 *gpt2_create_mapped(const GPT2Config *config, int file) {
+    if (gpt2_config_check(config)) return NULL;
+    GPT2 *m = (GPT2 *)alloc_floats(sizeof *m / sizeof(float) + 1);
+    if (!m) return NULL;
+    *m = (GPT2){.config = *config, .C = (size_t)config->C, .NH = (size_t)config->NH, .L = (size_t)config->L,
+                .V = (size_t)config->V, .Vp = round_up((size_t)config->V, 128), .grads_zero = 1, .norm = NAN,
+                .ws.threads = omp_get_max_threads()};
+    for (int i = 0; i < GPT2_TENSORS; i++)
+        m->start[i + 1] = m->start[i] + (size_t)gpt2_tensor(config, i, NULL, NULL);
+    if (file >= 0) {
+        void *at = mmap(NULL, mapped_bytes(m), PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
+        if (at == MAP_FAILED) {
+            gpt2_fail("no memory to map a model of %zu MB", mapped_bytes(m) >> 20);
+        } else {
+            m->mapped = at;
+            m->memory[GPT2_PARAM] = (float *)at + 256;
+            return m;
+        }
+    } else if (memory_of(m, GPT2_PARAM)) {
+        return m;
+    }
+    gpt2_free(m);
+    return NULL;
+}
+
+void gpt2_free(GPT2 *m) {
+    if (!m) return;
+    if (m->mapped) {
+        munmap(m->mapped, mapped_bytes(m));
+        m->memory[GPT2_PARAM] = NULL;
+    }
+    for (int kind = 0; kind < 4; kind++) free(m->memory[kind]);
+    free(m->act_memory);
+    free(m);
+}
+
+GPT2Config gpt2_config(const GPT2 *m) { return m->config; }
+int gpt2_option(GPT2 *m, const char *name, int value) {
+    (void)m;
+    (void)value;
+    return gpt2_fail("%s is for GPUs only", name);
+}
+int64_t *gpt2_updates(GPT2 *m) { return &m->updates; }
+void gpt2_zero_grad(GPT2 *m) {
+    m->grads_zero = 1;
+    m->backward_due = 0;
+    m->norm = NAN;
+}
+
+/* The memory of a kind with its true values: writes the zeros of gradients that only count as 0. NULL between
+   forward and backward, when gradients are incomplete. */
+static float *readable_memory(GPT2 *m, int kind) {
+    if (kind == GPT2_GRAD && m->backward_due) {
+        gpt2_fail("the gradients are incomplete: call gpt2_backward after gpt2_forward");
+        return NULL;
+    }
+    float *memory = memory_of(m, kind);
+    if (memory && kind == GPT2_GRAD && m->grads_zero)
+        memset(memory, 0, m->start[GPT2_TENSORS] * sizeof *memory);
+    return memory;
+}
+
+/* Copies a part of a tensor to `out`, or from `in`; the other is NULL. */
+static int tensor_copy(GPT2 *m, int t, int kind, int64_t first, int64_t count, float *out, const float *in) {
+    const int64_t size = gpt2_tensor(&m->config, t, NULL, NULL);
+    if (size < 0) return -1;
+    if (kind < GPT2_PARAM || kind > GPT2_MOMENT2 || first < 0 || count < 0 || first > size - count)
+        return gpt2_fail("elements %lld + %lld of kind %d of tensor %d requested, expected %lld elements in "
+                         "kinds 0 to 3", (wide)first, (wide)count, kind, t, (wide)size);
+    float *memory = readable_memory(m, kind);
+    if (!memory) return -1;
+    float *part = memory + m->start[t] + first;
+    if (out) memcpy(out, part, (size_t)count * sizeof *out);
+    if (!in) return 0;
+    memcpy(part, in, (size_t)count * sizeof *in);
+    if (kind == GPT2_PARAM) m->cached = 0;
+    if (kind == GPT2_GRAD) {
+        m->grads_zero = 0;
+        m->norm = NAN;
+    }
+    return 0;
+}
+
+int gpt2_get(GPT2 *m, int tensor, int kind, int64_t first, int64_t count, float *out) {
+    return tensor_copy(m, tensor, kind, first, count, out, NULL);
+}
+int gpt2_set(GPT2 *m, int tensor, int kind, int64_t first, int64_t count, const float *in) {
+    return tensor_copy(m, tensor, kind, first, count, NULL, in);
+}
+
+static int tokens_check(const GPT2 *m, const char *what, const int32_t *tokens, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= m->config.V)
+            return gpt2_fail("token %zu of %s is %d, expected 0 to %zu", i, what, tokens[i], m->V - 1);
+    return 0;
+}
+
+/* Checks x (B,T) and makes room for its activations. Returns the first token to compute, since GENERATE has keys
+   and values cached; -1 on failure. */
+static int64_t forward_begin(GPT2 *m, const int32_t *x, int B, int T, int purpose) {
+    if (B < 1 || T < 1 || T > m->config.max_T)
+        return gpt2_fail("batch is %d x %d tokens, expected sequences of 1 to %d, the model's context", B, T,
+                         m->config.max_T);
+    if (m->backward_due && !m->grads_zero)
+        return gpt2_fail("the gradients are incomplete: call gpt2_backward after gpt2_forward");
+    m->backward_due = 0;
+    m->B = (size_t)B;
+    m->T = (size_t)T;
+    if (purpose != GENERATE) m->cached = 0;
+    if (tokens_check(m, "x", x, m->B * m->T)) return -1;
+    const int room = purpose == GENERATE ? m->config.max_T : T;
+    if (!m->cached && layout_activations(m, m->B, (size_t)room, purpose)) return -1;
+    int32_t *known = (int32_t *)activations(m, 0).x;
+    int64_t first = 0;
+    while (first + 1 < T && first < (int64_t)m->cached && x[first] == known[first]) first++;
+    memcpy(known, x, m->B * m->T * sizeof *x);
+    return first;
+}
+
+/* Embedding, blocks and the last layer norm, whose output is left in the activation ln. Returns the number of
+   rows computed, -1 on failure. */
+static int64_t forward_blocks(GPT2 *m, const int32_t *x, int B, int T, int purpose) {
+    const int64_t begin = forward_begin(m, x, B, T, purpose);
+    if (begin < 0) return -1;
+    const Workspace *ws = &m->ws;
+    const size_t first = (size_t)begin, N = m->B * m->T - first, C = m->C;
+    Tensors p = tensors(m, GPT2_PARAM, 0);
+    Activations a = activations(m, 0);
+    encoder_forward(a.residual1, x + first, p.wte, p.wpe + first * C, N, m->T, C);
+    for (size_t l = 0; l < m->L; l++) {
+        p = tensors(m, GPT2_PARAM, l);
+        a = activations(m, l);
+        float *next_residual = activations(m, l + 1).residual1;
+
+        layernorm_forward(a.ln, a.mean, a.rstd, a.residual1, p.ln1w, p.ln1b, N, C);
+        linear_forward(ws, a.qkv + first * 3 * C, a.ln, p.qkvw, p.qkvb, NULL, N, C, 3 * C);
+        attention_forward(ws, a.att, a.qkv, m->B, first, m->T, C, m->NH);
+        linear_forward(ws, a.residual2, a.att, p.attprojw, p.attprojb, a.residual1, N, C, C);
+
+        layernorm_forward(a.ln, a.mean, a.rstd, a.residual2, p.ln2w, p.ln2b, N, C);
+        linear_forward(ws, a.fc, a.ln, p.fcw, p.fcb, NULL, N, C, 4 * C);
+        gelu(a.gelu, NULL, a.fc, N * 4 * C);
+        linear_forward(ws, next_residual, a.gelu, p.fcprojw, p.fcprojb, a.residual2, N, 4 * C, C);
+    }
+    layernorm_forward(a.ln, a.mean, a.rstd, activations(m, m->L).residual1, p.lnfw, p.lnfb, N, C);
+    m->cached = 0;
+    if (purpose == GENERATE) m->cached = m->T;
+    return (int64_t)N;
+}
+
+int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, float grad_scale, float *loss) {
+    const int train = grad_scale != 0;
+    if (train && !memory_of(m, GPT2_GRAD)) return -1;
+    if (forward_blocks(m, x, B, T, train ? TRAIN : EVALUATE) < 0) return -1;
+    if (tokens_check(m, "y", y, m->B * m->T)) return -1;
+    const size_t N = m->B * m->T, C = m->C, V = m->V, Vp = m->Vp;
+    const Matrix wte = {m->memory[GPT2_PARAM], C, 1};
+    const Activations a = activations(m, 0);
+    for (size_t n = 0; n < N; n += m->chunk) {     /* the classifier, a chunk of rows at a time */
+        const size_t rows = min(m->chunk, N - n);
+        const Matrix ln = {a.ln + n * C, C, 1}, logits = {a.logits, Vp, 1};
+        gemm(&m->ws, a.logits, Vp, ln, transposed(wte), rows, V, C, NULL, NULL);
+        crossentropy(a.losses + n, a.logits, y + n, rows, V, Vp, grad_scale / (float)N);
+        if (!train) continue;
+        float *dwte = m->memory[GPT2_GRAD];
+        const int overwrite = n == 0 && m->grads_zero;
+        gemm(&m->ws, a.dln + n * C, C, logits, wte, rows, C, V, NULL, NULL);
+        gemm(&m->ws, dwte, C, transposed(logits), ln, V, C, rows, NULL, overwrite ? NULL : dwte);
+    }
+    double sum = 0;
+    for (size_t n = 0; n < N; n++) sum += a.losses[n];
+    *loss = (float)(sum / (double)N);
+    m->backward_due = train;
+    if (train) m->norm = NAN;
+    return 0;
+}
+
+int gpt2_backward(GPT2 *m) {
+    if (!m->backward_due)
+        return gpt2_fail("gpt2_backward must follow a gpt2_forward with a gradient scale, once for each");
+    const Workspace *ws = &m->ws;
+    const size_t N = m->B * m->T, C = m->C;
+    const int add = !m->grads_zero;
+    Tensors p = tensors(m, GPT2_PARAM, 0), g = tensors(m, GPT2_GRAD, 0);
+    Activations a = activations(m, m->L);
+    float *dx = a.dresidual, *dln = a.dln, *dhidden = a.dhidden;
+    memset(dx, 0, N * C * sizeof *dx);
+    layernorm_backward(dx, g.lnfw, g.lnfb, dln, a.residual1, p.lnfw, a.mean, a.rstd, N, C, add);
+    for (size_t l = m->L; l-- > 0;) {
+        p = tensors(m, GPT2_PARAM, l);
+        g = tensors(m, GPT2_GRAD, l);
+        a = activations(m, l);
+
+        linear_backward_input(ws, dhidden, dx, p.fcprojw, N, 4 * C, C);
+        gelu(a.gelu, dhidden, a.fc, N * 4 * C);
+        linear_backward_weight(ws, g.fcprojw, g.fcprojb, dx, a.gelu, N, 4 * C, C, add);
+        layernorm_forward(a.ln, a.mean, a.rstd, a.residual2, p.ln2w, p.ln2b, N, C);     /* recomputed */
+        linear_backward_weight(ws, g.fcw, g.fcb, dhidden, a.ln, N, C, 4 * C, add);
+        linear_backward_input(ws, dln, dhidden, p.fcw, N, C, 4 * C);
+        layernorm_backward(dx, g.ln2w, g.ln2b, dln, a.residual2, p.ln2w, a.mean, a.rstd, N, C, add);
+
+        linear_backward_weight(ws, g.attprojw, g.attprojb, dx, a.att, N, C, C, add);
+        linear_backward_input(ws, dln, dx, p.attprojw, N, C, C);
+        attention_backward(ws, dhidden, dln, a.qkv, m->B, m->T, C, m->NH);
+        layernorm_forward(a.ln, a.mean, a.rstd, a.residual1, p.ln1w, p.ln1b, N, C);     /* recomputed */
+        linear_backward_weight(ws, g.qkvw, g.qkvb, dhidden, a.ln, N, C, 3 * C, add);
+        linear_backward_input(ws, dln, dhidden, p.qkvw, N, C, 3 * C);
+        layernorm_backward(dx, g.ln1w, g.ln1b, dln, a.residual1, p.ln1w, a.mean, a.rstd, N, C, add);
+    }
+    if (!add) memset(g.wpe, 0, (size_t)m->config.max_T * C * sizeof *g.wpe);
+    encoder_backward(g.wte, g.wpe, dx, (const int32_t *)a.x, N, m->T, C);
+    m->grads_zero = m->backward_due = 0;
+    return 0;
+}
+
+int gpt2_logits(GPT2 *m, const int32_t *x, int B, int T, int last_only, float *out) {
+    const int64_t rows = forward_blocks(m, x, B, T, last_only && B == 1 ? GENERATE : EVALUATE);
+    if (rows < 0) return -1;
+    size_t every = 1;                     /* of the rows: all, or the last of each sequence */
+    if (last_only) every = (size_t)rows / m->B;
+    const size_t C = m->C;
+    const Matrix ln = {activations(m, 0).ln + (every - 1) * C, every * C, 1};
+    const Matrix wte = {m->memory[GPT2_PARAM], C, 1};
+    gemm(&m->ws, out, m->V, ln, transposed(wte), (size_t)rows / every, m->V, C, NULL, NULL);
+    return 0;
+}
+
+const float *gpt2_losses(GPT2 *m) {
+    if (!m->act_memory) return NULL;
+    return activations(m, 0).losses;
+}
+
+/* --- AdamW -------------------------------------------------------------------------------------------------
+   Threads take pieces of a fixed size, so that no sum depends on their number. */
+enum { PIECE = 1 << 14, PARTS = 256 };
+
+float gpt2_grad_norm(GPT2 *m) {
+    if (!isnan(m->norm)) return m->norm;
+    const float *g = readable_memory(m, GPT2_GRAD);
+    if (!g) return NAN;
+    const size_t count = m->start[GPT2_TENSORS];
+    double sum = 0, squares[PARTS] = {0};
+#pragma omp parallel for
+    for (size_t i = 0; i < PARTS; i++)    /* a part is every PARTS-th piece */
+        for (size_t first = i * PIECE; first < count; first += PARTS * PIECE) {
+            vf lanes = {0};
+            for (size_t k = first; k < min(first + PIECE, count); k += LANES)
+                lanes += vsquare(vload(g + k, count - k));
+            squares[i] += vsum(lanes);
+        }
+    for (size_t i = 0; i < PARTS; i++) sum += squares[i];
+    m->norm = (float)sqrt(sum);
+    return m->norm;
+}
+
+int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, double decay, double max_norm) {
+    const float *g = readable_memory(m, GPT2_GRAD);
+    float *p = m->memory[GPT2_PARAM], *m1 = memory_of(m, GPT2_MOMENT1), *m2 = memory_of(m, GPT2_MOMENT2);
+    if (!g || !m1 || !m2) return -1;
+    const double norm = gpt2_grad_norm(m), n = (double)m->updates + 1;
+    if (!(isfinite(norm) && fabs(lr) < 1e10))
+        return gpt2_fail("gradient norm %f, learning rate %g: training diverged; lower the learning rate",
+                         norm, lr);
+    m->updates++;
+    const float clip = (float)(max_norm > 0 && norm > max_norm ? max_norm / norm : 1), epsilon = (float)eps;
+    const float keep1 = (float)beta1, add1 = (float)(1 - beta1), rate = (float)(lr / (1 - pow(beta1, n)));
+    const float keep2 = (float)beta2, add2 = (float)(1 - beta2), scale2 = (float)(1 / (1 - pow(beta2, n)));
+    for (int t = 0; t < GPT2_TENSORS; t++) {
+        const size_t end = m->start[t + 1];
+        const float keep = (float)(GPT2_DECAYED >> t & 1 ? 1 - lr * decay : 1);     /* weight decay */
+#pragma omp parallel for
+        for (size_t first = m->start[t]; first < end; first += PIECE)
+#pragma omp simd
+            for (size_t i = first; i < min(first + PIECE, end); i++) {
+                const float grad = g[i] * clip;
+                m1[i] = keep1 * m1[i] + add1 * grad;
+                m2[i] = keep2 * m2[i] + add2 * grad * grad;
+                p[i] = keep * p[i] - rate * m1[i] / (sqrtf(m2[i] * scale2) + epsilon);
+            }
+    }
+    gpt2_zero_grad(m);
+    m->cached = 0;
+    return 0;
+}
+
+/* --- Matrix product, defined -------------------------------------------------------------------------------
+   C = A·B after Goto & van de Geijn (2008). A tile of MR × NR sums stays in registers while k runs. A is packed
+   into panels of MR rows and B into panels of NR columns, in the order in which the tile reads them:
+
+     registers   MR × NV sums, NV vectors of B, a broadcast of A: 6 × 2 fill 16 registers, 8 × 3 fill 32
+     L1          a panel of B, KC × NR floats
+     L2          the sums so far of NR columns of C
+     L2 and L3   a band of A, at most PACK_A floats
+
+   A thread's unit of work is NR columns of a band of rows of C. Each sum over k runs in the same order regardless
+   of which thread computes it, so the bits do not depend on the threads. See dev/doc/gemm.md. */
+enum { MIN_BAND = 264, BANDS = 64 };      /* least rows of a band, if there are as many; bands at a time */
+enum { GROUP = 48 };                      /* rows of A packed at a time: whole cache lines */
+
+static inline void transpose(v4 x[4]) {   /* by shuffles; element by element packing B took 5% of the time */
     for (int round = 0; round < 2; round++) {
         const v4 a = x[0], b = x[1], c = x[2], d = x[3];
         x[0] = (v4){a[0], c[0], a[1], c[1]};
@@ -297,40 +960,53 @@ static inline void transpose(v4 x[4]) {
     }
 }
 
-/* Packs `lines` lines of kc floats into panels of R: dst[panel][k][r] = src[(panel * R + r) * line + k *
-   step], 0 where there is no line. Inlined, so that R is a constant. */
+/* Packs lines where line == 1, which lie side by side, in groups of whole panels. Returns the lines done. */
+static inline __attribute__((always_inline))
+size_t pack_adjacent(float *dst, const float *src, size_t step, size_t lines, size_t kc, size_t R) {
+    size_t first = 0, group;
+    for (; first + R <= lines; first += group) {
+        group = R;
+        if (first + GROUP <= lines) group = GROUP;
+        for (size_t k = 0; k < kc; k++)
+            for (size_t r = 0; r < group; r += R)
+                memcpy(dst + (first + r) * kc + k * R, src + k * step + first + r, R * sizeof *dst);
+    }
+    return first;
+}
+
+/* Packs `lines` lines of kc floats into panels of R, dst[panel][k][r] = src[(panel * R + r) * line + k * step],
+   and 0 where there is no line. Inlined, so that R is a constant. */
 static inline __attribute__((always_inline))
 void pack(float *dst, const float *src, size_t line, size_t step, size_t lines, size_t kc, size_t R) {
-    size_t first = 0, whole = kc / 4 * 4;
-    if (line == 1)
-        for (size_t group; first + R <= lines; first += group) {
-            group = first + GROUP <= lines ? GROUP : R;
-            for (size_t k = 0; k < kc; k++)
-                for (size_t r = 0; r < group; r += R)
-                    memcpy(dst + (first + r) * kc + k * R, src + k * step + first + r, R * sizeof *dst);
-        }
+    size_t first = 0;
+    const size_t kc4 = kc / 4 * 4;
+    if (line == 1) first = pack_adjacent(dst, src, step, lines, kc, R);
     for (; first < lines; first += R) {
         const float *s = src + first * line;
         float *d = dst + first * kc;
-        const size_t n = min(R, lines - first), fours = step == 1 && n >= 4 ? n : 0;
+        const size_t n = min(R, lines - first);
+        size_t by_four = 0;               /* lines packed four at a time */
+        if (step == 1 && n >= 4) by_four = n;
         if (n < R) memset(d, 0, R * kc * sizeof *d);
-        for (size_t at = 0; at < fours; at += 4) {
-            const size_t r = min(at, n - 4);      /* the last four lines may be in two fours */
-            for (size_t k = 0; k < whole; k += 4) {
+        for (size_t at = 0; at < by_four; at += 4) {
+            const size_t r = min(at, n - 4);     /* the last four may overlap the four before */
+            for (size_t k = 0; k < kc4; k += 4) {
                 v4 x[4];
                 for (int i = 0; i < 4; i++) memcpy(x + i, s + (r + i) * line + k, sizeof *x);
                 transpose(x);
                 for (int i = 0; i < 4; i++) memcpy(d + (k + i) * R + r, x + i, sizeof *x);
             }
         }
-        for (size_t r = 0; r < n; r++)
-            for (size_t k = r < fours ? whole : 0; k < kc; k++) d[k * R + r] = s[r * line + k * step];
+        for (size_t r = 0; r < n; r++) {
+            size_t k = 0;
+            if (r < by_four) k = kc4;
+            for (; k < kc; k++) d[k * R + r] = s[r * line + k * step];
+        }
     }
 }
 
-/* The hot loop: c (MR,N) = a (kc,MR)ᵀ · b (kc,NR) + bias (N) + add (MR,N), the last two unless NULL, in N
-   columns, `vectors` of them. Rows of c are ldc apart, those of add ldadd; add may be c. Unrolled, with a
-   constant number of vectors, the sums stay in registers. */
+/* The hot loop: c (MR,N) = a (kc,MR)ᵀ · b (kc,NR) + bias (N) + add (MR,N), the last two unless NULL, where N is
+   `vectors` vectors. Unrolled with a constant number of vectors, the sums stay in registers. */
 static inline __attribute__((always_inline))
 void kernel(float *c, size_t ldc, const float *a, const float *b, size_t kc, const float *bias,
             const float *add, size_t ldadd, int vectors) {
@@ -358,95 +1034,117 @@ void kernel(float *c, size_t ldc, const float *a, const float *b, size_t kc, con
         }
 }
 
-/* The same where C has M rows and N columns left; a tile that ends inside a vector goes through a buffer. */
+/* The same for a tile with M rows and N columns left; one that ends inside a vector goes through a buffer. */
 static void tile(float *c, size_t ldc, const float *a, const float *b, size_t kc, const float *bias,
                  const float *add, size_t ldadd, size_t M, size_t N) {
-    float buffer[MR * NR];
-    const int whole = M >= MR && (N >= NR || N % LANES == 0);
-    float *to = whole ? c : buffer;
-    const float *row = whole ? bias : NULL, *plus = whole ? add : NULL;
-    const size_t ldto = whole ? ldc : NR;
-    if (N > NR - LANES)
-        kernel(to, ldto, a, b, kc, row, plus, ldadd, NV);
-    else if (N > LANES)
-        kernel(to, ldto, a, b, kc, row, plus, ldadd, NV - 1);
-    else
-        kernel(to, ldto, a, b, kc, row, plus, ldadd, 1);
-    if (whole) return;
+    float buffer[MR * NR], *out = c;
+    const float *out_bias = bias, *out_add = add;
+    size_t ldout = ldc;
+    const int direct = M >= MR && (N >= NR || N % LANES == 0);
+    if (!direct) {
+        out = buffer;
+        out_bias = out_add = NULL;
+        ldout = NR;
+    }
+    if (N > NR - LANES) kernel(out, ldout, a, b, kc, out_bias, out_add, ldadd, NV);
+    else if (N > LANES) kernel(out, ldout, a, b, kc, out_bias, out_add, ldadd, NV - 1);
+    else kernel(out, ldout, a, b, kc, out_bias, out_add, ldadd, 1);
+    if (direct) return;
     for (size_t i = 0; i < min(MR, M); i++)
-        for (size_t j = 0; j < min(NR, N); j++)
-            c[i * ldc + j] = (add ? add[i * ldadd + j] : 0) + (bias ? bias[j] : 0) + buffer[i * NR + j];
+        for (size_t j = 0; j < min(NR, N); j++) {
+            float extra = 0;
+            if (add) extra = add[i * ldadd + j];
+            if (bias) extra += bias[j];
+            c[i * ldc + j] = extra + buffer[i * NR + j];
+        }
 }
 
-/* Asks for a part of the cache lines of a panel of B. With few rows the use of a panel is so short that
-   waiting for the next one took 4 % of the time (256 rows), or a tenth (64). */
+/* Prefetches part `part` of `parts` of the next panel of B. Waiting for it took 4% of the time with 256 rows,
+   10% with 64. */
 static inline void prefetch(Matrix b, size_t kc, size_t part, size_t parts) {
-    const size_t lines = kc * NR / 16;
-    for (size_t i = lines * part / parts; i < lines * (part + 1) / parts; i++)
-        __builtin_prefetch(b.col == 1 ? from(b, i * 16 / NR, i * 16 % NR).p : from(b, i / NR * 16, i % NR).p);
-}
-
-/* The size of pieces of n, multiples of unit and about `most` at most, as even as can be. */
-static size_t even_pieces(size_t n, size_t most, size_t unit) {
-    const size_t pieces = (n + most - 1) / most;
-    return round_up((n + pieces - 1) / pieces, unit);
+    const size_t lines = kc * NR / 16;    /* cache lines */
+    for (size_t i = lines * part / parts; i < lines * (part + 1) / parts; i++) {
+        size_t k = i / NR * 16, j = i % NR;
+        if (b.col == 1) {
+            k = i * 16 / NR;
+            j = i * 16 % NR;
+        }
+        __builtin_prefetch(submatrix(b, k, j).p);
+    }
 }
 
 typedef struct {                          /* c (M,N) = a (M,K) · b (K,N) + bias (N) + add (M,N), see gemm */
     float *c;
-    size_t ldc, M, N, K, mc, kc;          /* in bands of mc rows, kc steps of k at a time */
+    size_t ldc, M, N, K, mc, kc;          /* bands of mc rows, kc steps of k at a time */
     Matrix a, b;
     const float *bias, *add;
 } Product;
 
-/* A thread's share of a product. It packs a band of A, then takes panels of B that none took for this band,
-   which taken[band] counts; the next one before it starts on one. Threads begin with bands that lie apart, so
-   that with many rows each has bands for itself. */
-static void gemm_share(const Workspace *ws, size_t thread, size_t *taken, Product p) {
-    const size_t bands = (p.M + p.mc - 1) / p.mc, units = (p.N + NR - 1) / NR, kc = p.kc;
-    float *pack_a = ws->pack_a + thread * ROOM, *panel = ws->pack_b + thread * (KC + MC) * NR;
-    float *sums = panel + KC * NR;
-    for (size_t n = 0; n < bands; n++) {
-        const size_t band = (thread * bands / (size_t)ws->threads + n) % bands, m = band * p.mc;
-        const size_t rows = min(p.mc, p.M - m), high = round_up(rows, MR);
-        size_t next, unit = __atomic_fetch_add(taken + band, 1, __ATOMIC_RELAXED);
-        for (size_t k = 0; k < p.K && unit < units; k += kc)
-            for (size_t i = 0; i < rows; i += GROUP)
-                pack(pack_a + k * high + i * min(kc, p.K - k), from(p.a, m + i, k).p, p.a.row, p.a.col,
-                     min(GROUP, rows - i), min(kc, p.K - k), MR);
-        for (; unit < units; unit = next) {
-            next = __atomic_fetch_add(taken + band, 1, __ATOMIC_RELAXED);
-            const size_t j = unit * NR, j_next = min(next, units - 1) * NR, columns = min(NR, p.N - j);
-            for (size_t k = 0; k < p.K; k += kc) {
-                const size_t terms = min(kc, p.K - k);
-                const int last = k + kc >= p.K;
-                pack(panel, from(p.b, k, j).p, p.b.col, p.b.row, columns, terms, NR);
-                for (size_t i = 0; i < rows; i += MR) {
-                    const size_t at = (m + i) * p.ldc + j;
-                    float *sum = sums + i * NR;
-                    prefetch(last ? from(p.b, 0, j_next) : from(p.b, k + kc, j), terms, i / MR, high / MR);
-                    tile(last ? p.c + at : sum, last ? p.ldc : NR, pack_a + k * high + i * terms, panel, terms,
-                         k || !p.bias ? NULL : p.bias + j, k ? sum : p.add ? p.add + at : NULL,
-                         k ? NR : p.ldc, rows - i, columns);
-                }
+/* One panel of B, from column j on, times the packed band of A that starts at row m. */
+static inline __attribute__((always_inline))
+void band_times_panel(Product p, const float *pack_a, float *panel, size_t m, size_t rows, size_t j,
+                      size_t j_next) {
+    const size_t high = round_up(rows, MR), columns = min(NR, p.N - j);
+    float *sums = panel + KC * NR;        /* (rows,NR) of the steps of k so far, in L2 */
+    for (size_t k = 0; k < p.K; k += p.kc) {
+        const size_t terms = min(p.kc, p.K - k);
+        const int last = k + p.kc >= p.K;
+        const Matrix next = last ? submatrix(p.b, 0, j_next) : submatrix(p.b, k + p.kc, j);
+        pack(panel, submatrix(p.b, k, j).p, p.b.col, p.b.row, columns, terms, NR);
+        for (size_t i = 0; i < rows; i += MR) {
+            const size_t at = (m + i) * p.ldc + j;
+            float *sum = sums + i * NR, *out = sum;
+            const float *bias = NULL, *add = sum;
+            size_t ldout = NR, ldadd = NR;
+            if (k == 0) {                 /* the first step adds what the caller gave */
+                bias = p.bias ? p.bias + j : NULL;
+                add = p.add ? p.add + at : NULL;
+                ldadd = p.ldc;
             }
+            if (last) {
+                out = p.c + at;
+                ldout = p.ldc;
+            }
+            prefetch(next, terms, i / MR, high / MR);
+            tile(out, ldout, pack_a + k * high + i * terms, panel, terms, bias, add, ldadd, rows - i,
+                 columns);
         }
     }
 }
 
-/* gemm of one row, which is a token that is generated: as fast as B can be read, which packing would slow to
-   40 %. A column of B in one piece is a dot product; else vectors of c gather rows of B. It fetches ahead,
-   since a head's keys and values lie apart: after 900 tokens that saves a sixth of the time of the next. */
+/* A thread's share of a product: it packs a band of A, then takes panels of B that no thread has taken for it;
+   taken[band] counts them. Threads start at distant bands, so with many rows each has bands of its own. */
+static void gemm_share(const Workspace *ws, size_t thread, size_t *taken, Product p) {
+    const size_t bands = (p.M + p.mc - 1) / p.mc, panels = (p.N + NR - 1) / NR, kc = p.kc;
+    float *pack_a = ws->pack_a + thread * PACK_A, *panel = ws->pack_b + thread * PACK_B;
+    for (size_t n = 0; n < bands; n++) {
+        const size_t band = (thread * bands / (size_t)ws->threads + n) % bands, m = band * p.mc;
+        const size_t rows = min(p.mc, p.M - m), high = round_up(rows, MR);
+        size_t next, unit = __atomic_fetch_add(taken + band, 1, __ATOMIC_RELAXED);
+        for (size_t k = 0; k < p.K && unit < panels; k += kc)
+            for (size_t i = 0; i < rows; i += GROUP)
+                pack(pack_a + k * high + i * min(kc, p.K - k), submatrix(p.a, m + i, k).p, p.a.row, p.a.col,
+                     min(GROUP, rows - i), min(kc, p.K - k), MR);
+        for (; unit < panels; unit = next) {
+            next = __atomic_fetch_add(taken + band, 1, __ATOMIC_RELAXED);     /* before, to prefetch it */
+            band_times_panel(p, pack_a, panel, m, rows, unit * NR, min(next, panels - 1) * NR);
+        }
+    }
+}
+
+/* gemm of one row, as in generation: reads B at the speed of memory, without packing, which took 2.5 times as
+   long. Column by column where a column of B is contiguous, else vectors of columns. */
 static void gemm_row(const Workspace *ws, float *c, const float *a, Matrix b, size_t N, size_t K,
                      const float *bias, const float *add) {
-    enum { CHAINS = 4, AHEAD = 16 };      /* chains hide the latency of an addition */
+    enum { CHAINS = 4, AHEAD = 16 };      /* chains hide the latency of an addition; rows to prefetch ahead */
     (void)ws;                             /* unused without OpenMP */
-    const size_t step = b.row == 1 ? 1 : CHAINS * LANES;
+    const int contiguous = b.row == 1;
+    const size_t step = contiguous ? 1 : CHAINS * LANES;
 #pragma omp parallel for num_threads(ws->threads) if (ws->threads > 1)
     for (size_t j = 0; j < N; j += step) {
         const float *p = b.p + j * b.col;
         vf sum[CHAINS] = {{0}};
-        if (step == 1) {
+        if (contiguous) {
             for (size_t k = 0; k < min(K, 128); k += 16) __builtin_prefetch(p + AHEAD * b.col + k);
             for (size_t k = 0; k < K; k += CHAINS * LANES)
                 for (size_t i = 0, at = k; i < CHAINS && at < K; i++, at += LANES)
@@ -459,609 +1157,53 @@ static void gemm_row(const Workspace *ws, float *c, const float *a, Matrix b, si
                     sum[i] += a[k] * vload(p + i * LANES, N - j - i * LANES);
                 }
         }
-        for (size_t i = 0; i < min(step, N - j); i++)
-            c[j + i] = sum[i / LANES][i % LANES] + (bias ? bias[j + i] : 0) + (add ? add[j + i] : 0);
+        for (size_t i = 0; i < min(step, N - j); i++) {
+            float value = sum[i / LANES][i % LANES];
+            if (bias) value += bias[j + i];
+            if (add) value += add[j + i];
+            c[j + i] = value;
+        }
     }
 }
 
-/* c (M,N) = a (M,K) · b (K,N) + bias (N) + add (M,N); bias, add and ldc as for kernel. */
 static void gemm(const Workspace *ws, float *c, size_t ldc, Matrix a, Matrix b, size_t M, size_t N, size_t K,
                  const float *bias, const float *add) {
-    const size_t each = M / (size_t)ws->threads + 1, most = each < LEAST ? LEAST : min(each, MC);
-    const size_t mc = even_pieces(M, round_up(most, MR), MR), kc = even_pieces(K, KC, 1);
-    const size_t kb = ROOM / mc / kc * kc;
     if (M == 1 && a.col == 1) {
         gemm_row(ws, c, a.p, b, N, K, bias, add);
         return;
     }
-    for (size_t k = 0; k < K; k += kb, bias = NULL, add = c)
+    size_t most = MIN_BAND;               /* rows of a band */
+    if (M / (size_t)ws->threads + 1 > MIN_BAND) most = min(M / (size_t)ws->threads + 1, MC);
+    const size_t mc = even_size(M, round_up(most, MR), MR), kc = even_size(K, KC, 1);
+    const size_t K_at_once = PACK_A / mc / kc * kc;     /* a band of A fits its buffer */
+    for (size_t k = 0; k < K; k += K_at_once) {
         for (size_t m = 0; m < M; m += BANDS * mc) {
             size_t taken[BANDS] = {0};
-            const Product p = {c + m * ldc, ldc, min(BANDS * mc, M - m), N, min(kb, K - k), mc, kc,
-                               from(a, m, k), from(b, k, 0), bias, add ? add + m * ldc : NULL};
-            if (ws->threads == 1) gemm_share(ws, 0, taken, p);     /* attention: to be parallel costs 1 µs */
-            else
+            Product p = {c + m * ldc, ldc, min(BANDS * mc, M - m), N, min(K_at_once, K - k), mc, kc,
+                         submatrix(a, m, k), submatrix(b, k, 0), bias, add ? add + m * ldc : NULL};
+            if (ws->threads == 1) {       /* attention: a parallel region would cost 1 µs */
+                gemm_share(ws, 0, taken, p);
+                continue;
+            }
 #pragma omp parallel num_threads(ws->threads)
-                gemm_share(ws, (size_t)omp_get_thread_num(), taken, p);
+            gemm_share(ws, (size_t)omp_get_thread_num(), taken, p);
         }
-}
-
-/* --- Layers ------------------------------------------------------------------------------------------------
-   Pure functions over plain arrays: outputs first, dimensions last, N = B·T rows. A backward function adds to
-   the gradients of parameters if `add`, and overwrites them if not. */
-
-/* out (N,C) = wte[x] + wpe[t] */
-static void encoder_forward(float *out, const int32_t *x, const float *wte, const float *wpe, size_t N,
-                            size_t T, size_t C) {
-#pragma omp parallel for
-    for (size_t n = 0; n < N; n++)
-        for (size_t c = 0; c < C; c++) out[n * C + c] = wte[(size_t)x[n] * C + c] + wpe[n % T * C + c];
-}
-
-/* Always adds: to dwte (Vp,C), where the classifier was first, and to T rows of dwpe (max_T,C). Rows of the
-   same token meet, so threads share out the columns. */
-static void encoder_backward(float *dwte, float *dwpe, const float *dout, const int32_t *x, size_t N,
-                             size_t T, size_t C) {
-    enum { COLUMNS = 64 };
-#pragma omp parallel for
-    for (size_t first = 0; first < C; first += COLUMNS)
-        for (size_t n = 0; n < N; n++)
-            for (size_t c = first; c < min(first + COLUMNS, C); c++) {
-                dwte[(size_t)x[n] * C + c] += dout[n * C + c];
-                dwpe[n % T * C + c] += dout[n * C + c];
-            }
-}
-
-/* db (C) = Σ dout over rows and, unless inp is NULL, dw (C) = Σ dout · (inp - mean) · rstd. Partial sums of
-   ROWS rows: the error of a sum in order grows with its length. */
-static void column_sums(float *db, float *dw, const float *dout, const float *inp, const float *mean,
-                        const float *rstd, size_t N, size_t C, int add) {
-    enum { ROWS = 64 };
-#pragma omp parallel for
-    for (size_t c = 0; c < C; c += LANES) {
-        vf sum_b = {0}, sum_w = {0};
-        for (size_t first = 0; first < N; first += ROWS) {
-            vf part_b = {0}, part_w = {0};
-            for (size_t n = first; n < min(first + ROWS, N); n++) {
-                vf d = vload(dout + n * C + c, C - c);
-                part_b += d;
-                if (inp) part_w += d * ((vload(inp + n * C + c, C - c) - mean[n]) * rstd[n]);
-            }
-            sum_b += part_b;
-            sum_w += part_w;
-        }
-        vstore(db + c, add ? vload(db + c, C - c) + sum_b : sum_b, C - c);
-        if (inp) vstore(dw + c, add ? vload(dw + c, C - c) + sum_w : sum_w, C - c);
+        bias = NULL;                      /* the next steps of k add to c */
+        add = c;
     }
-}
-
-/* out (N,C) = (inp - mean) · rstd · w + b, over the C channels of a row (Ba, Kiros & Hinton 2016). mean (N)
-   and rstd (N) = 1 / √(variance + ε) are what the backward pass needs. */
-static void layernorm_forward(float *out, float *mean, float *rstd, const float *inp, const float *w,
-                              const float *b, size_t N, size_t C) {
-#pragma omp parallel for
-    for (size_t n = 0; n < N; n++) {
-        const float *x = inp + n * C;
-        vf sum = {0}, squares = {0};
-        for (size_t c = 0; c < C; c += LANES) sum += vload(x + c, C - c);
-        mean[n] = vsum(sum) / (float)C;
-        for (size_t c = 0; c < C; c += LANES) squares += vsquare(vload_fill(x + c, C - c, mean[n]) - mean[n]);
-        rstd[n] = 1.0f / sqrtf(vsum(squares) / (float)C + 1e-5f);
-        for (size_t c = 0; c < C; c += LANES) {
-            vf norm = (vload(x + c, C - c) - mean[n]) * rstd[n];
-            vstore(out + n * C + c, norm * vload(w + c, C - c) + vload(b + c, C - c), C - c);
-        }
-    }
-}
-
-/* With norm = (inp - mean) · rstd and g = w · dout: dinp += rstd · (g - mean(g) - norm · mean(g · norm)) */
-static void layernorm_backward(float *dinp, float *dw, float *db, const float *dout, const float *inp,
-                               const float *w, const float *mean, const float *rstd, size_t N, size_t C,
-                               int add) {
-#pragma omp parallel for
-    for (size_t n = 0; n < N; n++) {
-        const float *x = inp + n * C, *d = dout + n * C;
-        vf sum_g = {0}, sum_g_norm = {0};
-        for (size_t c = 0; c < C; c += LANES) {
-            vf g = vload(w + c, C - c) * vload(d + c, C - c);
-            sum_g += g;
-            sum_g_norm += g * ((vload(x + c, C - c) - mean[n]) * rstd[n]);
-        }
-        float mean_g = vsum(sum_g) / (float)C, mean_g_norm = vsum(sum_g_norm) / (float)C;
-        for (size_t c = 0; c < C; c += LANES) {
-            vf g = vload(w + c, C - c) * vload(d + c, C - c), old = vload(dinp + n * C + c, C - c);
-            vf norm = (vload(x + c, C - c) - mean[n]) * rstd[n];
-            vstore(dinp + n * C + c, old + (g - mean_g - norm * mean_g_norm) * rstd[n], C - c);
-        }
-    }
-    column_sums(db, dw, dout, inp, mean, rstd, N, C, add);
-}
-
-/* With w (OC,C): out (N,OC) = inp (N,C) · wᵀ + b, plus the residual stream before (N,OC) unless NULL.
-   Backward: dinp (N,C) = dout (N,OC) · w, dw (OC,C) = doutᵀ · inp, db (OC) = Σ dout over rows. */
-static void linear_forward(const Workspace *ws, float *out, const float *inp, const float *w, const float *b,
-                           const float *residual, size_t N, size_t C, size_t OC) {
-    gemm(ws, out, OC, (Matrix){inp, C, 1}, (Matrix){w, 1, C}, N, OC, C, b, residual);
-}
-static void linear_backward_input(const Workspace *ws, float *dinp, const float *dout, const float *w,
-                                  size_t N, size_t C, size_t OC) {
-    gemm(ws, dinp, C, (Matrix){dout, OC, 1}, (Matrix){w, C, 1}, N, C, OC, NULL, NULL);
-}
-static void linear_backward_weight(const Workspace *ws, float *dw, float *db, const float *dout,
-                                   const float *inp, size_t N, size_t C, size_t OC, int add) {
-    gemm(ws, dw, C, (Matrix){dout, 1, OC}, (Matrix){inp, C, 1}, OC, C, N, NULL, add ? dw : NULL);
-    column_sums(db, NULL, dout, NULL, NULL, NULL, N, OC, add);
-}
-
-/* GELU (Hendrycks & Gimpel 2016) in the tanh form: x/2 · (1 + tanh u) with u = √(2/π) (x + 0.044715 x³) is
-   x σ(2u), σ the logistic function, and its derivative σ + x σ (1 - σ) 2u': no tanh, and no cosh that
-   overflows. out (n) = GELU of inp; dx (n), unless NULL, *= the derivative there. */
-static void gelu(float *out, float *dx, const float *inp, size_t n) {
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i += LANES) {
-        vf x = vload(inp + i, n - i), twice_u = x * (1.59576912f + 0.0713548163f * x * x);
-        vf sigma = 1.0f / (1.0f + vexp(-twice_u)), slope = 1.59576912f + 3 * 0.0713548163f * x * x;
-        vstore(out + i, x * sigma, n - i);
-        if (dx) vstore(dx + i, vload(dx + i, n - i) * (sigma + x * sigma * (1.0f - sigma) * slope), n - i);
-    }
-}
-
-/* A row of n logits becomes share · softmax(factor · row); returns log Σ exp(factor · row). */
-static float softmax(float *row, size_t n, float factor, float share) {
-    vf tops = SPLAT(-INFINITY), sums = {0};
-    for (size_t i = 0; i < n; i += LANES) tops = vmax(vload_fill(row + i, n - i, -INFINITY), tops);
-    const float top = vtop(tops) * factor;
-    for (size_t i = 0; i < n; i += LANES) {
-        const vf e = vexp(vload_fill(row + i, n - i, -INFINITY) * factor - top);
-        vstore(row + i, e, n - i);
-        sums += e;
-    }
-    const float sum = vsum(sums);
-    for (size_t i = 0; i < n; i += LANES) vstore(row + i, vload(row + i, n - i) * (share / sum), n - i);
-    return top + logf(sum);
-}
-
-/* dp (n), the gradient of a row p (n) of softmax, becomes factor times its logits': p · (dp - Σ p dp). */
-static void softmax_backward(float *dp, const float *p, size_t n, float factor) {
-    vf sums = {0};
-    for (size_t i = 0; i < n; i += LANES) sums += vload(p + i, n - i) * vload(dp + i, n - i);
-    const float sum = vsum(sums);
-    for (size_t i = 0; i < n; i += LANES)
-        vstore(dp + i, vload(p + i, n - i) * (vload(dp + i, n - i) - sum) * factor, n - i);
-}
-
-/* losses (N) = -log softmax(logits)[y]; rows of V logits, Vp apart, become scale · (softmax - one-hot). */
-static void crossentropy(float *losses, float *logits, const int32_t *y, size_t N, size_t V, size_t Vp,
-                         float scale) {
-#pragma omp parallel for
-    for (size_t n = 0; n < N; n++) {
-        float *row = logits + n * Vp, target = row[y[n]];
-        losses[n] = softmax(row, V, 1, scale) - target;
-        row[y[n]] -= scale;
-    }
-}
-
-/* --- Attention ---------------------------------------------------------------------------------------------
-   out = softmax(q·kᵀ / √hs)·v for each head, of hs = C / NH channels, where a query sees the keys up to its
-   own. A head is one thread's, and goes through strips of QUERIES rows of scores, so that there is no T × T
-   matrix; backward makes them again. A strip stays in L2 and has all its keys: no online softmax. */
-enum { QUERIES = 96 };
-
-/* What a thread has for itself: two strips of scores, and its part of what gemm needs. */
-static size_t attention_floats(size_t T) { return 2 * QUERIES * T; }
-static Workspace thread_workspace(const Workspace *ws) {
-    const size_t i = (size_t)omp_get_thread_num();
-    float *own = ws->own + i * ws->own_floats;
-    return (Workspace){1, ws->pack_a + i * ROOM, ws->pack_b + i * (KC + MC) * NR, own, 0};
-}
-
-/* p (rows,T): the softmax of the scores of a head's queries q … q + rows, factor · q·kᵀ */
-static void attention_scores(const Workspace *ws, float *p, Matrix Q, Matrix K, size_t q, size_t rows,
-                             size_t T, size_t hs, float factor) {
-    gemm(ws, p, T, from(Q, q, 0), transposed(K), rows, q + rows, hs, NULL, NULL);
-    for (size_t i = 0; i < rows; i++) {
-        softmax(p + i * T, q + i + 1, factor, 1);
-        memset(p + i * T + q + i + 1, 0, (rows - i - 1) * sizeof *p);
-    }
-}
-
-/* out (B,T,C) from qkv (B,T,3C); with B = 1 only for the positions from `first` on, out (T - first, C) */
-static void attention_forward(const Workspace *ws, float *out, const float *qkv, size_t B, size_t first,
-                              size_t T, size_t C, size_t NH) {
-    const size_t hs = C / NH;
-#pragma omp parallel for schedule(dynamic) num_threads(ws->threads)
-    for (size_t head = 0; head < B * NH; head++) {
-        const size_t at = head / NH * T * C + head % NH * hs, at3 = head / NH * T * 3 * C + head % NH * hs;
-        const Matrix Q = {qkv + at3, 3 * C, 1}, K = from(Q, 0, C), V = from(Q, 0, 2 * C);
-        const Workspace own = thread_workspace(ws);
-        for (size_t q = first; q < T; q += QUERIES) {
-            const size_t rows = min(QUERIES, T - q);
-            attention_scores(&own, own.own, Q, K, q, rows, T, hs, 1 / sqrtf((float)hs));
-            const Matrix P = {own.own, T, 1};
-            gemm(&own, out + at + (q - first) * C, C, P, V, rows, hs, q + rows, NULL, NULL);
-        }
-    }
-}
-
-/* dqkv (B,T,3C) from dout (B,T,C) and qkv. With P the softmax of the scores S, dP = dout·vᵀ: dv = Pᵀ·dout,
-   dq = dS·k, dk = dSᵀ·q. The last strip comes first: its queries see all keys, so that it can overwrite. */
-static void attention_backward(const Workspace *ws, float *dqkv, const float *dout, const float *qkv,
-                               size_t B, size_t T, size_t C, size_t NH) {
-    const size_t hs = C / NH, C3 = 3 * C;
-    const float factor = 1 / sqrtf((float)hs);
-#pragma omp parallel for schedule(dynamic) num_threads(ws->threads)
-    for (size_t head = 0; head < B * NH; head++) {
-        const size_t at = head / NH * T * C + head % NH * hs, at3 = head / NH * T * C3 + head % NH * hs;
-        const Matrix Q = {qkv + at3, C3, 1}, K = from(Q, 0, C), V = from(Q, 0, 2 * C), O = {dout + at, C, 1};
-        const Workspace own = thread_workspace(ws);
-        float *p = own.own, *ds = p + QUERIES * T, *dq = dqkv + at3, *dk = dq + C, *dv = dk + C;
-        for (size_t strip = (T + QUERIES - 1) / QUERIES; strip-- > 0;) {
-            const size_t q = strip * QUERIES, rows = min(QUERIES, T - q), keys = q + rows;
-            const Matrix P = {p, T, 1}, S = {ds, T, 1};
-            attention_scores(&own, p, Q, K, q, rows, T, hs, factor);
-            gemm(&own, ds, T, from(O, q, 0), transposed(V), rows, keys, hs, NULL, NULL);
-            for (size_t i = 0; i < rows; i++) softmax_backward(ds + i * T, p + i * T, keys, factor);
-            gemm(&own, dq + q * C3, C3, S, K, rows, hs, keys, NULL, NULL);
-            gemm(&own, dk, C3, transposed(S), from(Q, q, 0), keys, hs, rows, NULL, keys < T ? dk : NULL);
-            gemm(&own, dv, C3, transposed(P), from(O, q, 0), keys, hs, rows, NULL, keys < T ? dv : NULL);
-        }
-    }
-}
-
-/* --- GPT-2 ---------------------------------------------------------------------------------------------- */
-typedef union {
-    struct {
-        float *wte, *wpe;                 /* (Vp, C), also the classifier's weights; (max_T, C) */
-        float *ln1w, *ln1b;               /* (L, C) from here to fcprojb: a layer after another */
-        float *qkvw, *qkvb;               /* (L, 3C, C), (L, 3C) */
-        float *attprojw, *attprojb;       /* (L, C, C), (L, C) */
-        float *ln2w, *ln2b;               /* (L, C) */
-        float *fcw, *fcb;                 /* (L, 4C, C), (L, 4C) */
-        float *fcprojw, *fcprojb;         /* (L, C, 4C), (L, C) */
-        float *lnfw, *lnfb;               /* (C) */
-    };
-    float *all[GPT2_TENSORS];
-} Tensors;
-
-/* Layers share the first ones. Each has its own from residual1 on to train, of qkv (keys and values) alone
-   to generate, and none to evaluate. Outputs of layer norm and GELU are not kept: cheap to remake. */
-enum { TRAIN = 13, GENERATE = 17, EVALUATE = 18, ACTIVATIONS = 18 };
-typedef union {
-    struct {
-        float *losses, *x, *mean, *rstd;  /* (B, T): x the inputs, as int32; mean, rstd of the last ln */
-        float *ln, *gelu;                 /* (B, T, C), (B, T, 4C) outputs of the last layer norm and GELU */
-        float *logits;                    /* (chunk, Vp) */
-        float *dresidual, *dln, *dwide;   /* gradients: (B, T, C); (B, T, C) of ln; (B, T, 4C) of fc, qkv */
-        float *pack_a, *pack_b, *own;     /* see Workspace */
-        float *residual1, *residual2;     /* (B, T, C) the residual stream before attention, before MLP */
-        float *att, *fc, *qkv;            /* (B, T, C), (B, T, 4C) before GELU, (B, T, 3C) */
-    };
-    float *all[ACTIVATIONS];
-} Activations;
-
-struct GPT2 {
-    GPT2Config config;
-    size_t C, NH, L, V, Vp;
-    float *memory[4];                     /* of each kind; NULL until needed */
-    void *mapped;                         /* the file in which the parameters are, or NULL */
-    size_t start[GPT2_TENSORS + 1];       /* of each tensor in a memory, and the end */
-    int64_t updates;
-    int grads_empty;                      /* gradients count as 0: the next backward pass overwrites them */
-    int backward_due;                     /* gpt2_forward has added the classifier's part of a gradient */
-    float norm;                           /* of the gradients, NaN if not known */
-    size_t B, T, chunk;                   /* of the last forward pass; chunk rows at a time are classified */
-    size_t cached;                        /* tokens in x whose keys and values are in qkv */
-    int act_own;                          /* the first activation of which each layer has its own */
-    size_t act_start[ACTIVATIONS + 1];    /* of each activation, for layer 0, and the end */
-    size_t act_step;                      /* from a layer's to the next one's */
-    float *act_memory;
-    size_t act_count;                     /* floats there */
-    Workspace ws;
-};
-
-static float *floats(size_t n) {          /* 0, beginning with a cache line */
-    float *p = n < SIZE_MAX / 8 ? aligned_alloc(64, round_up(n * sizeof *p, 64)) : NULL;
-    if (!p) gpt2_fail("no memory for %.0f MB; use a smaller model, batch or sequence", (double)n * 4e-6);
-    return p ? memset(p, 0, n * sizeof *p) : NULL;
-}
-
-/* The memory of a kind, made when it is first asked for. */
-static float *memory_of(GPT2 *m, int kind) {
-    if (!m->memory[kind]) m->memory[kind] = floats(m->start[GPT2_TENSORS]);
-    return m->memory[kind];
-}
-
-/* The tensors of a kind, and the activations; of those that each layer has, layer l's. */
-static Tensors tensors(const GPT2 *m, int kind, size_t l) {
-    Tensors t;
-    for (int i = 0; i < GPT2_TENSORS; i++) {
-        const size_t step = i < 2 || i > 13 ? 0 : (m->start[i + 1] - m->start[i]) / m->L;
-        t.all[i] = m->memory[kind] + m->start[i] + l * step;
-    }
-    return t;
-}
-static Activations acts(const GPT2 *m, size_t l) {
-    Activations a;
-    for (int i = 0; i < ACTIVATIONS; i++)
-        a.all[i] = m->act_memory + m->act_start[i] + (i < m->act_own ? 0 : l * m->act_step);
-    return a;
-}
-
-/* Lays out the activations for B × T tokens, to TRAIN, GENERATE or EVALUATE. */
-static int acts_layout(GPT2 *m, size_t B, size_t T, int own) {
-    const size_t N = B * T, BTC = N * m->C, G = own == TRAIN ? BTC : 0, threads = (size_t)m->ws.threads;
-    if ((double)N * (double)m->C * (double)m->L > 1e15)
-        return gpt2_fail("a batch of %zu x %zu tokens fits no memory; use a smaller one", B, T);
-    m->act_own = own;
-    m->chunk = even_pieces(N, ((size_t)1 << 24) / m->Vp + 1, MR);     /* logits: about 64 MB at most */
-    m->ws.own_floats = round_up(attention_floats(T), 16);
-    const size_t sizes[] = {
-        N, N, N, N, BTC, 4 * BTC, m->chunk * m->Vp, G, G, 4 * G,                /* losses … dwide */
-        threads * ROOM, threads * (KC + MC) * NR, threads * m->ws.own_floats,     /* pack_a, pack_b, own */
-        BTC, BTC, BTC, 4 * BTC, 3 * BTC,                                        /* residual1 … qkv */
-    };
-    _Static_assert(sizeof sizes == sizeof(Activations), "one size for each activation");
-    for (int i = 0; i < ACTIVATIONS; i++) m->act_start[i + 1] = m->act_start[i] + round_up(sizes[i], 16);
-    m->act_step = m->act_start[ACTIVATIONS] - m->act_start[own];
-    /* residual1 comes first in a layer's, so that G floats more make room for the one after the last layer */
-    const size_t total = m->act_start[ACTIVATIONS] + (m->L - 1) * m->act_step + G;
-    if (total > m->act_count) {
-        free(m->act_memory);
-        m->act_memory = floats(total);
-        m->act_count = m->act_memory ? total : 0;
-    }
-    if (!m->act_memory) return -1;
-    const Activations a = acts(m, 0);
-    m->ws.pack_a = a.pack_a, m->ws.pack_b = a.pack_b, m->ws.own = a.own;
-    return 0;
-}
-
-static size_t mapped_bytes(const GPT2 *m) { return 1024 + m->start[GPT2_TENSORS] * sizeof(float); }
-
-GPT2 *gpt2_create(const GPT2Config *config) { return gpt2_create_mapped(config, -1); }
-
-GPT2 *gpt2_create_mapped(const GPT2Config *config, int file) {
-    GPT2 *m = gpt2_config_check(config) ? NULL : (GPT2 *)floats(sizeof *m / sizeof(float) + 1);
-    if (!m) return NULL;
-    *m = (GPT2){.config = *config, .C = (size_t)config->C, .NH = (size_t)config->NH, .L = (size_t)config->L,
-                .V = (size_t)config->V, .Vp = round_up((size_t)config->V, 128), .grads_empty = 1, .norm = NAN,
-                .ws.threads = omp_get_max_threads()};
-    for (int i = 0; i < GPT2_TENSORS; i++)
-        m->start[i + 1] = m->start[i] + (size_t)gpt2_tensor(config, i, NULL, NULL);
-    void *at = file < 0 ? NULL : mmap(NULL, mapped_bytes(m), PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
-    if (at && at != MAP_FAILED) m->mapped = at, m->memory[GPT2_PARAM] = (float *)at + 256;
-    if (at != MAP_FAILED && memory_of(m, GPT2_PARAM)) return m;
-    if (at) gpt2_fail("no memory to map a model of %zu MB", mapped_bytes(m) >> 20);
-    gpt2_free(m);
-    return NULL;
-}
-
-void gpt2_free(GPT2 *m) {
-    if (!m) return;
-    if (m->mapped) munmap(m->mapped, mapped_bytes(m));
-    for (int kind = m->mapped ? GPT2_GRAD : GPT2_PARAM; kind < 4; kind++) free(m->memory[kind]);
-    free(m->act_memory);
-    free(m);
-}
-
-GPT2Config gpt2_config(const GPT2 *m) { return m->config; }
-int gpt2_option(GPT2 *m, const char *name, int value) {
-    (void)m, (void)value;
-    return gpt2_fail("%s is for GPUs only", name);
-}
-int64_t *gpt2_updates(GPT2 *m) { return &m->updates; }
-void gpt2_zero_grad(GPT2 *m) { m->grads_empty = 1, m->backward_due = 0, m->norm = NAN; }
-
-/* The memory of a kind to look into: not while gradients are half made, and those that count as 0 are 0. */
-static float *whole_memory(GPT2 *m, int kind) {
-    const int grads = kind == GPT2_GRAD, due = grads && m->backward_due;
-    if (due) gpt2_fail("the gradients are half made: call gpt2_backward after gpt2_forward");
-    float *memory = due ? NULL : memory_of(m, kind);
-    if (memory && grads && m->grads_empty) memset(memory, 0, m->start[GPT2_TENSORS] * sizeof *memory);
-    return memory;
-}
-
-/* Copies a part of a tensor to `out`, or from `in`; the other is NULL. */
-static int tensor_copy(GPT2 *m, int t, int kind, int64_t first, int64_t count, float *out, const float *in) {
-    const int64_t size = gpt2_tensor(&m->config, t, NULL, NULL);
-    if (size < 0) return -1;
-    if (kind < GPT2_PARAM || kind > GPT2_MOMENT2 || first < 0 || count < 0 || first > size - count)
-        return gpt2_fail("tensor %d, kind %d: elements %lld + %lld asked for, it has %lld, in kinds 0 to 3",
-                         t, kind, (wide)first, (wide)count, (wide)size);
-    float *memory = whole_memory(m, kind), *part = memory ? memory + m->start[t] + first : NULL;
-    if (!part) return -1;
-    if (out) memcpy(out, part, (size_t)count * sizeof *out);
-    if (in) memcpy(part, in, (size_t)count * sizeof *in);
-    if (in && kind == GPT2_GRAD) m->grads_empty = 0, m->norm = NAN;
-    if (in && kind == GPT2_PARAM) m->cached = 0;
-    return 0;
-}
-
-int gpt2_get(GPT2 *m, int tensor, int kind, int64_t first, int64_t count, float *out) {
-    return tensor_copy(m, tensor, kind, first, count, out, NULL);
-}
-int gpt2_set(GPT2 *m, int tensor, int kind, int64_t first, int64_t count, const float *in) {
-    return tensor_copy(m, tensor, kind, first, count, NULL, in);
-}
-
-static int tokens_check(const GPT2 *m, const char *what, const int32_t *tokens, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        if (tokens[i] < 0 || tokens[i] >= m->config.V)
-            return gpt2_fail("token %zu of %s is %d, expected 0 to %zu", i, what, tokens[i], m->V - 1);
-    return 0;
-}
-
-/* Embedding, blocks and the last layer norm, whose output is left in the activation ln. To GENERATE (B = 1)
-   begins with the first token of which the keys and values are not kept. Returns the rows, -1 on failure. */
-static int64_t forward_blocks(GPT2 *m, const int32_t *x, int batch, int length, int own) {
-    const size_t B = (size_t)batch, T = (size_t)length, C = m->C;
-    size_t first = 0;
-    if (batch < 1 || length < 1 || length > m->config.max_T)
-        return gpt2_fail("batch is %d x %d tokens, expected sequences of 1 to %d, the model's context", batch,
-                         length, m->config.max_T);
-    if (m->backward_due && !m->grads_empty)
-        return gpt2_fail("a gradient is half added; call gpt2_backward after gpt2_forward");
-    m->backward_due = 0;
-    m->B = B, m->T = T;
-    if (own != GENERATE) m->cached = 0;
-    if (tokens_check(m, "x", x, B * T)) return -1;
-    if (!m->cached && acts_layout(m, B, own == GENERATE ? (size_t)m->config.max_T : T, own)) return -1;
-    const Workspace *ws = &m->ws;
-    Tensors p = tensors(m, GPT2_PARAM, 0);
-    Activations a = acts(m, 0);
-    while (first + 1 < T && first < m->cached && x[first] == ((int32_t *)a.x)[first]) first++;
-    const size_t N = B * T - first;
-    memcpy(a.x, x, B * T * sizeof *x);
-    encoder_forward(a.residual1, x + first, p.wte, p.wpe + first * C, N, T, C);
-    for (size_t l = 0; l < m->L; l++) {
-        p = tensors(m, GPT2_PARAM, l), a = acts(m, l);
-        layernorm_forward(a.ln, a.mean, a.rstd, a.residual1, p.ln1w, p.ln1b, N, C);
-        linear_forward(ws, a.qkv + first * 3 * C, a.ln, p.qkvw, p.qkvb, NULL, N, C, 3 * C);
-        attention_forward(ws, a.att, a.qkv, B, first, T, C, m->NH);
-        linear_forward(ws, a.residual2, a.att, p.attprojw, p.attprojb, a.residual1, N, C, C);
-        layernorm_forward(a.ln, a.mean, a.rstd, a.residual2, p.ln2w, p.ln2b, N, C);
-        linear_forward(ws, a.fc, a.ln, p.fcw, p.fcb, NULL, N, C, 4 * C);
-        gelu(a.gelu, NULL, a.fc, N * 4 * C);
-        linear_forward(ws, acts(m, l + 1).residual1, a.gelu, p.fcprojw, p.fcprojb, a.residual2, N, 4 * C, C);
-    }
-    layernorm_forward(a.ln, a.mean, a.rstd, acts(m, m->L).residual1, p.lnfw, p.lnfb, N, C);
-    m->cached = own == GENERATE ? T : 0;
-    return (int64_t)N;
-}
-
-int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, float grad_scale, float *loss) {
-    const int train = grad_scale != 0;
-    if (train && !memory_of(m, GPT2_GRAD)) return -1;
-    const int64_t rows_done = forward_blocks(m, x, B, T, train ? TRAIN : EVALUATE);
-    if (rows_done < 0 || tokens_check(m, "y", y, m->B * m->T)) return -1;
-    const size_t N = m->B * m->T, C = m->C, V = m->V, Vp = m->Vp;
-    const Matrix wte = {m->memory[GPT2_PARAM], C, 1};
-    float *dwte = m->memory[GPT2_GRAD];
-    const Activations a = acts(m, 0);
-    for (size_t n = 0; n < N; n += m->chunk) {
-        const size_t rows = min(m->chunk, N - n);
-        const Matrix ln = {a.ln + n * C, C, 1}, logits = {a.logits, Vp, 1};
-        gemm(&m->ws, a.logits, Vp, ln, transposed(wte), rows, V, C, NULL, NULL);
-        crossentropy(a.losses + n, a.logits, y + n, rows, V, Vp, grad_scale / (float)N);
-        if (!train) continue;
-        gemm(&m->ws, a.dln + n * C, C, logits, wte, rows, C, V, NULL, NULL);
-        gemm(&m->ws, dwte, C, transposed(logits), ln, V, C, rows, NULL, n || !m->grads_empty ? dwte : NULL);
-    }
-    double sum = 0;
-    for (size_t n = 0; n < N; n++) sum += a.losses[n];
-    *loss = (float)(sum / (double)N);
-    m->backward_due = train;
-    if (train) m->norm = NAN;
-    return 0;
-}
-
-int gpt2_backward(GPT2 *m) {
-    if (!m->backward_due)
-        return gpt2_fail("gpt2_backward needs a gpt2_forward with a gradient scale before it, one for each");
-    const Workspace *ws = &m->ws;
-    const size_t N = m->B * m->T, C = m->C;
-    const int add = !m->grads_empty;
-    Tensors p = tensors(m, GPT2_PARAM, 0), g = tensors(m, GPT2_GRAD, 0);
-    Activations a = acts(m, m->L);
-    float *dx = a.dresidual, *dln = a.dln, *dwide = a.dwide;
-    memset(dx, 0, N * C * sizeof *dx);
-    layernorm_backward(dx, g.lnfw, g.lnfb, dln, a.residual1, p.lnfw, a.mean, a.rstd, N, C, add);
-    for (size_t l = m->L; l-- > 0;) {
-        p = tensors(m, GPT2_PARAM, l), g = tensors(m, GPT2_GRAD, l), a = acts(m, l);
-        linear_backward_input(ws, dwide, dx, p.fcprojw, N, 4 * C, C);
-        gelu(a.gelu, dwide, a.fc, N * 4 * C);
-        linear_backward_weight(ws, g.fcprojw, g.fcprojb, dx, a.gelu, N, 4 * C, C, add);
-        layernorm_forward(a.ln, a.mean, a.rstd, a.residual2, p.ln2w, p.ln2b, N, C);
-        linear_backward_weight(ws, g.fcw, g.fcb, dwide, a.ln, N, C, 4 * C, add);
-        linear_backward_input(ws, dln, dwide, p.fcw, N, C, 4 * C);
-        layernorm_backward(dx, g.ln2w, g.ln2b, dln, a.residual2, p.ln2w, a.mean, a.rstd, N, C, add);
-
-        linear_backward_weight(ws, g.attprojw, g.attprojb, dx, a.att, N, C, C, add);
-        linear_backward_input(ws, dln, dx, p.attprojw, N, C, C);
-        attention_backward(ws, dwide, dln, a.qkv, m->B, m->T, C, m->NH);
-        layernorm_forward(a.ln, a.mean, a.rstd, a.residual1, p.ln1w, p.ln1b, N, C);
-        linear_backward_weight(ws, g.qkvw, g.qkvb, dwide, a.ln, N, C, 3 * C, add);
-        linear_backward_input(ws, dln, dwide, p.qkvw, N, C, 3 * C);
-        layernorm_backward(dx, g.ln1w, g.ln1b, dln, a.residual1, p.ln1w, a.mean, a.rstd, N, C, add);
-    }
-    if (!add) memset(g.wpe, 0, (size_t)m->config.max_T * C * sizeof *g.wpe);
-    encoder_backward(g.wte, g.wpe, dx, (const int32_t *)a.x, N, m->T, C);
-    m->grads_empty = m->backward_due = 0;
-    return 0;
-}
-
-int gpt2_logits(GPT2 *m, const int32_t *x, int B, int T, int last_only, float *out) {
-    const int64_t rows = forward_blocks(m, x, B, T, last_only && B == 1 ? GENERATE : EVALUATE);
-    if (rows < 0) return -1;
-    const size_t every = last_only ? (size_t)rows / m->B : 1, C = m->C;
-    const Matrix ln = {acts(m, 0).ln + (every - 1) * C, every * C, 1}, wte_t = {m->memory[GPT2_PARAM], 1, C};
-    gemm(&m->ws, out, m->V, ln, wte_t, (size_t)rows / every, m->V, C, NULL, NULL);
-    return 0;
-}
-
-const float *gpt2_losses(GPT2 *m) { return m->act_memory ? acts(m, 0).losses : NULL; }
-
-/* --- AdamW -------------------------------------------------------------------------------------------------
-   Shared out in pieces of a fixed size: neither a sum nor the end of a vector loop depends on the threads. */
-enum { PIECE = 1 << 14, PARTS = 256 };
-
-float gpt2_grad_norm(GPT2 *m) {
-    double sum = 0, squares[PARTS] = {0};
-    const float *g = isnan(m->norm) ? whole_memory(m, GPT2_GRAD) : NULL;
-    const size_t count = m->start[GPT2_TENSORS];
-    if (!g) return m->norm;
-#pragma omp parallel for
-    for (size_t i = 0; i < PARTS; i++)    /* a part is every PARTS-th piece */
-        for (size_t first = i * PIECE; first < count; first += PARTS * PIECE) {
-            vf lanes = {0};
-            for (size_t k = first; k < min(first + PIECE, count); k += LANES)
-                lanes += vsquare(vload(g + k, count - k));
-            squares[i] += vsum(lanes);
-        }
-    for (size_t i = 0; i < PARTS; i++) sum += squares[i];
-    return m->norm = (float)sqrt(sum);
-}
-
-int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, double decay, double max_norm) {
-    const float *g = whole_memory(m, GPT2_GRAD);
-    float *p = m->memory[GPT2_PARAM], *m1 = memory_of(m, GPT2_MOMENT1), *m2 = memory_of(m, GPT2_MOMENT2);
-    if (!g || !m1 || !m2) return -1;
-    const double norm = gpt2_grad_norm(m), n = (double)m->updates + 1;
-    if (!(isfinite(norm) && fabs(lr) < 1e10))
-        return gpt2_fail("gradient norm %f, learning rate %g: it diverged; use a lower one", norm, lr);
-    m->updates++;
-    const float clip = (float)(max_norm > 0 && norm > max_norm ? max_norm / norm : 1), epsilon = (float)eps;
-    const float keep1 = (float)beta1, add1 = (float)(1 - beta1), rate = (float)(lr / (1 - pow(beta1, n)));
-    const float keep2 = (float)beta2, add2 = (float)(1 - beta2), scale2 = (float)(1 / (1 - pow(beta2, n)));
-    for (int t = 0; t < GPT2_TENSORS; t++) {
-        const size_t end = m->start[t + 1];
-        const float keep = (float)(GPT2_DECAYED >> t & 1 ? 1 - lr * decay : 1);
-#pragma omp parallel for
-        for (size_t first = m->start[t]; first < end; first += PIECE)
-#pragma omp simd
-            for (size_t i = first; i < min(first + PIECE, end); i++) {
-                const float grad = g[i] * clip;
-                m1[i] = keep1 * m1[i] + add1 * grad;
-                m2[i] = keep2 * m2[i] + add2 * grad * grad;
-                p[i] = keep * p[i] - rate * m1[i] / (sqrtf(m2[i] * scale2) + epsilon);
-            }
-    }
-    gpt2_zero_grad(m);
-    m->cached = 0;
-    return 0;
 }
 
 /* --- The machine ---------------------------------------------------------------------------------------- */
 const char *gpt2_device(void) {
     static _Thread_local char text[64];
-    snprintf(text, sizeof text, "CPU, %d threads, %d floats a vector", omp_get_max_threads(), LANES);
+    snprintf(text, sizeof text, "CPU, %d threads, %d floats per vector", omp_get_max_threads(), LANES);
     return text;
 }
 
 /* Multiply-adds in independent chains, enough to hide the latency of one; the best of some short runs. */
 double gpt2_ceiling(void) {
     enum { CHAINS = 12, ROUNDS = 400000, RUNS = 12 };
-    double best = 0, sink = 0;            /* sink is used, so that the loops are not dropped */
+    double best = 0, sink = 0;            /* sink is used, so that the loops are not optimized away */
     for (int run = 0; run < RUNS; run++) {
         const double start = seconds();
 #pragma omp parallel for reduction(+ : sink)
@@ -1074,7 +1216,8 @@ double gpt2_ceiling(void) {
         }
         best = fmax(best, 2.0 * LANES * CHAINS * ROUNDS * omp_get_max_threads() / (seconds() - start));
     }
-    return sink > 0 ? best : 0;
+    if (!(sink > 0)) return 0;
+    return best;
 }
 #endif /* GPT2_NO_MODEL */
 

@@ -25,8 +25,8 @@ Contents:
      8. Command line
 
 It needs Python 3.9 or newer and its standard library; all arithmetic is in the C library. tiktoken is imported
-for GPT-2's tokenizer only, and dev/convert.py, dev/curves.py and dev/data/fetch.py by the commands that need
-them. In Python: from train_gpt2 import GPT2, GPT2Config.
+for GPT-2's tokenizer only, dev/convert.py, dev/curves.py and dev/data/fetch.py by what needs them.
+In Python: from train_gpt2 import GPT2, GPT2Config.
 """
 import argparse
 import array
@@ -1673,7 +1673,7 @@ def train_command(args):
 
 
 def start_run(run, tokenizer, step, source, train_loader):
-    """Restores the state of the checkpoint at `step`, or empties the logs (None); saves tokenizer and settings."""
+    """Restores the checkpoint at `step`, or empties the logs (None). Saves tokenizer and settings."""
     folder, s = run.folder, run.settings
     if step is None:
         replace_file(os.path.join(folder, "main.log"))

@@ -3,8 +3,8 @@
 
     python3 dev/curves.py runs/1 runs/2 --out loss.svg
 
-A run is a run directory, a main.log (llm.c's too) or a metrics.jsonl. Standard library only. The command plot of
-train_gpt2.py calls plot(), its training loop read_curves() and draw_curves().
+A run is a run directory, a main.log (llm.c's too) or a metrics.jsonl. Standard library only. The
+driver's command plot calls plot(), its training loop read_curves() and draw_curves().
 """
 import argparse
 import collections

@@ -75,7 +75,7 @@ static void register_tile(void) {
 
 /* 4. The same with NR columns copied to where they lie side by side, now from W itself. */
 static void packed_panel(void) {
-    float *panel = floats(K * NR);
+    float *panel = alloc_floats(K * NR);
     for (size_t column = 0; column < N; column += NR) {
         const size_t j = min(column, N - NR);
         pack(panel, W + j * K, K, 1, NR, K, NR);
@@ -139,7 +139,7 @@ static double median(double values[TURNS]) {
 }
 
 static void operands(void) {
-    A = floats(M * K), W = floats(N * K), Wt = floats(K * N), C = floats(M * N);
+    A = alloc_floats(M * K), W = alloc_floats(N * K), Wt = alloc_floats(K * N), C = alloc_floats(M * N);
     right = memory(M * N * sizeof *right), others = memory(CACHES);
     for (size_t i = 0; i < M * K; i++) A[i] = 2 * (float)uniform_at(1, i) - 1;
     for (size_t j = 0; j < N; j++)
@@ -171,8 +171,8 @@ int main(int argc, char **argv) {
     enum { STEPS = sizeof steps / sizeof *steps };
     double ms[STEPS][TURNS], share[STEPS][TURNS], off[STEPS], best = 0;
     const double flops = 2.0 * (double)M * (double)N * (double)K;
-    ws.pack_a = floats((size_t)all * ROOM);
-    ws.pack_b = floats((size_t)all * (KC + MC) * NR);
+    ws.pack_a = alloc_floats((size_t)all * PACK_A);
+    ws.pack_b = alloc_floats((size_t)all * PACK_B);
     operands();
 
     for (int turn = -1; turn < TURNS; turn++)                     /* turn -1 warms up */

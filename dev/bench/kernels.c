@@ -41,7 +41,7 @@ static void row(const char *name, double median, double flops, double bytes) {
 
 /* The three products of a linear layer with N rows, C channels in and OC out. */
 static void linear(const Workspace *ws, const char *what, size_t N, size_t C, size_t OC) {
-    float *inp = floats(N * C), *w = floats(OC * C), *out = floats(N * OC), *b = floats(OC);
+    float *inp = alloc_floats(N * C), *w = alloc_floats(OC * C), *out = alloc_floats(N * OC), *b = alloc_floats(OC);
     const double flops = 2.0 * (double)N * (double)C * (double)OC;
     const double bytes = 4.0 * (double)(N * C + OC * C + N * OC);
     char name[64];
@@ -70,11 +70,11 @@ int main(int argc, char **argv) {
     const size_t C = 768, NH = 12, V = 50257, Vp = 50304, N = B * T, chunk = min(N, 256);
     const double NC_bytes = 4.0 * (double)(N * C);
     Workspace ws = {.threads = omp_get_max_threads()};
-    ws.own_floats = attention_floats(T);
-    ws.pack_a = floats((size_t)ws.threads * ROOM);
-    ws.pack_b = floats((size_t)ws.threads * (KC + MC) * NR);
-    ws.own = floats((size_t)ws.threads * ws.own_floats);
-    float *source = floats(L3), *to = floats(L3);
+    ws.scratch_floats = attention_floats(T);
+    ws.pack_a = alloc_floats((size_t)ws.threads * PACK_A);
+    ws.pack_b = alloc_floats((size_t)ws.threads * PACK_B);
+    ws.scratch = alloc_floats((size_t)ws.threads * ws.scratch_floats);
+    float *source = alloc_floats(L3), *to = alloc_floats(L3);
     {
         TIME(_Pragma("omp parallel for") for (size_t i = 0; i < L3; i++) to[i] = source[i] + 1);
         byte_ceiling = 2.0 * 4 * L3 / median;
@@ -88,8 +88,8 @@ int main(int argc, char **argv) {
     linear(&ws, "fcproj", N, 4 * C, C);
     linear(&ws, "classifier", chunk, C, V);
 
-    float *a = floats(N * 4 * C), *b = floats(N * 4 * C), *c = floats(N * 4 * C);
-    float *w = floats(4 * C), *stats = floats(2 * N);
+    float *a = alloc_floats(N * 4 * C), *b = alloc_floats(N * 4 * C), *c = alloc_floats(N * 4 * C);
+    float *w = alloc_floats(4 * C), *stats = alloc_floats(2 * N);
     const double causal = 2.0 * (double)(B * T) * (double)T * (double)C;     /* 2 products, half of T x T */
     {
         TIME(attention_forward(&ws, b, a, B, 0, T, C, NH));
@@ -115,7 +115,7 @@ int main(int argc, char **argv) {
         TIME(gelu(b, c, a, N * 4 * C));
         row("GELU backward", median, 32.0 * 4 * (double)(N * C), 16 * NC_bytes);
     }
-    float *logits = floats(chunk * Vp), *losses = floats(chunk);
+    float *logits = alloc_floats(chunk * Vp), *losses = alloc_floats(chunk);
     int32_t *targets = calloc(chunk, sizeof *targets);
     {
         TIME(crossentropy(losses, logits, targets, chunk, V, Vp, 1));

