@@ -298,9 +298,9 @@ def raw_forward(model, x, y, B, T):
 def test_half_made_gradients_are_refused():
     model = lively(8, 5, 1, 1, 4)
     model.forward([[0, 1, 2]], [[1, 2, 3]])
-    with refused("half made", "gpt2_backward"):
+    with refused("incomplete", "gpt2_backward"):
         model.get("wte", "grad")
-    with refused("half made", "gpt2_backward"):
+    with refused("incomplete", "gpt2_backward"):
         model.update(lr=0.1)
     assert math.isnan(LIB.gpt2_grad_norm(model.handle))
     model.backward()
@@ -450,7 +450,7 @@ def test_a_run_logs_and_shows_every_step(whole_runs):
     assert [int(match[1]) for match in validated if match] == [0, 3, 6, 8]
     rates = [float(match[3]) for match in trained if match]
     assert rates == [pytest.approx(llmc_lr("linear", step, 8, 2, 1e-3, 0.1), abs=6e-7) for step in range(8)]
-    line = r"^step (\d)/8 \| loss \d\.\d+ \| lr \S+ \| norm \S+ \| .* tok/s \| .*% of ceiling \| .* left$"
+    line = r"^step (\d)/8 \| loss \d\.\d+ \| lr \S+ \| norm \S+ \| .* tok/s \| .*% of peak \| .* left$"
     assert re.findall(line, shown, re.M) == list("12345678")
     assert len(re.findall(r"^---\n(\d+ ){7}\n---$", shown, re.M)) == 2     # samples
     line = r"^step 8/8 \| .* left \| loss \d\.\d+ \| lr \S+ \| norm \S+ \| .* tok/s \| \d+% of peak$"
@@ -490,7 +490,7 @@ def test_a_checkpoint_counts_where_it_is_whole_and_fits(data, whole_runs, tmp_pa
         LIB.gpt2_restore(str(folder), step, model.handle, loader.handle, ctypes.byref(GPT2Progress()))
 
     restore(B=2)                     # another B may be
-    with refused("T 19", "this, 18"):
+    with refused("T 19", "this model, 18"):
         restore(T=18)
     with refused("833 tokens", 400):
         restore(pattern=pattern.replace("train", "val"))

@@ -1,19 +1,18 @@
-/* GPT-2 training on a CPU, in fp32, with a C compiler and nothing else.
+/* GPT-2 training on a CPU, in fp32, with nothing but a C compiler.
 
      make                                      builds ./train_gpt2 and libgpt2.so from this file
      ./train_gpt2 -e d12 -i 'train_*.bin' -j 'val_*.bin' -o run
      ./train_gpt2 --help                       lists every flag
 
-   What it is: the whole of GPT-2 (Radford et al. 2019) with its backward pass, AdamW, and the files that a
-   run reads and writes. What it refuses to be: a tensor library, an autograd, a tokenizer (text becomes
-   tokens in train_gpt2.py). To be read from top to bottom:
+   The whole of GPT-2 (Radford et al. 2019), forward and backward, AdamW, and the files that a run reads and
+   writes. Text is encoded in train_gpt2.py.
 
-     1. The C API      what the driver, the tests and main() may call; documented here and nowhere else
-     2. The model      vectors, matrix product, layers forward and backward, GPT-2, AdamW
-     3. The host half  model files, token shards, schedule, sampling, checkpoints, check against a reference
+     1. The C API      what the driver, the tests and main() call; documented here only
+     2. The model      layers, attention, GPT-2, AdamW, matrix product
+     3. The host code  model files, token shards, schedule, sampling, checkpoints, comparison with a reference
      4. main           the command line
 
-   The host half reaches the model through the API only: another model half (CUDA) can stand in for it.
+   The host code reaches the model only through the API, so that train_gpt2.cu can replace the model.
    -DGPT2_NO_MODEL leaves out section 2, -DGPT2_NO_MAIN section 4; -DGPT2_API_ONLY stops after section 1. */
 
 #define _GNU_SOURCE
@@ -22,139 +21,142 @@
 
 /* ===========================================================================================================
    1. The C API
-   A function that can fail returns 0 or a pointer on success, -1 or NULL on failure, and gpt2_error() then
-   has one sentence about it (per thread, until the thread's next failure). Nothing here prints or exits.
-   Arrays belong to the caller. Sizes: B sequences (batch) of T positions (time), C channels, NH heads, L
-   layers, V tokens in the vocabulary, Vp = V rounded up to a multiple of 128 (wte's rows in memory and file).
+   Success: 0 or a pointer; failure: -1 or NULL, and one sentence in gpt2_error() (per thread). Nothing here
+   prints or exits. The caller owns arrays. Sizes: B sequences (batch) of T positions (time), C channels, NH heads, L
+   layers, vocabulary size V; Vp is V rounded up to a multiple of 128, the rows of wte in memory and in files.
    ======================================================================================================== */
 #ifdef __cplusplus
 extern "C" {
 #endif
 #pragma GCC visibility push(default)
+#define GPT2_VERSION "1.0.0"
 typedef struct GPT2 GPT2;                 /* parameters, gradients, moments, activations */
 typedef struct { int32_t max_T, V, L, NH, C; } GPT2Config;
-/* The tensors in file order; from GPT2_LN1W to GPT2_FCPROJB they are stacked over layers. */
+/* The tensors in file order. */
 enum { GPT2_WTE, GPT2_WPE,
        GPT2_LN1W, GPT2_LN1B, GPT2_QKVW, GPT2_QKVB, GPT2_ATTPROJW, GPT2_ATTPROJB,
        GPT2_LN2W, GPT2_LN2B, GPT2_FCW, GPT2_FCB, GPT2_FCPROJW, GPT2_FCPROJB,
        GPT2_LNFW, GPT2_LNFB, GPT2_TENSORS };
+static inline int gpt2_is_stacked(int tensor) {     /* has the layers as its first dimension */
+    return tensor >= GPT2_LN1W && tensor <= GPT2_FCPROJB;
+}
 enum { GPT2_DIFFS = GPT2_TENSORS + 2, GPT2_WINDOW = 128 };
 enum { GPT2_PARAM, GPT2_GRAD, GPT2_MOMENT1, GPT2_MOMENT2 };     /* the kinds of a tensor */
 const char *gpt2_error(void);
+const char *gpt2_version(void);
+
 /* --- the model (section 2) --- */
 GPT2 *gpt2_create(const GPT2Config *config);     /* all parameters 0; see gpt2_init, gpt2_load */
-/* The same with the fp32 parameters that follow 1024 bytes in an open file, mapped, so that several processes
-   share them; changes stay in memory. Whoever shortens the file ends the process: replace it, as we do. */
+/* The same with fp32 parameters mapped from an open file, where they follow 1024 bytes; processes share them,
+   and changes stay in memory. Truncating the file would end the process, so files are always replaced. */
 GPT2 *gpt2_create_mapped(const GPT2Config *config, int file);
-void gpt2_free(GPT2 *model);                     /* this one and its like allow NULL */
-/* By the names of the flags, on a GPU: "-r" 0, 1, 2, whether the backward pass makes nothing, GELU's output,
-   or layer norm's too again rather than keep it (more if memory is short); "-w" 0, parameters in bf16 without
-   fp32 master weights, rounded at random. On a CPU, and for other names, it fails. */
+void gpt2_free(GPT2 *model);                     /* NULL is allowed, as for the other free functions */
+/* GPU only. "-r" 0, 1, 2: the backward pass recomputes nothing, GELU, or layer norm too (more if memory is
+   short). "-w" 0: bf16 parameters with stochastic rounding, without fp32 master weights. */
 int gpt2_option(GPT2 *model, const char *name, int value);
 GPT2Config gpt2_config(const GPT2 *model);
-/* Copies `count` elements from `first` on of a tensor (an index of gpt2_tensor) of a kind, out or in. */
+/* Copies `count` elements, from `first` on, of a tensor (index as in gpt2_tensor) of a kind, out or in. */
 int gpt2_get(GPT2 *model, int tensor, int kind, int64_t first, int64_t count, float *out);
 int gpt2_set(GPT2 *model, int tensor, int kind, int64_t first, int64_t count, const float *in);
 
 /* Runs the model on x with targets y, (B,T) each; *loss is the mean cross-entropy in nats per token.
-   grad_scale 0 only evaluates. Otherwise the gradient of grad_scale · loss is to be *added* to the gradients:
-   its classifier part here (the logits exist only a chunk at a time and are not made twice), the rest by the
-   gpt2_backward that must follow. To accumulate n micro-batches, give each the scale 1/n. */
+   grad_scale 0 only evaluates. Otherwise gpt2_backward must follow; together they accumulate the gradient of
+   grad_scale · loss (the classifier's part here, while its chunk of logits exists). Use 1/n for n
+   micro-batches. */
 int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, float grad_scale, float *loss);
 int gpt2_backward(GPT2 *model);
-const float *gpt2_losses(GPT2 *model);           /* (B,T), of the last gpt2_forward's tokens, or NULL */
+const float *gpt2_losses(GPT2 *model);           /* (B,T), of the tokens of the last gpt2_forward, or NULL */
 void gpt2_zero_grad(GPT2 *model);
 
-/* Logits of every position, out (B,T,V); with last_only of each sequence's last position, out (B,V). With
-   last_only and B = 1 the model keeps keys and values of all positions: while it is not used or changed in
-   another way, a sequence that begins like the one before costs only what is new in it. */
+/* Logits of all positions, out (B,T,V); with last_only those of each last position, out (B,V). With last_only
+   and B = 1 keys and values are cached: a next call with the same beginning costs only the new tokens. */
 int gpt2_logits(GPT2 *model, const int32_t *x, int B, int T, int last_only, float *out);
 
-/* One AdamW step (Loshchilov & Hutter 2019, algorithm 2): gradients clipped to a global norm of max_norm (0:
-   not), moments corrected by the number of updates, decay of the 2-D tensors. Then the gradients are 0. It
-   fails, and changes nothing, if the gradients' norm is infinite or NaN, or lr 1e10 or more. */
+/* One AdamW step (Loshchilov & Hutter 2019, algorithm 2) with gradients clipped to a global norm of max_norm
+   (0: not clipped) and weight decay on 2-D tensors; then the gradients are 0. Fails without any change if the
+   norm is infinite or NaN, or lr is 1e10 or more. */
 int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, double decay, double max_norm);
 float gpt2_grad_norm(GPT2 *model);               /* global L2 norm before clipping; NaN on failure */
-int64_t *gpt2_updates(GPT2 *model);              /* their number so far, by which moments are corrected */
-const char *gpt2_device(void);                   /* "CPU, 2 threads, 8 floats a vector" */
-double gpt2_ceiling(void);                       /* FLOP/s that no step can exceed, measured in about 0.1 s */
+int64_t *gpt2_updates(GPT2 *model);              /* number of updates, for the bias correction of moments */
+const char *gpt2_device(void);                   /* "CPU, 2 threads, 8 floats per vector" */
+double gpt2_ceiling(void);                       /* peak FLOP/s of this machine, measured in about 0.1 s */
 
-/* --- the host half (section 3) --- */
-/* Tensor 0…15 in file order: wte wpe ln1w ln1b qkvw qkvb attprojw attprojb ln2w ln2b fcw fcb fcprojw fcprojb
-   lnfw lnfb. Returns its number of elements (-1 for a bad index), its name and its shape, L first where it
-   has layers, 0 for dimensions that it has not; either may be NULL. */
+/* --- the host code (section 3) --- */
+/* Number of elements of tensor 0 to 15, its name ("wte") and shape, L first if stacked, 0 for missing
+   dimensions; name and shape may be NULL. -1 for a bad index. */
 int64_t gpt2_tensor(const GPT2Config *config, int index, const char **name, int64_t shape[3]);
 enum { GPT2_DECAYED = 1 << GPT2_WTE | 1 << GPT2_WPE | 1 << GPT2_QKVW | 1 << GPT2_ATTPROJW | 1 << GPT2_FCW |
                       1 << GPT2_FCPROJW };       /* bit i: tensor i has weight decay */
 int64_t gpt2_parameters(const GPT2Config *config);                 /* without padding */
 double gpt2_flops_per_token(const GPT2Config *config, int T);      /* of a training step: 6 P + 6 L T C */
-int gpt2_config_check(const GPT2Config *config);                   /* can a model have this shape? */
+int gpt2_config_check(const GPT2Config *config);                   /* is the shape valid? */
 int gpt2_descriptor(const char *text, GPT2Config *out);            /* "d12": V 50257, max_T 1024 */
 int gpt2_init(GPT2 *model, uint64_t seed);       /* as GPT-2: N(0, 0.02), residual projections / sqrt(2 L) */
-GPT2 *gpt2_load(const char *path);               /* model file, version 3 (fp32) or 5 (bf16); if it has a */
-int gpt2_save(GPT2 *model, const char *path, int version);     /* checksum, as ours have, it is verified */
+GPT2 *gpt2_load(const char *path);               /* model file, version 3 (fp32) or 5 (bf16); verifies the */
+int gpt2_save(GPT2 *model, const char *path, int version);     /* checksum, if there is one */
 
-/* Batches of B rows of T tokens and their successors, from the shards that a glob matches, in the names'
-   order. A row never crosses shards; what a shard has after its last whole batch is skipped. With shuffle
-   every epoch takes the shards in another order, and of each the rows in another order and offset. */
+/* Batches of B sequences of T tokens, and their successors, from the shards that a glob matches, in order of
+   names. A sequence never crosses shards; the rest of a shard after its last whole batch is skipped. With
+   shuffle each epoch has a new order of shards, of sequences within them, and a new offset. */
 typedef struct GPT2Loader GPT2Loader;
 GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuffle, uint64_t seed);
 void gpt2_loader_close(GPT2Loader *loader);
 const int32_t *gpt2_loader_next(GPT2Loader *loader);     /* x (B,T), then y (B,T), until the next call */
 void gpt2_loader_reset(GPT2Loader *loader);      /* to the first batch */
-/* Of all shards: their number, their tokens, and the batches in an unshuffled epoch. */
-typedef struct { int64_t shards, tokens, batches; } GPT2Size;
+typedef struct { int64_t shards, tokens, batches; } GPT2Size;     /* batches in an unshuffled epoch */
 GPT2Size gpt2_loader_size(const GPT2Loader *loader);
 
-/* Mean loss of the loader's first `batches` batches, or of an epoch's if that has fewer. */
+/* Mean loss of the loader's first `batches` batches, or of all if it has fewer. */
 int gpt2_evaluate(GPT2 *model, GPT2Loader *loader, int64_t batches, float *loss);
 
-/* HellaSwag (Zellers et al. 2019): of `count` examples from `first` on, adds to right[0] those whose right
-   completion is the likeliest of four, and to right[1] those for which it is so by the mean over its tokens.
-   Returns how many examples the file has. */
+/* HellaSwag (Zellers et al. 2019): of `count` examples from `first` on, adds to right[0] those whose correct
+   completion is the most probable of four, to right[1] those where it is by the mean over its tokens. Returns
+   the number of examples in the file. */
 int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t count, int64_t right[2]);
 
-/* Learning rate of a step of 0…steps-1: warm-up from lr/warmup, then "cosine", "linear", "constant", or "wsd"
-   (constant, decay with the square root in the last fifth), down to final_frac · lr. -1 on failure. */
+/* Learning rate of a step 0…steps-1: linear warm-up from lr/warmup, then "cosine", "linear", "constant" or
+   "wsd" (constant, with square-root decay in the last fifth), down to final_frac · lr. -1 on failure. */
 float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac);
 
-/* The token after `tokens`: with temperature 0 the likeliest, else one of the top_k likeliest (0: of all) and
-   of the fewest that have a share of top_p together. *rng is the sampler's state. Of more than max_T tokens
-   the first do not count, a multiple of max_T / 2, so that keys and values can be kept. -1 on failure. */
+/* Samples the token that follows `tokens`; temperature 0 is greedy, top_k 0 allows all tokens, top_p is
+   nucleus sampling. *rng is the sampler's state. Of more than max_T tokens the first are dropped, by
+   multiples of max_T / 2, so that keys and values can be cached. -1 on failure. */
 int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, float top_p,
               uint64_t *rng);
 
-/* Decode table: token i is bytes[at[i] + 1 …], bytes[at[i]] of them; `end` ends a text, -1 if none does. */
+/* Decode table: token i is bytes[at[i] + 1 …], bytes[at[i]] of them; `end` is end-of-text, or -1. */
 typedef struct { int32_t V, end; int64_t *at; unsigned char *bytes; } GPT2Tokenizer;
 GPT2Tokenizer *gpt2_tokenizer_load(const char *path);
 void gpt2_tokenizer_free(GPT2Tokenizer *tokenizer);
 
-/* What a run remembers beyond model and loader; zeroed for a fresh one. */
+/* State of a run besides model and loader; zeroed for a new one. */
 typedef struct {
     int64_t step;                         /* training steps done */
     uint64_t rng;                         /* the sampler's */
     int64_t seen[2];                      /* values put into each window so far */
     double window[2][GPT2_WINDOW];        /* 0: losses, 1: gradient norms */
 } GPT2Progress;
-/* z-score of a value against a full window (NaN before it is full), then its place in the window, which a NaN
-   or an infinite one does not get. */
+/* z-score of a value within a full window (NaN before it is full); then adds the value, unless it is NaN or
+   infinite. */
 double gpt2_zscore(GPT2Progress *progress, int window, double value);
 
-/* model_%08d.bin, state_%08d_00000.bin and, when they are whole and on disk, DONE_%08d; on failure, none.
-   Then the checkpoint that is keep times every steps older goes, unless keep is 0 or its step a multiple of
+/* Writes model_%08d.bin, state_%08d_00000.bin and, when both are complete and on disk, DONE_%08d; on failure
+   none. Then removes the checkpoint keep · every steps before, unless keep is 0 or its step a multiple of
    major. loader may be NULL. */
 int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, const GPT2Progress *progress,
                     int64_t every, int64_t keep, int64_t major);
-int64_t gpt2_newest(const char *dir);      /* step of the newest whole checkpoint; -1: none, -2: failed */
-/* Moments, loader position and progress of a checkpoint, for the model that gpt2_load got from it. */
+int64_t gpt2_newest(const char *dir);      /* step of the newest complete checkpoint; -1: none, -2: failure */
+/* Restores moments, loader and progress of a checkpoint; the model must be the one that gpt2_load got from
+   it. */
 int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader, GPT2Progress *progress);
 
-/* Holds logits, loss and the 16 gradients against a saved reference; a row is ok if its relative error, the
-   L2 norm of the difference over that of the reference, is within the tolerance. Returns how many are not. */
+/* Compares logits, loss and the 16 gradients with a saved reference. A row is ok if its relative error, the
+   L2 norm of the difference over that of the reference, is within the tolerance. Returns the number of rows
+   that are not. */
 typedef struct { char name[16]; double max_abs, relative; int32_t ok, padding; } GPT2Diff;
 int gpt2_check(GPT2 *model, const char *reference, double tolerance, GPT2Diff rows[GPT2_DIFFS]);
 #pragma GCC visibility pop
-int gpt2_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));     /* returns -1 */
+int gpt2_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));     /* sets gpt2_error: -1 */
 #ifdef __cplusplus
 }
 #endif
@@ -182,7 +184,6 @@ static int omp_get_max_threads(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
-typedef long long wide;                   /* what %lld prints */
 static size_t min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 static inline double seconds(void) {
@@ -400,8 +401,8 @@ static void linear_backward_weight(const Workspace *ws, float *dw,     /* (OC,C)
     column_sums(db, NULL, dout, NULL, NULL, NULL, N, OC, add);
 }
 
-/* GELU in the tanh form (Hendrycks & Gimpel 2016): x/2 · (1 + tanh u) = x · σ(2u), with σ the logistic function
-   and u = √(2/π) (x + 0.044715 x³). Unless dx is NULL, dx *= the derivative at inp. */
+/* GELU in the tanh form (Hendrycks & Gimpel 2016): x/2 · (1 + tanh u) = x · σ(2u), with σ the logistic
+   function and u = √(2/π) (x + 0.044715 x³). Unless dx is NULL, dx *= the derivative at inp. */
 static void gelu(float *out, float *dx, const float *inp, size_t n) {
 #pragma omp parallel for
     for (size_t i = 0; i < n; i += LANES) {
@@ -596,7 +597,7 @@ static Tensors tensors(const GPT2 *m, int kind, size_t l) {
     Tensors t;
     for (int i = 0; i < GPT2_TENSORS; i++) {
         t.all[i] = m->memory[kind] + m->start[i];
-        if (i >= GPT2_LN1W && i <= GPT2_FCPROJB) t.all[i] += l * ((m->start[i + 1] - m->start[i]) / m->L);
+        if (gpt2_is_stacked(i)) t.all[i] += l * ((m->start[i + 1] - m->start[i]) / m->L);
     }
     return t;
 }
@@ -719,7 +720,7 @@ static int tensor_copy(GPT2 *m, int t, int kind, int64_t first, int64_t count, f
     if (size < 0) return -1;
     if (kind < GPT2_PARAM || kind > GPT2_MOMENT2 || first < 0 || count < 0 || first > size - count)
         return gpt2_fail("elements %lld + %lld of kind %d of tensor %d requested, expected %lld elements in "
-                         "kinds 0 to 3", (wide)first, (wide)count, kind, t, (wide)size);
+                         "kinds 0 to 3", (long long)first, (long long)count, kind, t, (long long)size);
     float *memory = readable_memory(m, kind);
     if (!memory) return -1;
     float *part = memory + m->start[t] + first;
@@ -748,8 +749,8 @@ static int tokens_check(const GPT2 *m, const char *what, const int32_t *tokens, 
     return 0;
 }
 
-/* Checks x (B,T) and makes room for its activations. Returns the first token to compute, since GENERATE has keys
-   and values cached; -1 on failure. */
+/* Checks x (B,T) and makes room for its activations. Returns the first token to compute, since GENERATE has
+   keys and values cached; -1 on failure. */
 static int64_t forward_begin(GPT2 *m, const int32_t *x, int B, int T, int purpose) {
     if (B < 1 || T < 1 || T > m->config.max_T)
         return gpt2_fail("batch is %d x %d tokens, expected sequences of 1 to %d, the model's context", B, T,
@@ -937,16 +938,16 @@ int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, doub
 }
 
 /* --- Matrix product, defined -------------------------------------------------------------------------------
-   C = A·B after Goto & van de Geijn (2008). A tile of MR × NR sums stays in registers while k runs. A is packed
-   into panels of MR rows and B into panels of NR columns, in the order in which the tile reads them:
+   C = A·B after Goto & van de Geijn (2008). A tile of MR × NR sums stays in registers while k runs. A is
+   packed in panels of MR rows and B in panels of NR columns, in the tile's order of reading:
 
      registers   MR × NV sums, NV vectors of B, a broadcast of A: 6 × 2 fill 16 registers, 8 × 3 fill 32
      L1          a panel of B, KC × NR floats
      L2          the sums so far of NR columns of C
      L2 and L3   a band of A, at most PACK_A floats
 
-   A thread's unit of work is NR columns of a band of rows of C. Each sum over k runs in the same order regardless
-   of which thread computes it, so the bits do not depend on the threads. See dev/doc/gemm.md. */
+   A thread's unit of work is NR columns of a band of rows of C. Each sum over k runs in the same order on any
+   thread, so the bits do not depend on their number. See dev/doc/gemm.md. */
 enum { MIN_BAND = 264, BANDS = 64 };      /* least rows of a band, if there are as many; bands at a time */
 enum { GROUP = 48 };                      /* rows of A packed at a time: whole cache lines */
 
@@ -974,8 +975,8 @@ size_t pack_adjacent(float *dst, const float *src, size_t step, size_t lines, si
     return first;
 }
 
-/* Packs `lines` lines of kc floats into panels of R, dst[panel][k][r] = src[(panel * R + r) * line + k * step],
-   and 0 where there is no line. Inlined, so that R is a constant. */
+/* Packs `lines` lines of kc floats into panels of R, dst[panel][k][r] = src[(panel * R + r) * line + k *
+   step], and 0 where there is no line. Inlined, so that R is a constant. */
 static inline __attribute__((always_inline))
 void pack(float *dst, const float *src, size_t line, size_t step, size_t lines, size_t kc, size_t R) {
     size_t first = 0;
@@ -1005,8 +1006,8 @@ void pack(float *dst, const float *src, size_t line, size_t step, size_t lines, 
     }
 }
 
-/* The hot loop: c (MR,N) = a (kc,MR)ᵀ · b (kc,NR) + bias (N) + add (MR,N), the last two unless NULL, where N is
-   `vectors` vectors. Unrolled with a constant number of vectors, the sums stay in registers. */
+/* The hot loop: c (MR,N) = a (kc,MR)ᵀ · b (kc,NR) + bias (N) + add (MR,N), the last two unless NULL, where N
+   is `vectors` vectors. Unrolled with a constant number of vectors, the sums stay in registers. */
 static inline __attribute__((always_inline))
 void kernel(float *c, size_t ldc, const float *a, const float *b, size_t kc, const float *bias,
             const float *add, size_t ldadd, int vectors) {
@@ -1112,8 +1113,9 @@ void band_times_panel(Product p, const float *pack_a, float *panel, size_t m, si
     }
 }
 
-/* A thread's share of a product: it packs a band of A, then takes panels of B that no thread has taken for it;
-   taken[band] counts them. Threads start at distant bands, so with many rows each has bands of its own. */
+/* A thread's share of a product: it packs a band of A, then takes panels of B that no thread has taken for
+   it; taken[band] counts them. Threads start at distant bands, so with many rows each has bands of its own.
+   */
 static void gemm_share(const Workspace *ws, size_t thread, size_t *taken, Product p) {
     const size_t bands = (p.M + p.mc - 1) / p.mc, panels = (p.N + NR - 1) / NR, kc = p.kc;
     float *pack_a = ws->pack_a + thread * PACK_A, *panel = ws->pack_b + thread * PACK_B;
@@ -1221,9 +1223,10 @@ double gpt2_ceiling(void) {
 }
 #endif /* GPT2_NO_MODEL */
 
-/* === 3. The host half =================================================================================== */
+/* === 3. The host code =================================================================================== */
 static _Thread_local char error_text[1024] = "no error";
 const char *gpt2_error(void) { return error_text; }
+const char *gpt2_version(void) { return GPT2_VERSION; }
 
 int gpt2_fail(const char *format, ...) {
     va_list args;
@@ -1233,20 +1236,19 @@ int gpt2_fail(const char *format, ...) {
     return -1;
 }
 
-/* Puts where it happened before the sentence about a failure. Returns -1. */
-static int fail_in(const char *what, const char *name) {
+static int fail_in(const char *what, const char *name) {     /* puts the place before the sentence */
     char why[sizeof error_text];
     memcpy(why, error_text, sizeof why);
     return gpt2_fail("%s '%s': %s", what, name, why);
 }
 
-static void *memory(size_t bytes) {        /* 0, and a byte more */
+static void *alloc_bytes(size_t bytes) {  /* zeroed; one byte more, so that 0 bytes are no failure */
     void *p = calloc(bytes + 1, 1);
     if (!p) gpt2_fail("no memory for %zu bytes", bytes);
     return p;
 }
 
-/* --- Shapes and first values ---------------------------------------------------------------------------- */
+/* --- Shapes and initial values -------------------------------------------------------------------------- */
 int64_t gpt2_tensor(const GPT2Config *config, int index, const char **name, int64_t shape[3]) {
     const int64_t T = config->max_T, L = config->L, C = config->C, Vp = (config->V + 127LL) / 128 * 128;
     const struct { const char *name; int64_t shape[3]; } table[] = {
@@ -1256,14 +1258,17 @@ int64_t gpt2_tensor(const GPT2Config *config, int index, const char **name, int6
         {"fcprojw", {L, C, 4 * C}}, {"fcprojb", {L, C}},  {"lnfw", {C}},           {"lnfb", {C}},
     };
     if (index < 0 || index >= GPT2_TENSORS)
-        return gpt2_fail("tensor %d was asked for, expected 0 to %d", index, GPT2_TENSORS - 1);
+        return gpt2_fail("tensor %d was requested, expected 0 to %d", index, GPT2_TENSORS - 1);
     const int64_t *s = table[index].shape;
     if (name) *name = table[index].name;
     if (shape) memcpy(shape, s, sizeof table[index].shape);
-    return s[0] * (s[1] ? s[1] : 1) * (s[2] ? s[2] : 1);
+    int64_t elements = s[0];
+    for (int i = 1; i < 3; i++)
+        if (s[i]) elements *= s[i];
+    return elements;
 }
 
-static int64_t tensors_size(const GPT2Config *c) {     /* elements, with padding */
+static int64_t tensors_size(const GPT2Config *c) {     /* elements of all tensors, with padding */
     int64_t total = 0;
     for (int i = 0; i < GPT2_TENSORS; i++) total += gpt2_tensor(c, i, NULL, NULL);
     return total;
@@ -1279,11 +1284,11 @@ int gpt2_config_check(const GPT2Config *c) {     /* bounds that keep every produ
     if (c->max_T >= 1 && c->V >= 1 && c->L >= 1 && c->NH >= 1 && c->C >= 1 && c->C % c->NH == 0 &&
         c->max_T <= 1 << 24 && c->V <= 1 << 24 && c->L <= 1 << 12 && c->C <= 1 << 16)
         return 0;
-    return gpt2_fail("model has context %d, V %d, L %d, NH %d, C %d, expected 1 or more each, C a multiple "
+    return gpt2_fail("model has context %d, V %d, L %d, NH %d, C %d, expected at least 1 each, C a multiple "
                      "of NH, L up to 4096, C up to 65536", c->max_T, c->V, c->L, c->NH, c->C);
 }
 
-int gpt2_descriptor(const char *text, GPT2Config *out) {     /* every head has 64 channels */
+int gpt2_descriptor(const char *text, GPT2Config *out) {     /* heads of 64 channels */
     static const char *names[] = {"d2", "d4", "d6", "d12", "d24", "d36", "d48"};
     static const int layers[] = {2, 4, 6, 12, 24, 36, 48}, heads[] = {2, 4, 6, 12, 16, 20, 25};
     for (int i = 0; i < 7; i++) {
@@ -1293,8 +1298,8 @@ int gpt2_descriptor(const char *text, GPT2Config *out) {     /* every head has 6
     return gpt2_fail("model descriptor is '%s', expected d2, d4, d6, d12, d24, d36 or d48", text);
 }
 
-/* A random number for each (key, counter), by the mixing function of SplitMix64 (Steele, Lea & Flood 2014).
-   There is no state to save, and it does not matter who draws first. */
+/* A random number for each (key, counter), by the mixing function of SplitMix64 (Steele, Lea & Flood 2014):
+   there is no state to save, and the order of draws does not matter. */
 static uint64_t random_at(uint64_t key, uint64_t counter) {
     uint64_t z = key * 0xD1342543DE82EF95u + (counter + 1) * 0x9E3779B97F4A7C15u;
     for (int round = 0; round < 2; round++) {
@@ -1306,27 +1311,40 @@ static uint64_t random_at(uint64_t key, uint64_t counter) {
 }
 static double uniform_at(uint64_t key, uint64_t at) { return (double)(random_at(key, at) >> 11) * 0x1p-53; }
 
-enum { PIECE_SIZE = 1 << 20 };            /* elements that are made, read or written at a time */
+static double normal_at(double deviation, uint64_t key, uint64_t at) {     /* Box & Muller (1958) */
+    const double radius = deviation * sqrt(-2 * log(1 - uniform_at(key, at)));
+    return radius * cos(6.283185307179586 * uniform_at(key, at + 1));
+}
+
+enum { PIECE_SIZE = 1 << 20 };            /* elements generated, read or written at a time */
+
+/* Initial values of elements first … first + count - 1 of tensor t, of which only the first `used` are
+   random. */
+static void initial_values(float *values, uint64_t seed, int t, const char *name, int L, int64_t first,
+                           int64_t count, int64_t used) {
+    const int random = GPT2_DECAYED >> t & 1;     /* the 2-D tensors */
+    const double deviation = strstr(name, "proj") ? 0.02 / sqrt(2.0 * L) : 0.02;
+    const float constant = name[0] == 'l' && strchr(name, 'w');     /* layer norm's weights are 1 */
+#pragma omp parallel for
+    for (int64_t i = 0; i < count; i++) {
+        const uint64_t at = ((uint64_t)t << 56) + 2 * (uint64_t)(first + i);
+        values[i] = constant;
+        if (random && first + i < used) values[i] = (float)normal_at(deviation, seed, at);
+    }
+}
 
 int gpt2_init(GPT2 *model, uint64_t seed) {
     const GPT2Config c = gpt2_config(model);
-    float *values = memory(PIECE_SIZE * sizeof *values);
+    float *values = alloc_bytes(PIECE_SIZE * sizeof *values);
     int failed = !values;
     for (int t = 0; t < GPT2_TENSORS && !failed; t++) {
         const char *name;
-        const int64_t n = gpt2_tensor(&c, t, &name, NULL), used = t ? n : (int64_t)c.V * c.C;
-        const float constant = name[0] == 'l' && strchr(name, 'w');     /* layer norm's weights are 1 */
-        const double deviation = strstr(name, "proj") ? 0.02 / sqrt(2.0 * c.L) : 0.02;
+        const int64_t n = gpt2_tensor(&c, t, &name, NULL);
+        int64_t used = n;
+        if (t == GPT2_WTE) used = (int64_t)c.V * c.C;     /* padding rows are 0 */
         for (int64_t first = 0, count; first < n && !failed; first += count) {
             count = (int64_t)min(PIECE_SIZE, (size_t)(n - first));
-#pragma omp parallel for
-            for (int64_t i = 0; i < count; i++) {
-                const uint64_t at = ((uint64_t)t << 56) + 2 * (uint64_t)(first + i);
-                values[i] = constant;
-                if (GPT2_DECAYED >> t & 1 && first + i < used)     /* a matrix: Box & Muller (1958) */
-                    values[i] = (float)(deviation * sqrt(-2 * log(1 - uniform_at(seed, at))) *
-                                        cos(6.283185307179586 * uniform_at(seed, at + 1)));
-            }
+            initial_values(values, seed, t, name, c.L, first, count, used);
             failed = gpt2_set(model, t, GPT2_PARAM, first, count, values);
         }
     }
@@ -1339,29 +1357,34 @@ enum { MAGIC_MODEL = 20240326, MAGIC_REFERENCE, MAGIC_TABLE, MAGIC_SHARD = 20240
        MAGIC_CHOICE = 20240522, MAGIC_STATE = 20260601 };
 typedef struct {
     FILE *f;
-    const char *what, *path;
-    wide size;
+    const char *what, *path;              /* for messages: "model", its path */
+    long long size;
     struct timespec changed;
     int32_t header[256];
 } File;
-typedef char Path[8192];                  /* more than a system takes: it refuses one that was cut off here */
+typedef char Path[8192];                  /* longer than systems allow, so a truncated one is rejected */
 
-/* Closes a file. After a failure the sentence about it begins with the file; returns -1 then, else 0. */
+/* Closes a file. After a failure, puts the file before the sentence about it and returns -1. */
 static int file_close(File *in, int failed) {
     if (in->f) fclose(in->f);
     return failed ? fail_in(in->what, in->path) : 0;
 }
 
-static int file_read(File *in, void *out, size_t bytes) {
-    if (fread(out, 1, bytes, in->f) == bytes) return 0;
-    return gpt2_fail("cannot be read: %s", ferror(in->f) ? strerror(errno) : "it ends early");
+static int read_failed(FILE *f) {
+    return gpt2_fail("cannot be read: %s", ferror(f) ? strerror(errno) : "it ends early");
 }
 
-/* A checksum of the whole file but its own place, the last 8 bytes of the header. Four lanes hide the latency
-   of a multiplication; the shift lets a high bit matter below. A file that was not written here has a 0. */
+static int file_read(File *in, void *out, size_t bytes) {
+    if (fread(out, 1, bytes, in->f) == bytes) return 0;
+    return read_failed(in->f);
+}
+
+/* A checksum of the whole file except its own place, the last 8 bytes of the header; a file of another
+   program has 0 there. Four lanes hide the latency of a multiplication; the shift lets high bits reach low
+   ones. */
 static int file_sum(FILE *f, uint64_t *sum) {
     enum { SUMS = 4, WORDS = 1 << 16 };
-    uint64_t sums[SUMS] = {0}, *words = memory(WORDS * sizeof *words);
+    uint64_t sums[SUMS] = {0}, *words = alloc_bytes(WORDS * sizeof *words);
     struct stat info;
     size_t at = 0;
     if (!words) return -1;
@@ -1379,60 +1402,74 @@ static int file_sum(FILE *f, uint64_t *sum) {
     *sum = 1;
     for (size_t k = 0; k < SUMS; k++) *sum = random_at(*sum, sums[k]);
     if (!fstat(fileno(f), &info) && at == (size_t)info.st_size && !fseek(f, 1024, SEEK_SET)) return 0;
-    return gpt2_fail("cannot be read: %s", ferror(f) ? strerror(errno) : "it ends early");
+    return read_failed(f);
 }
 
-/* Opens a file for reading and takes its header, which must have this magic number. */
+static int file_verify(File *in) {        /* its checksum, if it has one */
+    uint64_t saved, sum;
+    memcpy(&saved, in->header + 254, sizeof saved);
+    if (!saved) return 0;
+    if (file_sum(in->f, &sum)) return -1;
+    if (sum == saved) return 0;
+    return gpt2_fail("damaged: its checksum is wrong; use a copy, or an older checkpoint (remove the DONE "
+                     "file of this one)");
+}
+
+/* Opens a regular file for reading, and reads and checks its header. */
 static int file_open(File *in, const char *path, const char *what, int magic) {
     struct stat info;
-    uint64_t saved, sum = 0;
     *in = (File){.what = what, .path = path};
-    int failed = stat(path, &info) || (S_ISREG(info.st_mode) && !(in->f = fopen(path, "rb")));
-    if (failed) gpt2_fail("cannot be opened: %s", strerror(errno));
-    else if (!in->f) failed = gpt2_fail("not a regular file");
-    else if (fread(in->header, sizeof in->header, 1, in->f) != 1 || in->header[0] != magic)
-        failed = gpt2_fail("%lld bytes that begin with %d, expected 1024 or more and %d",
-                           (wide)info.st_size, in->header[0], magic);
-    if (failed) return file_close(in, failed);
-    in->size = info.st_size, in->changed = info.st_mtim;
-    memcpy(&saved, in->header + 254, sizeof saved);
-    failed = saved && file_sum(in->f, &sum);
-    if (!failed && sum != saved)
-        failed = gpt2_fail("damaged: its checksum is not the one it was saved with; use a copy, or an older "
-                           "checkpoint (one without its DONE file does not count)");
-    return failed ? file_close(in, failed) : 0;
+    if (stat(path, &info)) return file_close(in, gpt2_fail("cannot be opened: %s", strerror(errno)));
+    if (!S_ISREG(info.st_mode)) return file_close(in, gpt2_fail("not a regular file"));
+    in->f = fopen(path, "rb");
+    if (!in->f) return file_close(in, gpt2_fail("cannot be opened: %s", strerror(errno)));
+    if (fread(in->header, sizeof in->header, 1, in->f) != 1 || in->header[0] != magic)
+        return file_close(in, gpt2_fail("%lld bytes that begin with %d, expected 1024 or more and %d",
+                                        (long long)info.st_size, in->header[0], magic));
+    in->size = info.st_size;
+    in->changed = info.st_mtim;
+    if (file_verify(in)) return file_close(in, -1);
+    return 0;
 }
 
-/* All tensors of a kind, out of a file or (writing) into it, as fp32 or as bf16, which is the upper half of a
-   float: to the nearest, ties to even; NaN stays NaN. */
+/* bf16 is the upper half of a float: to nearest, ties to even; NaN stays NaN. */
+static uint16_t bf16_of(uint32_t bits) {
+    const uint32_t nan = (bits & 0x7FFFFFFF) > 0x7F800000, odd = bits >> 16 & 1;
+    if (nan) return (uint16_t)((bits | 1 << 22) >> 16);
+    return (uint16_t)((bits + 0x7FFF + odd) >> 16);
+}
+
+/* Reads or writes all tensors of a kind, as fp32 or bf16. */
 static int tensors_copy(GPT2 *model, int kind, File *file, int bf16, int writing) {
     const GPT2Config c = gpt2_config(model);
     const size_t most = min(PIECE_SIZE, (size_t)tensors_size(&c));
-    uint32_t *bits = memory(most * (sizeof *bits + sizeof(uint16_t)));     /* of floats, then halves */
+    uint32_t *bits = alloc_bytes(most * (sizeof *bits + sizeof(uint16_t)));     /* of floats, then bf16 */
     if (!bits) return -1;
     uint16_t *halves = (uint16_t *)(bits + most);
-    void *data = bf16 ? (void *)halves : bits;
+    void *data = bits;
+    if (bf16) data = halves;
     int failed = 0;
-    for (int t = 0; t < GPT2_TENSORS && !failed; t++)
-        for (int64_t first = 0, count; first < gpt2_tensor(&c, t, NULL, NULL) && !failed; first += count) {
-            count = (int64_t)min(most, (size_t)(gpt2_tensor(&c, t, NULL, NULL) - first));
+    for (int t = 0; t < GPT2_TENSORS && !failed; t++) {
+        const int64_t n = gpt2_tensor(&c, t, NULL, NULL);
+        for (int64_t first = 0, count; first < n && !failed; first += count) {
+            count = (int64_t)min(most, (size_t)(n - first));
             const size_t bytes = (size_t)count * (bf16 ? 2 : 4);
-            failed = writing ? gpt2_get(model, t, kind, first, count, (float *)bits)
-                             : file_read(file, data, bytes);
-            for (int64_t i = 0; bf16 && i < count; i++) {
-                const uint32_t nan = (bits[i] & 0x7FFFFFFF) > 0x7F800000, odd = bits[i] >> 16 & 1;
-                if (writing) halves[i] = (uint16_t)((nan ? bits[i] | 1 << 22 : bits[i] + 0x7FFF + odd) >> 16);
-                else bits[i] = (uint32_t)halves[i] << 16;
+            if (writing) {
+                failed = gpt2_get(model, t, kind, first, count, (float *)bits);
+                for (int64_t i = 0; bf16 && i < count; i++) halves[i] = bf16_of(bits[i]);
+                failed = failed || fwrite(data, 1, bytes, file->f) != bytes;
+            } else {
+                failed = file_read(file, data, bytes);
+                for (int64_t i = 0; bf16 && i < count; i++) bits[i] = (uint32_t)halves[i] << 16;
+                failed = failed || gpt2_set(model, t, kind, first, count, (float *)bits);
             }
-            if (failed) break;
-            failed = writing ? fwrite(data, 1, bytes, file->f) != bytes
-                             : gpt2_set(model, t, kind, first, count, (float *)bits);
         }
+    }
     free(bits);
     return failed ? -1 : 0;
 }
 
-/* Header, extra bytes, tensors of kinds from … to. A file gets its name when it is whole and on disk. */
+/* Writes header, extra bytes and the tensors of kinds from … to; atomically, and to the disk. */
 static int file_write(const char *path, const int32_t header[256], const void *extra, size_t bytes,
                       GPT2 *model, int from, int to, int bf16) {
     char temporary[sizeof(Path) + 4];
@@ -1445,7 +1482,7 @@ static int file_write(const char *path, const int32_t header[256], const void *e
     failed = failed || file_sum(out.f, &sum) || fseek(out.f, 1024 - sizeof sum, SEEK_SET) ||
              fwrite(&sum, sizeof sum, 1, out.f) != 1 || fflush(out.f) || fsync(fileno(out.f));
     if (!(fclose(out.f) || failed || rename(temporary, path))) return 0;
-    gpt2_fail("'%s' could not be written: %s", path, strerror(errno));
+    gpt2_fail("'%s' cannot be written: %s", path, strerror(errno));
     unlink(temporary);
     return -1;
 }
@@ -1461,26 +1498,60 @@ int gpt2_save(GPT2 *model, const char *path, int version) {
 GPT2 *gpt2_load(const char *path) {
     File in;
     if (file_open(&in, path, "model", MAGIC_MODEL)) return NULL;
-    const int32_t *h = in.header, bf16 = h[1] == 5;
+    const int32_t *h = in.header, version = h[1];
     const GPT2Config c = {h[2], h[3], h[4], h[5], h[6]};
+    const int bytes = version == 5 ? 2 : 4;
     int failed = gpt2_config_check(&c);
-    if (!failed && !((bf16 || h[1] == 3) && in.size == 1024 + tensors_size(&c) * (bf16 ? 2 : 4)))
+    if (!failed && ((version != 3 && version != 5) || in.size != 1024 + tensors_size(&c) * bytes))
         failed = gpt2_fail("version %d, context %d, V %d, L %d, NH %d, C %d, %lld bytes, expected version 3 "
-                           "or 5 and the size of this shape", h[1], h[2], h[3], h[4], h[5], h[6], in.size);
-    GPT2 *model = failed ? NULL : bf16 ? gpt2_create(&c) : gpt2_create_mapped(&c, fileno(in.f));
-    failed = !model || (bf16 && tensors_copy(model, GPT2_PARAM, &in, bf16, 0));
-    if (!file_close(&in, failed)) return model;
+                           "or 5 and the size of this shape", version, h[2], h[3], h[4], h[5], h[6], in.size);
+    GPT2 *model = NULL;
+    if (!failed && version == 3) model = gpt2_create_mapped(&c, fileno(in.f));
+    if (!failed && version == 5) {
+        model = gpt2_create(&c);
+        failed = model && tensors_copy(model, GPT2_PARAM, &in, 1, 0);
+    }
+    if (!file_close(&in, failed || !model)) return model;
     gpt2_free(model);
     return NULL;
 }
 
+/* --- Tokenizer table ------------------------------------------------------------------------------------ */
+GPT2Tokenizer *gpt2_tokenizer_load(const char *path) {
+    File in;
+    if (file_open(&in, path, "tokenizer", MAGIC_TABLE)) return NULL;
+    const long long V = in.header[2], end = in.header[3], size = in.size - 1024;
+    long long i = 0, at = 0;              /* the next token, and where it begins */
+    const int fits = in.header[1] == 2 && V > 0 && V <= size;
+    GPT2Tokenizer *t = NULL;
+    int failed = 0;
+    if (fits) {
+        t = alloc_bytes(sizeof *t + (size_t)V * sizeof *t->at + (size_t)size);     /* its arrays follow it */
+        failed = !t;
+    }
+    if (t) {
+        *t = (GPT2Tokenizer){(int32_t)V, end >= 0 && end < V ? (int32_t)end : -1, (int64_t *)(t + 1), NULL};
+        t->bytes = (unsigned char *)(t->at + V);
+        failed = file_read(&in, t->bytes, (size_t)size);
+        for (; !failed && i < V && at < size; at += 1 + t->bytes[at]) t->at[i++] = at;
+    }
+    if (!failed && (!fits || i < V || at != size))
+        failed = gpt2_fail("version %d, %lld tokens, %lld bytes, expected version 2, and a length and its "
+                           "bytes for each token", in.header[1], V, size);
+    if (!file_close(&in, failed)) return t;
+    free(t);
+    return NULL;
+}
+
+void gpt2_tokenizer_free(GPT2Tokenizer *t) { free(t); }
+
 /* --- Loader --------------------------------------------------------------------------------------------- */
 typedef struct {
-    uint64_t epoch, shard, row;           /* the next row: of which epoch, of which of its shards, which */
-    uint64_t T, tokens, seed;             /* what this position is valid for */
+    uint64_t epoch, shard, row;           /* of the next sequence; shard and row in the epoch's order */
+    uint64_t T, tokens, seed;             /* for which this position is valid */
 } Position;
 
-typedef struct { int64_t tokens; struct timespec changed; } Shard;     /* as it was at first */
+typedef struct { int64_t tokens; struct timespec changed; } Shard;     /* as first opened */
 
 struct GPT2Loader {
     glob_t files;
@@ -1492,8 +1563,9 @@ struct GPT2Loader {
     int32_t *x;                           /* (2, B, T) */
 };
 
-/* Where i goes in a random permutation of 0…n-1: a Feistel network of four rounds on the smallest even number
-   of bits that hold n, repeated until it lands below n (Black & Rogaway 2002). With key 0 it stays. */
+/* The place of i in a random permutation of 0…n-1: a Feistel network of four rounds on the fewest bits, an
+   even number, that hold n, repeated until the result is below n (Black & Rogaway 2002). Key 0 is the
+   identity. */
 static uint64_t permuted(uint64_t i, uint64_t n, uint64_t key) {
     int half = 1;
     while (n > (uint64_t)1 << 2 * half) half++;
@@ -1507,17 +1579,18 @@ static uint64_t permuted(uint64_t i, uint64_t n, uint64_t key) {
     return i;
 }
 
-/* Opens a shard, which must be as it was, unless that has no tokens: then it is taken down there. */
+/* Opens a shard, which must not have changed since it was first opened; `was` without tokens is filled in. */
 static int shard_open(File *in, const char *path, Shard *was) {
     if (file_open(in, path, "token shard", MAGIC_SHARD)) return -1;
-    const wide version = in->header[1], n = in->header[2];
+    const long long version = in->header[1], n = in->header[2];
     if (version != 1 || n < 0 || in->size != 1024 + 2 * n)
-        return file_close(in, gpt2_fail("version %lld, %lld tokens, %lld bytes, expected version 1, 2 bytes "
-                                        "a token after 1024", version, n, in->size));
+        return file_close(in, gpt2_fail("version %lld, %lld tokens, %lld bytes, expected version 1, and 2 "
+                                        "bytes per token after 1024", version, n, in->size));
     if (!was->tokens) *was = (Shard){n, in->changed};
     if (was->tokens == n && !memcmp(&was->changed, &in->changed, sizeof in->changed)) return 0;
-    return file_close(in, gpt2_fail("changed while in use: %lld tokens, it had %lld; put back what was "
-                                    "there, and resume", n, (wide)was->tokens));
+    return file_close(in, gpt2_fail("changed while in use: %lld tokens, previously %lld; restore it, and "
+                                    "resume",
+                                    n, (long long)was->tokens));
 }
 
 void gpt2_loader_close(GPT2Loader *l) {
@@ -1531,12 +1604,12 @@ void gpt2_loader_close(GPT2Loader *l) {
 
 /* Finds the shards, and opens each for its number of tokens. */
 static int loader_find(GPT2Loader *l, const char *pattern) {
-    const wide BT = (wide)l->B * (wide)l->at.T;
+    const long long BT = (long long)l->B * (long long)l->at.T;
     if (glob(pattern, 0, NULL, &l->files))
         return gpt2_fail("no token shards match '%s'; make some: python3 train_gpt2.py prepare", pattern);
-    l->shards = memory(l->files.gl_pathc * sizeof *l->shards);
-    l->row = memory((l->at.T + 1) * sizeof *l->row);
-    l->x = memory(2 * (size_t)BT * sizeof *l->x);
+    l->shards = alloc_bytes(l->files.gl_pathc * sizeof *l->shards);
+    l->row = alloc_bytes((l->at.T + 1) * sizeof *l->row);
+    l->x = alloc_bytes(2 * (size_t)BT * sizeof *l->x);
     if (!l->shards || !l->row || !l->x) return -1;
     for (size_t i = 0; i < l->files.gl_pathc; i++, l->size.shards++) {
         File in;
@@ -1544,16 +1617,16 @@ static int loader_find(GPT2Loader *l, const char *pattern) {
         file_close(&in, 0);
         const int64_t n = l->shards[i].tokens;
         l->size.tokens += n;
-        l->size.batches += n ? (n - 1) / BT : 0;
+        if (n) l->size.batches += (n - 1) / BT;
     }
     l->at.tokens = (uint64_t)l->size.tokens;
     if (l->size.batches) return 0;
-    return gpt2_fail("the shards '%s' have %lld tokens, expected B T + 1 = %lld or more in one; use a "
-                     "smaller batch", pattern, (wide)l->size.tokens, BT + 1);
+    return gpt2_fail("the shards '%s' have %lld tokens, expected at least B T + 1 = %lld in one; reduce the "
+                     "batch size or the sequence length", pattern, (long long)l->size.tokens, BT + 1);
 }
 
 GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuffle, uint64_t seed) {
-    GPT2Loader *l = memory(sizeof *l);
+    GPT2Loader *l = alloc_bytes(sizeof *l);
     if (!l) return NULL;
     *l = (GPT2Loader){.B = B, .V = V, .shuffle = shuffle, .at = {.T = (uint64_t)T, .seed = seed}};
     if (B < 1 || T < 1 || V < 1) gpt2_fail("loader has B %d, T %d, V %d, expected at least 1 each", B, T, V);
@@ -1565,42 +1638,77 @@ GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuff
 GPT2Size gpt2_loader_size(const GPT2Loader *l) { return l->size; }
 void gpt2_loader_reset(GPT2Loader *l) { l->at.epoch = l->at.shard = l->at.row = 0; }
 
-const int32_t *gpt2_loader_next(GPT2Loader *l) {
+typedef struct { uint64_t file, key, offset, rows; } Place;     /* a shard in this epoch's order */
+
+/* The shard of the next batch: moves on until one has B sequences left. */
+static Place loader_place(GPT2Loader *l) {
     Position *at = &l->at;
     const uint64_t B = (uint64_t)l->B, T = at->T, shards = l->files.gl_pathc;
-    int32_t *x = l->x, *y = l->x + B * T;
-    uint64_t file, key, size, offset, rows;
-    for (;; at->shard++, at->row = 0) {   /* until a shard has B rows more */
+    for (;; at->shard++, at->row = 0) {
+        Place p = {0};
         at->epoch += at->shard / shards;
         at->shard %= shards;
-        key = l->shuffle ? random_at(at->seed, at->epoch) : 0;
-        file = permuted(at->shard, shards, key);
-        key = l->shuffle ? random_at(key, file) : 0;
-        size = (uint64_t)l->shards[file].tokens;
-        offset = size > key % T + B * T ? key % T : 0;     /* a small shard keeps its only batch */
-        rows = size ? (size - 1 - offset) / T : 0;
-        if (B <= rows && at->row <= rows - B) break;
+        if (l->shuffle) p.key = random_at(at->seed, at->epoch);
+        p.file = permuted(at->shard, shards, p.key);
+        if (l->shuffle) p.key = random_at(p.key, p.file);
+        const uint64_t size = (uint64_t)l->shards[p.file].tokens;
+        if (size > p.key % T + B * T) p.offset = p.key % T;     /* a small shard keeps its only batch */
+        if (size) p.rows = (size - 1 - p.offset) / T;
+        if (B <= p.rows && at->row <= p.rows - B) return p;
     }
+}
+
+const int32_t *gpt2_loader_next(GPT2Loader *l) {
+    const Place p = loader_place(l);
+    const uint64_t B = (uint64_t)l->B, T = l->at.T;
+    int32_t *x = l->x, *y = l->x + B * T;
     File in;
     int failed = 0;
-    if (shard_open(&in, l->files.gl_pathv[file], &l->shards[file])) return NULL;
+    if (shard_open(&in, l->files.gl_pathv[p.file], &l->shards[p.file])) return NULL;
     for (uint64_t b = 0; b < B && !failed; b++) {
-        const uint64_t first = offset + T * permuted(at->row + b, rows, key);
-        failed = fseeko(in.f, (off_t)(1024 + 2 * first), SEEK_SET)
-                     ? gpt2_fail("cannot be read: %s", strerror(errno))
-                     : file_read(&in, l->row, 2 * (T + 1));
+        const uint64_t first = p.offset + T * permuted(l->at.row + b, p.rows, p.key);
+        if (fseeko(in.f, (off_t)(1024 + 2 * first), SEEK_SET)) failed = read_failed(in.f);
+        else failed = file_read(&in, l->row, 2 * (T + 1));
         for (uint64_t t = 0; t <= T && !failed; t++)
             if (l->row[t] >= l->V)
-                failed = gpt2_fail("token %lld is %d, expected less than V, %d: another vocabulary's",
-                                   (wide)(first + t), l->row[t], l->V);
-        for (uint64_t t = 0; t < T; t++) x[b * T + t] = l->row[t], y[b * T + t] = l->row[t + 1];
+                failed = gpt2_fail("token %lld is %d, expected less than V = %d; the shard has another "
+                                   "vocabulary",
+                                   (long long)(first + t), l->row[t], l->V);
+        for (uint64_t t = 0; t < T; t++) {
+            x[b * T + t] = l->row[t];
+            y[b * T + t] = l->row[t + 1];
+        }
     }
     if (file_close(&in, failed)) return NULL;
-    at->row += B;
+    l->at.row += B;
     return x;
 }
 
-/* --- Evaluation, schedule, sampling --------------------------------------------------------------------- */
+/* --- Schedule and z-score ------------------------------------------------------------------------------- */
+float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac) {
+    const double done = (double)(step - warmup) / fmax(1, (double)(steps - warmup));     /* since warm-up */
+    double left = 1;                      /* of what decays */
+    if (!strcmp(schedule, "cosine")) left = 0.5 * (1 + cos(3.141592653589793 * done));
+    else if (!strcmp(schedule, "linear")) left = 1 - done;
+    else if (!strcmp(schedule, "wsd")) left = 1 - sqrt(fmax(0, 5.0 * (double)step / (double)steps - 4));
+    else if (strcmp(schedule, "constant"))
+        return (float)gpt2_fail("schedule is '%s', expected cosine, linear, constant or wsd", schedule);
+    if (step < warmup) return (float)((double)lr * (double)(step + 1) / (double)warmup);
+    return (float)(lr * (final_frac + (1.0 - final_frac) * left));
+}
+
+double gpt2_zscore(GPT2Progress *p, int window, double value) {
+    double *values = p->window[window], n = GPT2_WINDOW, mean = 0, variance = 0;
+    if (!isfinite(value)) return NAN;
+    for (int i = 0; i < GPT2_WINDOW; i++) mean += values[i] / n;
+    for (int i = 0; i < GPT2_WINDOW; i++) variance += (values[i] - mean) * (values[i] - mean) / n;
+    values[p->seen[window]++ % GPT2_WINDOW] = value;
+    if (p->seen[window] <= GPT2_WINDOW) return NAN;
+    if (variance > 0) return (value - mean) / sqrt(variance);
+    return 0;
+}
+
+/* --- Evaluation and HellaSwag --------------------------------------------------------------------------- */
 int gpt2_evaluate(GPT2 *model, GPT2Loader *l, int64_t batches, float *loss) {
     const int64_t count = l->size.batches < batches ? l->size.batches : batches;
     double sum = 0;
@@ -1614,24 +1722,43 @@ int gpt2_evaluate(GPT2 *model, GPT2Loader *l, int64_t batches, float *loss) {
     return 0;
 }
 
-/* Scores an example of `size` uint16: 65535, its bytes, its index, the right completion, CHOICES, then length
-   and tokens of the context and of each completion. x: room for 2 CHOICES max_T tokens. */
-enum { CHOICES = 4 };
-static int choose(GPT2 *model, const uint16_t *e, size_t size, int32_t *x, int64_t right[2]) {
-    const size_t max_T = (size_t)gpt2_config(model).max_T, context = e[5];
-    size_t begin[CHOICES + 1] = {6 + context}, most = 0, bad = !context || e[4] != CHOICES || e[3] >= CHOICES;
+/* An example is a list of uint16: 65535, its bytes, its index, the label, CHOICES, then length and tokens of
+   the context and of each completion. */
+enum { CHOICES = 4, EXAMPLE_HEADER = 6 };
+
+/* Finds where the completions of an example of `size` uint16 begin, at their lengths; begin[CHOICES] is the
+   end. Returns the longest length, -1 on failure. */
+static int64_t find_completions(const uint16_t *e, size_t size, size_t max_T, size_t begin[CHOICES + 1]) {
+    const size_t context = e[5];
+    size_t longest = 0;
+    int bad = !context || e[4] != CHOICES || e[3] >= CHOICES;
+    begin[0] = EXAMPLE_HEADER + context;
     for (size_t i = 0; i < CHOICES && !bad; i++) {
-        const size_t length = begin[i] < size ? e[begin[i]] : 0;
+        size_t length = 0;
+        if (begin[i] < size) length = e[begin[i]];
         begin[i + 1] = begin[i] + 1 + length;
-        most = length > most ? length : most;
+        if (length > longest) longest = length;
         bad = !length || begin[i + 1] > size || length > max_T;
     }
     if (bad) return gpt2_fail("expected a context and 4 completions of 1 to %zu tokens", max_T);
-    const size_t kept = min(context, max_T + 1 - most), T = kept + most - 1;     /* of the context, its end */
+    return (int64_t)longest;
+}
+
+/* Scores an example: adds 1 to right[0] if the label has the lowest sum of losses, to right[1] if the lowest
+   mean. x: room for 2 · CHOICES · max_T tokens. */
+static int score_example(GPT2 *model, const uint16_t *e, size_t size, int32_t *x, int64_t right[2]) {
+    const size_t max_T = (size_t)gpt2_config(model).max_T, context = e[5];
+    size_t begin[CHOICES + 1];
+    const int64_t longest = find_completions(e, size, max_T, begin);
+    if (longest < 0) return -1;
+    const size_t kept = min(context, max_T + 1 - (size_t)longest);     /* the end of the context */
+    const size_t T = kept + (size_t)longest - 1;
     for (size_t i = 0; i < CHOICES; i++)
         for (size_t t = 0; t <= T; t++) {
-            const size_t at = t < kept ? 6 + context - kept + t : begin[i] + 1 + t - kept;
-            const int32_t token = at < begin[i + 1] ? e[at] : 0;     /* rows end in padding */
+            size_t at = begin[i] + 1 + t - kept;
+            if (t < kept) at = EXAMPLE_HEADER + context - kept + t;
+            int32_t token = 0;            /* padding */
+            if (at < begin[i + 1]) token = e[at];
             if (t < T) x[i * T + t] = token;
             if (t > 0) x[(CHOICES + i) * T + t - 1] = token;
         }
@@ -1644,8 +1771,11 @@ static int choose(GPT2 *model, const uint16_t *e, size_t size, int32_t *x, int64
         const size_t length = e[begin[i]];
         for (size_t t = kept - 1; t < kept - 1 + length; t++) sum += gpt2_losses(model)[i * T + t];
         const double score[2] = {sum, sum / (double)length};
-        for (int k = 0; k < 2; k++)
-            if (score[k] < least[k]) least[k] = score[k], best[k] = i;
+        for (int k = 0; k < 2; k++) {
+            if (!(score[k] < least[k])) continue;
+            least[k] = score[k];
+            best[k] = i;
+        }
     }
     for (int k = 0; k < 2; k++) right[k] += best[k] == e[3];
     return 0;
@@ -1656,51 +1786,44 @@ int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t cou
     if (file_open(&in, path, "HellaSwag file", MAGIC_CHOICE)) return -1;
     const size_t bytes = (size_t)in.size - 1024, max_T = (size_t)gpt2_config(model).max_T;
     const int64_t examples = in.header[2];
-    uint16_t *e = memory(bytes + 12);     /* all of them, and room to look at one that is cut off */
-    int32_t *x = memory(2 * CHOICES * max_T * sizeof *x);
+    uint16_t *e = alloc_bytes(bytes + 2 * EXAMPLE_HEADER);     /* room for a truncated header */
+    int32_t *x = alloc_bytes(2 * CHOICES * max_T * sizeof *x);
     int failed = !e || !x || file_read(&in, e, bytes);
     if (!failed && (in.header[1] != 1 || examples < 0))
         failed = gpt2_fail("version %d, %lld examples, expected version 1, 0 or more", in.header[1],
-                           (wide)examples);
+                           (long long)examples);
     size_t at = 0, size = 0;              /* in uint16 */
     for (int64_t i = 0; i < examples && i < first + count && !failed; i++, at += size) {
         char number[24];
-        snprintf(number, sizeof number, "%lld", (wide)i);
+        snprintf(number, sizeof number, "%lld", (long long)i);
         size = e[at + 1] / 2;
-        if (e[at] != 65535 || size < 6 || 2 * (at + size) > bytes) failed = gpt2_fail("none, or cut off");
-        else if (i >= first) failed = choose(model, e + at, size, x, right);
+        if (e[at] != 65535 || size < EXAMPLE_HEADER || 2 * (at + size) > bytes)
+            failed = gpt2_fail("missing or truncated");
+        else if (i >= first) failed = score_example(model, e + at, size, x, right);
         if (failed) fail_in("example", number);
     }
     if (!failed && first + count >= examples && 2 * at < bytes)
-        failed = gpt2_fail("it goes on after its %lld examples", (wide)examples);
+        failed = gpt2_fail("it continues after its %lld examples", (long long)examples);
     free(e);
     free(x);
     return file_close(&in, failed) ? -1 : examples;
 }
 
-float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac) {
-    const double done = (double)(step - warmup) / fmax(1, (double)(steps - warmup));     /* since warm-up */
-    double left = 1;                      /* of what decays */
-    if (!strcmp(schedule, "cosine")) left = 0.5 * (1 + cos(3.141592653589793 * done));
-    else if (!strcmp(schedule, "linear")) left = 1 - done;
-    else if (!strcmp(schedule, "wsd")) left = 1 - sqrt(fmax(0, 5.0 * (double)step / (double)steps - 4));
-    else if (strcmp(schedule, "constant"))
-        return (float)gpt2_fail("schedule is '%s', expected cosine, linear, constant or wsd", schedule);
-    if (step < warmup) return (float)((double)lr * (double)(step + 1) / (double)warmup);
-    return (float)(lr * (final_frac + (1.0 - final_frac) * left));
-}
-
-/* Of the weights that are not below `least`: their number and sum. */
-typedef struct { double number, sum; } Mass;
+/* --- Sampling ------------------------------------------------------------------------------------------- */
+typedef struct { double number, sum; } Mass;     /* of the weights of at least some value */
 static Mass mass_from(const float *weights, size_t n, float least) {
     double number = 0, sum = 0;
 #pragma omp simd reduction(+ : number, sum)
-    for (size_t i = 0; i < n; i++) number += weights[i] >= least, sum += weights[i] >= least ? weights[i] : 0;
+    for (size_t i = 0; i < n; i++) {
+        number += weights[i] >= least;
+        sum += weights[i] >= least ? weights[i] : 0;
+    }
     return (Mass){number, sum};
 }
 
-/* The largest value that so many weights, with so large a sum, are not below; found bit by bit, since floats
-   from 0 on are ordered as their bits are. Sorting GPT-2's 50257 took as long as a fifth of the model. */
+/* The largest value that at least `number` weights with a sum of at least `sum` reach. Found bit by bit,
+   since non-negative floats are ordered as their bits are: sorting 50257 weights took a fifth of the model's
+   time. */
 static float least_weight(const float *weights, size_t n, double number, double sum) {
     union { uint32_t bits; float value; } least = {0}, higher;
     for (uint32_t bit = 1u << 30; bit; bit >>= 1) {
@@ -1711,86 +1834,66 @@ static float least_weight(const float *weights, size_t n, double number, double 
     return least.value;
 }
 
+/* Draws an index from softmax(logits / temperature), limited to top_k and top_p. Overwrites the logits. */
+static int draw_token(float *logits, size_t V, int top, float temperature, int top_k, float top_p,
+                      uint64_t *rng) {
+    const double highest = logits[top];
+    float *weights = logits, least = 0;
+    for (size_t i = 0; i < V; i++) weights[i] = (float)exp((logits[i] - highest) / (double)temperature);
+    if (top_k > 0) least = least_weight(weights, V, fmin(top_k, (double)V), 0);
+    const double nucleus = top_p * mass_from(weights, V, least).sum;
+    if (top_p < 1) least = fmaxf(least, least_weight(weights, V, 1, nucleus));
+    double draw = mass_from(weights, V, least).sum * uniform_at(0, (*rng)++);
+    for (size_t i = 0; i < V && draw >= 0; i++) {
+        if (weights[i] < least) continue;
+        draw -= weights[i];
+        top = (int)i;
+    }
+    return top;
+}
+
 int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, float top_p,
               uint64_t *rng) {
     const GPT2Config c = gpt2_config(model);
-    const size_t V = (size_t)c.V, over = n > c.max_T ? (size_t)(n - c.max_T) : 0;
-    const int64_t first = (int64_t)round_up(over, c.max_T > 1 ? (size_t)c.max_T / 2 : 1);
-    float *weights = memory(V * sizeof *weights);     /* logits at first */
-    if (!weights || gpt2_logits(model, tokens + first, 1, (int)(n - first), 1, weights))
-        return free(weights), -1;
-    int top = 0;
-    for (int i = 1; i < c.V; i++) top = weights[i] > weights[top] ? i : top;
-    if (temperature > 0) {
-        const double highest = weights[top];
-        for (size_t i = 0; i < V; i++) weights[i] = (float)exp((weights[i] - highest) / (double)temperature);
-        float least = top_k > 0 ? least_weight(weights, V, fmin(top_k, c.V), 0) : 0;
-        const double share = top_p * mass_from(weights, V, least).sum;
-        if (top_p < 1) least = fmaxf(least, least_weight(weights, V, 1, share));
-        double draw = mass_from(weights, V, least).sum * uniform_at(0, (*rng)++);
-        for (int i = 0; i < c.V && draw >= 0; i++)     /* top: the token in whose share the draw falls */
-            if (weights[i] >= least) draw -= weights[i], top = i;
+    size_t excess = 0, unit = 1;
+    if (n > c.max_T) excess = (size_t)(n - c.max_T);
+    if (c.max_T > 1) unit = (size_t)c.max_T / 2;
+    const int64_t first = (int64_t)round_up(excess, unit);
+    float *logits = alloc_bytes((size_t)c.V * sizeof *logits);
+    if (!logits || gpt2_logits(model, tokens + first, 1, (int)(n - first), 1, logits)) {
+        free(logits);
+        return -1;
     }
-    const int diverged = !isfinite(weights[top]);
-    free(weights);
-    return diverged ? gpt2_fail("the model's logits are not numbers: it has diverged") : top;
+    int token = 0;
+    for (int i = 1; i < c.V; i++)
+        if (logits[i] > logits[token]) token = i;
+    if (temperature > 0) token = draw_token(logits, (size_t)c.V, token, temperature, top_k, top_p, rng);
+    const int diverged = !isfinite(logits[token]);
+    free(logits);
+    if (diverged) return gpt2_fail("the model's logits are NaN or infinite: its training diverged");
+    return token;
 }
 
-GPT2Tokenizer *gpt2_tokenizer_load(const char *path) {
-    File in;
-    if (file_open(&in, path, "tokenizer", MAGIC_TABLE)) return NULL;
-    const wide V = in.header[2], end = in.header[3], size = in.size - 1024;
-    wide i = 0, at = 0;                   /* the next token, and where it begins */
-    const int fits = in.header[1] == 2 && V > 0 && V <= size;     /* what is asked for, as yet */
-    GPT2Tokenizer *t = fits ? memory(sizeof *t + (size_t)V * sizeof *t->at + (size_t)size) : NULL;
-    int failed = fits && !t;
-    if (t) {
-        *t = (GPT2Tokenizer){(int32_t)V, end >= 0 && end < V ? (int32_t)end : -1, (int64_t *)(t + 1), NULL};
-        t->bytes = (unsigned char *)(t->at + V);
-        failed = file_read(&in, t->bytes, (size_t)size);
-        for (; !failed && i < V && at < size; at += 1 + t->bytes[at]) t->at[i++] = at;
-    }
-    if (!failed && (!fits || i < V || at != size))
-        failed = gpt2_fail("version %d, %lld tokens, %lld bytes, expected version 2 and for each token a "
-                           "length and its bytes", in.header[1], V, size);
-    if (!file_close(&in, failed)) return t;
-    free(t);
-    return NULL;
-}
+/* --- Checkpoints ---------------------------------------------------------------------------------------- */
+typedef struct { GPT2Progress progress; Position position; int64_t updates; } State;     /* then moments */
 
-void gpt2_tokenizer_free(GPT2Tokenizer *t) { free(t); }     /* with its arrays, which lie behind it */
-
-/* --- Progress and checkpoints --------------------------------------------------------------------------- */
-double gpt2_zscore(GPT2Progress *p, int window, double value) {
-    double *values = p->window[window], n = GPT2_WINDOW, mean = 0, variance = 0;
-    if (!isfinite(value)) return NAN;
-    for (int i = 0; i < GPT2_WINDOW; i++) mean += values[i] / n;
-    for (int i = 0; i < GPT2_WINDOW; i++) variance += (values[i] - mean) * (values[i] - mean) / n;
-    values[p->seen[window]++ % GPT2_WINDOW] = value;
-    return p->seen[window] <= GPT2_WINDOW ? NAN : variance > 0 ? (value - mean) / sqrt(variance) : 0;
-}
-
-/* What a state file has between its header and the moments. */
-typedef struct { GPT2Progress progress; Position position; int64_t updates; } State;
-
-enum { MODEL_FILE, STATE_FILE, DONE_FILE };     /* of a checkpoint, in the order in which they are written */
+enum { MODEL_FILE, STATE_FILE, DONE_FILE };     /* of a checkpoint, in the order of writing */
 static const char *run_path(Path path, const char *dir, int which, int64_t step) {
     static const char *formats[] = {"%s/model_%08lld.bin", "%s/state_%08lld_00000.bin", "%s/DONE_%08lld"};
-    snprintf(path, sizeof(Path), formats[which], dir, (wide)step);
+    snprintf(path, sizeof(Path), formats[which], dir, (long long)step);
     return path;
 }
 
-/* Without DONE, which goes first, it counts no more. */
-static void checkpoint_remove(const char *dir, int64_t step) {
+static void checkpoint_remove(const char *dir, int64_t step) {     /* DONE first: then it is incomplete */
     Path path;
     for (int which = DONE_FILE; which >= MODEL_FILE; which--) unlink(run_path(path, dir, which, step));
 }
 
-/* Renames reach the disk with their directory. Some file systems cannot flush one (EINVAL). */
+/* Flushes a directory, with which renames reach the disk. Some file systems cannot (EINVAL). */
 static int directory_flush(const char *dir) {
     DIR *d = opendir(dir);
     const int failed = !d || (fsync(dirfd(d)) && errno != EINVAL);
-    if (failed) gpt2_fail("'%s' could not be written: %s", dir, strerror(errno));
+    if (failed) gpt2_fail("'%s' cannot be written: %s", dir, strerror(errno));
     if (d) closedir(d);
     return failed;
 }
@@ -1799,31 +1902,54 @@ int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, cons
                     int64_t every, int64_t keep, int64_t major) {
     Path path;
     const GPT2Config c = gpt2_config(model);
-    const State state = {*progress, loader ? loader->at : (Position){0}, *gpt2_updates(model)};
+    State state = {.progress = *progress, .updates = *gpt2_updates(model)};
+    if (loader) state.position = loader->at;
     const int32_t header[256] = {MAGIC_STATE, 1, c.max_T, c.V, c.L, c.NH, c.C};
     const int64_t step = progress->step, old = step - keep * every;
-    unlink(run_path(path, dir, DONE_FILE, step));     /* another run's, whose files go now */
+    unlink(run_path(path, dir, DONE_FILE, step));     /* of another run, whose files are replaced */
     int failed = gpt2_save(model, run_path(path, dir, MODEL_FILE, step), 3);
     run_path(path, dir, STATE_FILE, step);
     failed = failed || file_write(path, header, &state, sizeof state, model, GPT2_MOMENT1, GPT2_MOMENT2, 0) ||
              directory_flush(dir);
     run_path(path, dir, DONE_FILE, step);
     failed = failed || file_write(path, header, "", 0, NULL, 0, -1, 0) || directory_flush(dir);
-    const int goes = keep > 0 && old > 0 && old < step && !(major > 0 && old % major == 0);
-    if (failed || goes) checkpoint_remove(dir, failed ? step : old);
-    return failed ? -1 : 0;
+    if (failed) {
+        checkpoint_remove(dir, step);
+        return -1;
+    }
+    if (keep > 0 && old > 0 && old < step && !(major > 0 && old % major == 0)) checkpoint_remove(dir, old);
+    return 0;
 }
 
 int64_t gpt2_newest(const char *dir) {
-    wide newest = -1, step;
+    long long newest = -1, step;
     char rest;
     DIR *d = opendir(dir);
-    if (!d && errno != ENOENT)
-        return gpt2_fail("run directory '%s' cannot be read: %s", dir, strerror(errno)) - 1;
+    if (!d && errno != ENOENT) {
+        gpt2_fail("run directory '%s' cannot be read: %s", dir, strerror(errno));
+        return -2;
+    }
     for (struct dirent *entry; d && (entry = readdir(d));)
         if (sscanf(entry->d_name, "DONE_%8lld%c", &step, &rest) == 1 && step > newest) newest = step;
     if (d) closedir(d);
     return newest;
+}
+
+static int check_state(const File *in, const GPT2Config *c, const State *state, const Position *now) {
+    const Position *was = &state->position;
+    const GPT2Progress *p = &state->progress;
+    const int fits = in->header[1] == 1 && !memcmp(in->header + 2, c, sizeof *c) &&
+                     in->size == 1024 + (long long)sizeof *state + 8 * tensors_size(c);
+    if (!fits || memcmp(&was->T, &now->T, 3 * sizeof was->T))
+        return gpt2_fail("of %s model, T %lld, %lld tokens, seed %lld, expected this model, %lld, %lld, "
+                         "%lld; resume with the same settings", fits ? "this" : "another", (long long)was->T,
+                         (long long)was->tokens, (long long)was->seed, (long long)now->T,
+                         (long long)now->tokens, (long long)now->seed);
+    if ((uint64_t)(p->step | p->seen[0] | p->seen[1] | state->updates) >> 62)
+        return gpt2_fail("step %lld, %lld losses, %lld norms, %lld updates, expected each from 0 to 2^62",
+                         (long long)p->step, (long long)p->seen[0], (long long)p->seen[1],
+                         (long long)state->updates);
+    return 0;
 }
 
 int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader, GPT2Progress *progress) {
@@ -1833,18 +1959,7 @@ int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader,
     const GPT2Config c = gpt2_config(model);
     if (file_open(&in, run_path(path, dir, STATE_FILE, step), "training state", MAGIC_STATE)) return -1;
     int failed = file_read(&in, &state, sizeof state);
-    const Position *was = &state.position, *now = loader ? &loader->at : was;
-    const int fits = in.header[1] == 1 && !memcmp(in.header + 2, &c, sizeof c) &&
-                     in.size == 1024 + (wide)sizeof state + 8 * tensors_size(&c);
-    if (!failed && (!fits || memcmp(&was->T, &now->T, 3 * sizeof was->T)))
-        failed = gpt2_fail("of %s model, T %lld, %lld tokens, seed %lld, expected this, %lld, %lld, %lld; "
-                           "resume with the same settings", fits ? "this" : "another", (wide)was->T,
-                           (wide)was->tokens, (wide)was->seed, (wide)now->T, (wide)now->tokens,
-                           (wide)now->seed);
-    const GPT2Progress *p = &state.progress;
-    if (!failed && (uint64_t)(p->step | p->seen[0] | p->seen[1] | state.updates) >> 62)
-        failed = gpt2_fail("step %lld, %lld losses, %lld norms, %lld updates, expected each from 0 to 2^62",
-                           (wide)p->step, (wide)p->seen[0], (wide)p->seen[1], (wide)state.updates);
+    failed = failed || check_state(&in, &c, &state, loader ? &loader->at : &state.position);
     for (int kind = GPT2_MOMENT1; kind <= GPT2_MOMENT2 && !failed; kind++)
         failed = tensors_copy(model, kind, &in, 0, 0);
     if (file_close(&in, failed)) return -1;
@@ -1854,40 +1969,59 @@ int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader,
     return 0;
 }
 
-/* --- Check against a reference -------------------------------------------------------------------------- */
+/* --- Comparison with a reference ------------------------------------------------------------------------ */
+enum { LOGITS_ROW, LOSS_ROW, GRAD_ROWS };     /* the rows of a comparison: then a gradient each */
+
+/* Computes a row: logits, the loss (and with it all gradients), or a gradient. x: x (B,T), then y (B,T). */
+static int compute_row(GPT2 *model, int row, const int32_t *x, int B, int T, int64_t n, float *out) {
+    if (row == LOGITS_ROW) return gpt2_logits(model, x, B, T, 0, out);
+    if (row == LOSS_ROW)
+        return gpt2_forward(model, x, x + (size_t)B * (size_t)T, B, T, 1, out) || gpt2_backward(model);
+    return gpt2_get(model, row - GRAD_ROWS, GPT2_GRAD, 0, n, out);
+}
+
+static void compare(GPT2Diff *row, const float *values, const float *reference, int64_t n, double tolerance) {
+    double difference = 0, norm = 0;      /* squared */
+    for (int64_t k = 0; k < n; k++) {
+        const double d = fabs((double)values[k] - reference[k]);
+        if (!(d <= row->max_abs)) row->max_abs = d;     /* NaN too */
+        difference += d * d;
+        norm += (double)reference[k] * reference[k];
+    }
+    row->relative = sqrt(difference / (norm > 0 ? norm : 1));
+    row->ok = row->relative <= tolerance;
+}
+
 int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GPT2_DIFFS]) {
     File in;
     const GPT2Config c = gpt2_config(model);
     if (file_open(&in, path, "reference", MAGIC_REFERENCE)) return -1;
     const int B = in.header[2], T = in.header[3];
     const int64_t N = (int64_t)B * T, V = c.V;
-    int wrong = 0, failed = in.header[1] != 2 || B < 1 || T < 1 || T > c.max_T || N > in.size / V ||
-                            in.size != 1024 + 4 * (N * (2 + V) + 1 + tensors_size(&c));
-    if (failed)
-        gpt2_fail("version %d, B %d, T %d, %lld bytes do not fit the model", in.header[1], B, T, in.size);
-    int32_t *x = failed ? NULL : memory(2 * (size_t)N * sizeof *x);
-    failed = !x || file_read(&in, x, 2 * (size_t)N * sizeof *x);
+    if (in.header[1] != 2 || B < 1 || T < 1 || T > c.max_T || N > in.size / V ||
+        in.size != 1024 + 4 * (N * (2 + V) + 1 + tensors_size(&c)))
+        return file_close(&in, gpt2_fail("version %d, B %d, T %d, %lld bytes do not fit the model",
+                                         in.header[1], B, T, in.size));
+    int32_t *x = alloc_bytes(2 * (size_t)N * sizeof *x);
+    int wrong = 0, failed = !x || file_read(&in, x, 2 * (size_t)N * sizeof *x);
     gpt2_zero_grad(model);
     for (int i = 0; i < GPT2_DIFFS && !failed; i++) {
-        const char *name = i ? "loss" : "logits";
-        const int64_t n = i == 0 ? N * V : i == 1 ? 1 : gpt2_tensor(&c, i - 2, &name, NULL);
-        double difference = 0, norm = 0;  /* squared */
-        float *ours = memory(2 * (size_t)n * sizeof *ours), *theirs = ours ? ours + n : NULL;
-        failed = !ours || file_read(&in, theirs, (size_t)n * sizeof *theirs) ||
-                 (i == 0 && gpt2_logits(model, x, B, T, 0, ours)) ||
-                 (i == 1 && (gpt2_forward(model, x, x + N, B, T, 1, ours) || gpt2_backward(model))) ||
-                 (i >= 2 && gpt2_get(model, i - 2, GPT2_GRAD, 0, n, ours));
+        const char *name = "logits";
+        int64_t n = N * V;
+        if (i == LOSS_ROW) {
+            name = "loss";
+            n = 1;
+        } else if (i >= GRAD_ROWS) {
+            n = gpt2_tensor(&c, i - GRAD_ROWS, &name, NULL);
+        }
         rows[i] = (GPT2Diff){.ok = 0};
         snprintf(rows[i].name, sizeof rows[i].name, "%s", name);
-        for (int64_t k = 0; k < n && !failed; k++) {
-            const double d = fabs((double)ours[k] - theirs[k]);
-            if (!(d <= rows[i].max_abs)) rows[i].max_abs = d;     /* NaN too */
-            difference += d * d;
-            norm += (double)theirs[k] * theirs[k];
-        }
-        rows[i].relative = sqrt(difference / (norm > 0 ? norm : 1));
-        wrong += !(rows[i].ok = rows[i].relative <= tolerance);
-        free(ours);
+        float *values = alloc_bytes(2 * (size_t)n * sizeof *values);     /* ours, then the reference's */
+        failed = !values || file_read(&in, values + n, (size_t)n * sizeof *values) ||
+                 compute_row(model, i, x, B, T, n, values);
+        if (!failed) compare(&rows[i], values, values + n, n, tolerance);
+        wrong += !rows[i].ok;
+        free(values);
     }
     gpt2_zero_grad(model);
     free(x);
@@ -1896,130 +2030,255 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
 
 #ifndef GPT2_NO_MAIN
 /* === 4. main ==============================================================================================
-   The flags are karpathy/llm.c's, so that its launch scripts work with the binary's name changed. */
+   The flags and the log are karpathy/llm.c's. */
 #define HELLASWAG "dev/data/hellaswag/hellaswag_val.bin"
-enum { TEXT, NOT_HERE, WHOLE, REAL };     /* kinds, NOT_HERE gpt2_option's; `least`: of a number's values */
-static struct { const char *name, *value; int kind, least; const char *help; } flags[] = {
-    {"-i", "dev/data/tinyshakespeare/tiny_shakespeare_train.bin", TEXT, 0, "training shards, a glob"},
-    {"-j", "", TEXT, 0, "validation shards, a glob"},
-    {"-e", "d12", TEXT, 0, "model file, or from scratch d2 d4 d6 d12 d24 d36 d48 (d12 is GPT-2 124M)"},
-    {"-o", "", TEXT, 0, "run directory for main.log and checkpoints"},
-    {"-n", "0", WHOLE, 0, "checkpoint every so many steps and at the end, 0: never"},
-    {"-nk", "0", WHOLE, 0, "checkpoints to keep, 0: all"},
-    {"-nm", "0", WHOLE, 0, "checkpoints of every so many steps are never deleted"},
-    {"-y", "0", WHOLE, 0, "1: resume from the newest checkpoint in the run directory"},
-    {"-b", "4", WHOLE, 1, "B, sequences in a micro-batch"},
-    {"-t", "1024", WHOLE, 1, "T, tokens in a sequence"},
-    {"-d", "0", WHOLE, 0, "tokens in a whole batch, a multiple of B T; 0: B T"},
-    {"-x", "-1", WHOLE, -1, "steps, -1: one epoch"},
-    {"-k", "cosine", TEXT, 0, "learning-rate schedule: cosine linear constant wsd"},
-    {"-l", "3e-4", REAL, 0, "learning rate"},
-    {"-u", "0", WHOLE, 0, "warm-up steps"},
-    {"-q", "1", REAL, 0, "final learning rate, a fraction of -l"},
-    {"-c", "0", REAL, 0, "weight decay"},
-    {"-sl", "0", REAL, 0, "skip steps whose loss has a z-score over this, 0: none"},
-    {"-sg", "0", REAL, 0, "skip steps whose gradient norm has a z-score over this, 0: none"},
-    {"-sn", "0", WHOLE, 0, "skip so many steps in a row whose loss or gradient is not finite, 0: stop"},
-    {"-v", "20", WHOLE, 0, "validate every so many steps"},
-    {"-m", "20", WHOLE, 1, "validation batches at most"},
-    {"-s", "20", WHOLE, 0, "sample every so many steps"},
-    {"-g", "64", WHOLE, 0, "tokens in a sample"},
-    {"-a", "0", WHOLE, 0, "1: overfit one batch"},
-    {"--check", "", TEXT, 0, "compare the model of -e with this saved reference, and stop"},
-    {"--tolerance", "1e-05", REAL, 0, "largest relative error that is ok then; bf16 has some 1e-2"},
-    {"-h", "0", WHOLE, 0, "1: HellaSwag when validating, from " HELLASWAG "; more: so many examples"},
-    {"-f", "", NOT_HERE, 0, "for GPUs only"},
-    {"-w", "", NOT_HERE, 0, "GPU: 0 for parameters in bf16 only, without fp32 master weights"},
-    {"-ge", "", NOT_HERE, 0, "for GPUs only"},
-    {"-z", "", NOT_HERE, 0, "for GPUs only"},
-    {"-r", "", NOT_HERE, 0, "GPU: the backward pass makes again, 1: GELU, 2: layer norm too"},
-    {"-lg", "", NOT_HERE, 0, "for GPUs only"},
+static struct {
+    const char *train_shards, *val_shards, *model, *out, *schedule, *check;
+    long long checkpoint_every, keep, keep_every, resume;
+    long long B, T, total_batch, steps, warmup, skip_nonfinite, overfit;
+    long long val_every, val_batches, sample_every, sample_tokens, hellaswag;
+    double lr, final_lr_frac, weight_decay, skip_loss, skip_norm, tolerance;
+} settings;
+
+enum { TEXT, GPU_OPTION, INTEGER, REAL };     /* kinds of values */
+static struct { const char *name, *value; int kind, least; void *target; const char *help; } flags[] = {
+    {"-i", "dev/data/tinyshakespeare/tiny_shakespeare_train.bin", TEXT, 0, &settings.train_shards,
+     "training shards, a quoted glob"},
+    {"-j", "", TEXT, 0, &settings.val_shards, "validation shards, a quoted glob"},
+    {"-e", "d12", TEXT, 0, &settings.model,
+     "model file, or a new model: d2 d4 d6 d12 d24 d36 d48 (d12 is GPT-2 124M)"},
+    {"-o", "", TEXT, 0, &settings.out, "run directory for main.log and checkpoints"},
+    {"-n", "0", INTEGER, 0, &settings.checkpoint_every, "steps between checkpoints, and one at the end; 0 "
+                                                        "for none"},
+    {"-nk", "0", INTEGER, 0, &settings.keep, "number of checkpoints to keep; 0 for all"},
+    {"-nm", "0", INTEGER, 0, &settings.keep_every, "never delete checkpoints at multiples of this step"},
+    {"-y", "0", INTEGER, 0, &settings.resume, "1 resumes from the newest checkpoint in the run directory"},
+    {"-b", "4", INTEGER, 1, &settings.B, "micro-batch size B, in sequences"},
+    {"-t", "1024", INTEGER, 1, &settings.T, "sequence length T, in tokens"},
+    {"-d", "0", INTEGER, 0, &settings.total_batch,
+     "tokens per optimizer step, by gradient accumulation; 0 for B times T"},
+    {"-x", "-1", INTEGER, -1, &settings.steps, "optimizer steps; -1 for one epoch"},
+    {"-k", "cosine", TEXT, 0, &settings.schedule, "learning-rate schedule: cosine linear constant wsd"},
+    {"-l", "3e-4", REAL, 0, &settings.lr, "peak learning rate"},
+    {"-u", "0", INTEGER, 0, &settings.warmup, "linear warm-up steps"},
+    {"-q", "1", REAL, 0, &settings.final_lr_frac, "final learning rate as a fraction of the peak"},
+    {"-c", "0", REAL, 0, &settings.weight_decay, "weight decay"},
+    {"-sl", "0", REAL, 0, &settings.skip_loss, "skip steps whose loss has a z-score above this; 0 for none"},
+    {"-sg", "0", REAL, 0, &settings.skip_norm, "skip steps whose gradient norm has a z-score above this; 0 "
+                                               "for none"},
+    {"-sn", "0", INTEGER, 0, &settings.skip_nonfinite,
+     "skip up to N consecutive steps with a NaN or infinite loss or gradient"},
+    {"-v", "20", INTEGER, 0, &settings.val_every, "steps between validations; 0 for one at the end"},
+    {"-m", "20", INTEGER, 1, &settings.val_batches, "maximum number of validation batches"},
+    {"-s", "20", INTEGER, 0, &settings.sample_every, "steps between samples; 0 for one at the end"},
+    {"-g", "64", INTEGER, 0, &settings.sample_tokens, "tokens per sample; 0 for no samples"},
+    {"-a", "0", INTEGER, 0, &settings.overfit, "1 overfits a single batch"},
+    {"--check", "", TEXT, 0, &settings.check, "compare the model of -e with this saved reference, and exit"},
+    {"--tolerance", "1e-05", REAL, 0, &settings.tolerance, "maximum relative error of --check; about 1e-2 "
+                                                           "for bf16"},
+    {"-h", "0", INTEGER, 0, &settings.hellaswag,
+     "1 evaluates HellaSwag at each validation, from " HELLASWAG "; N > 1 its first N examples"},
+    {"-f", "", GPU_OPTION, 0, NULL, "GPU only, ignored"},
+    {"-w", "", GPU_OPTION, 0, NULL, "GPU: 0 trains bf16 parameters without fp32 master weights"},
+    {"-ge", "", GPU_OPTION, 0, NULL, "GPU only, ignored"},
+    {"-z", "", GPU_OPTION, 0, NULL, "GPU only, ignored"},
+    {"-r", "", GPU_OPTION, 0, NULL, "GPU: the backward pass recomputes GELU (1), and layer norm too (2)"},
+    {"-lg", "", GPU_OPTION, 0, NULL, "GPU only, ignored"},
 };
 enum { FLAGS = sizeof flags / sizeof *flags };
 
-static int flag_find(const char *name) {
-    int i = 0;
-    while (i < FLAGS && strcmp(flags[i].name, name)) i++;
-    return i;
-}
-
-static const char *text(const char *name) { return flags[flag_find(name)].value; }
-static double real(const char *name) { return strtod(text(name), NULL); }
-static wide whole(const char *name) { return (wide)real(name); }
-static int due(const char *name, wide step) { return whole(name) && step % whole(name) == 0; }
-
-/* Ends the program after a failure: with 2 while the flags are read, then with 1. */
-static int status = 2;
-static void must(int ok) {
+/* Ends the program after a failure: with status 2 while the flags are parsed, then with 1. */
+static int exit_status = 2;
+static void check_ok(int ok) {
     if (ok) return;
-    fprintf(stderr, "train_gpt2: %s%s\n", gpt2_error(), status == 2 ? "; see ./train_gpt2 --help" : "");
-    exit(status);
+    fprintf(stderr, "train_gpt2: %s%s\n", gpt2_error(), exit_status == 2 ? "; see ./train_gpt2 --help" : "");
+    exit(exit_status);
 }
-#define die(...) must(!gpt2_fail(__VA_ARGS__))
+#define die(...) check_ok(!gpt2_fail(__VA_ARGS__))
 
-static void parse(int argc, char **argv) {
-    if (argc == 2 && !strcmp(argv[1], "--help")) {
-        printf("Trains GPT-2, or checks a model: ./train_gpt2 [FLAG VALUE]...\n");
-        for (int i = 0; i < FLAGS; i++)
-            if (*flags[i].help) printf("  %-11s %s [%s]\n", flags[i].name, flags[i].help, flags[i].value);
+static void print_help(void) {
+    printf("Trains GPT-2, or compares a model with a reference: ./train_gpt2 [FLAG VALUE]...\n");
+    for (int i = 0; i < FLAGS; i++) printf("  %-11s %s [%s]\n", flags[i].name, flags[i].help, flags[i].value);
+    printf("  %-11s print the version and exit\n", "--version");
+    exit(0);
+}
+
+/* Sets a flag's target to a value. */
+static void set_flag(int i, const char *value) {
+    const int kind = flags[i].kind;
+    flags[i].value = value;
+    if (kind == GPU_OPTION) return;
+    if (kind == TEXT) {
+        *(const char **)flags[i].target = value;
+        return;
+    }
+    char *end;
+    const double x = strtod(value, &end);
+    const int is_number = end != value && !*end && isfinite(x) && x >= flags[i].least;
+    const int is_integer = is_number && x == floor(x) && x < 0x1p31;
+    if (kind == REAL && is_number) *(double *)flags[i].target = x;
+    else if (kind == INTEGER && is_integer) *(long long *)flags[i].target = (long long)x;
+    else die("%s is '%s', expected %s from %d", flags[i].name, value,
+             kind == INTEGER ? "an integer below 2^31" : "a number", flags[i].least);
+}
+
+static void parse_flags(int argc, char **argv) {
+    if (argc == 2 && !strcmp(argv[1], "--help")) print_help();
+    if (argc == 2 && !strcmp(argv[1], "--version")) {
+        printf("train_gpt2 %s\n", gpt2_version());
         exit(0);
     }
+    for (int i = 0; i < FLAGS; i++) set_flag(i, flags[i].value);     /* the defaults */
     for (int i = 1; i < argc; i += 2) {
-        const int k = flag_find(argv[i]), kind = k < FLAGS ? flags[k].kind : TEXT;
-        char *value = argv[i + 1], *end = value;
-        if (k == FLAGS || !value) die(k == FLAGS ? "%s is not a flag" : "%s needs a value", argv[i]);
-        const double x = kind >= WHOLE ? strtod(value, &end) : 0;
-        const int good = end != value && !*end && isfinite(x) && x >= flags[k].least;
-        if (kind >= WHOLE && !(good && (kind == REAL || (x == floor(x) && x < 0x1p31))))
-            die("%s is '%s', expected a %s from %d on", argv[i], value,
-                kind == WHOLE ? "whole number below 2^31" : "number", flags[k].least);
-        flags[k].value = value;
+        int k = 0;
+        while (k < FLAGS && strcmp(flags[k].name, argv[i])) k++;
+        if (k == FLAGS) die("%s is not a flag", argv[i]);
+        if (!argv[i + 1]) die("%s needs a value", argv[i]);
+        set_flag(k, argv[i + 1]);
     }
-    const wide BT = whole("-b") * whole("-t");
-    if (whole("-d") % BT) die("-d is %s, expected a multiple of -b times -t, %lld", text("-d"), BT);
-    if (!*text("-o") && (whole("-n") || whole("-y"))) die("-n and -y need a run directory, -o DIR");
-    if (whole("-h") && access(HELLASWAG, R_OK))
-        die("-h needs " HELLASWAG ", which is not there; fetch it: python3 dev/data/fetch.py hellaswag");
-    must(gpt2_lr(text("-k"), 0, 1, 0, 1, 1) >= 0);
-    status = 1;
+    const long long BT = settings.B * settings.T;
+    if (settings.total_batch % BT)
+        die("-d is %lld, expected a multiple of -b times -t, %lld", settings.total_batch, BT);
+    if (!settings.total_batch) settings.total_batch = BT;
+    if (!*settings.out && (settings.checkpoint_every || settings.resume))
+        die("-n and -y need a run directory, -o DIR");
+    if (settings.hellaswag && access(HELLASWAG, R_OK))
+        die("-h needs " HELLASWAG ", which is missing; download it: python3 dev/data/fetch.py hellaswag");
+    check_ok(gpt2_lr(settings.schedule, 0, 1, 0, 1, 1) >= 0);
+    exit_status = 1;
+}
+
+typedef struct {
+    GPT2 *model;
+    GPT2Tokenizer *tokenizer;             /* NULL: samples are token ids */
+    GPT2Loader *train, *val;              /* val may be NULL */
+    GPT2Progress progress;
+    FILE *log;
+    long long saved;                      /* step of the newest checkpoint, -1: none */
+    long long steps, first, nonfinite;    /* steps in all, the first of this process, consecutive bad ones */
+    double peak, flops, began;            /* FLOP/s of the machine, FLOPs of a step, start in seconds */
+} Run;
+
+static volatile sig_atomic_t interrupted;
+static void on_signal(int number) {
+    interrupted = 1;
+    signal(number, SIG_DFL);              /* the second one quits */
 }
 
 /* The decode table: the run's, the one beside the shards, or llm.c's in the working directory; or NULL. */
-static GPT2Tokenizer *tokenizer_find(void) {
+static GPT2Tokenizer *find_tokenizer(void) {
     Path paths[3] = {"", "", "gpt2_tokenizer.bin"};
-    const char *shards = text("-i"), *slash = strrchr(shards, '/');
-    snprintf(paths[0], sizeof(Path), "%s/tokenizer.bin", text("-o"));
-    snprintf(paths[1], sizeof(Path), "%.*stokenizer.bin", slash ? (int)(slash - shards) + 1 : 0, shards);
-    GPT2Tokenizer *tokenizer = NULL;
-    for (int i = 0; i < 3 && !tokenizer; i++)
-        must(access(paths[i], F_OK) || (tokenizer = gpt2_tokenizer_load(paths[i])));
-    return tokenizer;
+    const char *slash = strrchr(settings.train_shards, '/');
+    int folder = 0;                       /* length, with the slash */
+    if (slash) folder = (int)(slash - settings.train_shards) + 1;
+    snprintf(paths[0], sizeof(Path), "%s/tokenizer.bin", settings.out);
+    snprintf(paths[1], sizeof(Path), "%.*stokenizer.bin", folder, settings.train_shards);
+    for (int i = 0; i < 3; i++) {
+        if (access(paths[i], F_OK)) continue;
+        GPT2Tokenizer *tokenizer = gpt2_tokenizer_load(paths[i]);
+        check_ok(tokenizer != NULL);
+        return tokenizer;
+    }
+    return NULL;
 }
 
-/* The model to begin with: from the run's newest checkpoint, from a file, or from scratch. */
-static GPT2 *model_find(wide newest, const GPT2Tokenizer *tokenizer, uint64_t seed) {
+/* The initial model: the run's newest checkpoint, a model file, or a new model. */
+static GPT2 *find_model(long long newest, const GPT2Tokenizer *tokenizer, uint64_t seed) {
     GPT2Config c;
-    const char *what = text("-e");
-    if (newest >= 0) return gpt2_load(run_path((Path){0}, text("-o"), MODEL_FILE, newest));
-    if (what[0] != 'd' || strspn(what + 1, "0123456789") != strlen(what + 1)) return gpt2_load(what);
-    if (gpt2_descriptor(what, &c)) return NULL;
+    const char *name = settings.model;
+    if (newest >= 0) return gpt2_load(run_path((Path){0}, settings.out, MODEL_FILE, newest));
+    if (name[0] != 'd' || strspn(name + 1, "0123456789") != strlen(name + 1)) return gpt2_load(name);
+    if (gpt2_descriptor(name, &c)) return NULL;
     if (tokenizer) c.V = tokenizer->V;
     GPT2 *model = gpt2_create(&c);
-    return model && !gpt2_init(model, seed) ? model : NULL;
+    if (!model || gpt2_init(model, seed)) return NULL;
+    return model;
 }
 
-static volatile sig_atomic_t interrupted;
-static void on_signal(int number) { interrupted = 1, signal(number, SIG_DFL); }     /* the second one quits */
+static void set_gpu_options(GPT2 *model) {
+    for (int i = 0; i < FLAGS; i++) {
+        const char *name = flags[i].name, *value = flags[i].value;
+        if (flags[i].kind == GPU_OPTION && *value && gpt2_option(model, name, atoi(value)))
+            fprintf(stderr, "train_gpt2: %s is ignored: %s\n", name, gpt2_error());
+    }
+}
 
-static void sample(GPT2 *model, const GPT2Tokenizer *t, uint64_t *rng, wide length) {
-    const int V = gpt2_config(model).V, end = t && t->end >= 0 ? t->end : V - 1;
-    int32_t *tokens = memory((size_t)(length + 1) * sizeof *tokens);
-    must(tokens != NULL);
-    tokens[0] = V == 256 ? '\n' : end;
+/* Locks the run directory until the process ends, and opens main.log in it. */
+static FILE *open_log(int append) {
+    const char *out = settings.out;
+    Path path = "/dev/null";
+    if (*out) {
+        mkdir(out, 0777);                 /* it may exist */
+        snprintf(path, sizeof path, "%s/main.log", out);
+        if (flock(open(out, O_RDONLY), LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
+            die("run directory '%s' is in use by another run; choose another -o", out);
+    }
+    FILE *log = fopen(path, append ? "a" : "w");
+    if (!log) die("run directory '%s' cannot be written: %s", out, strerror(errno));
+    return log;
+}
+
+static Run open_run(void) {
+    const uint64_t seed = 42;
+    const int B = (int)settings.B, T = (int)settings.T;
+    Run run = {.progress.rng = seed, .saved = -1};
+    if (settings.resume) run.saved = gpt2_newest(settings.out);
+    check_ok(run.saved >= -1);
+    run.tokenizer = find_tokenizer();
+    run.model = find_model(run.saved, run.tokenizer, seed);
+    check_ok(run.model != NULL);
+    set_gpu_options(run.model);
+    const GPT2Config c = gpt2_config(run.model);
+    run.train = gpt2_loader_open(settings.train_shards, B, T, c.V, !settings.overfit, seed);
+    check_ok(run.train != NULL);
+    if (*settings.val_shards) {
+        run.val = gpt2_loader_open(settings.val_shards, B, T, c.V, 0, seed);
+        check_ok(run.val != NULL);
+    }
+    if (run.saved >= 0) check_ok(!gpt2_restore(settings.out, run.saved, run.model, run.train, &run.progress));
+    run.log = open_log(run.saved >= 0);
+
+    run.steps = settings.steps;
+    if (run.steps < 0) run.steps = gpt2_loader_size(run.train).tokens / settings.total_batch;
+    run.first = run.progress.step;
+    run.peak = gpt2_ceiling();
+    run.flops = gpt2_flops_per_token(&c, T) * (double)settings.total_batch;
+    return run;
+}
+
+static void close_run(Run *run) {
+    fclose(run->log);
+    gpt2_loader_close(run->train);
+    gpt2_loader_close(run->val);
+    gpt2_tokenizer_free(run->tokenizer);
+    gpt2_free(run->model);
+}
+
+static void print_summary(const Run *run) {
+    const GPT2Config c = gpt2_config(run->model);
+    const GPT2Size data = gpt2_loader_size(run->train);
+    printf("%s, %.0f GFLOP/s peak; L %d, NH %d, C %d, V %d, context %d: %.1fM parameters\n", gpt2_device(),
+           run->peak * 1e-9, c.L, c.NH, c.C, c.V, c.max_T, (double)gpt2_parameters(&c) * 1e-6);
+    printf("%s; %lld tokens, %lld shards; steps %lld to %lld of %lld tokens, %lld micro-batches of %lld x "
+           "%lld\n",
+           run->saved >= 0 ? "resumed" : settings.model, (long long)data.tokens, (long long)data.shards,
+           run->first, run->steps, settings.total_batch, settings.total_batch / (settings.B * settings.T),
+           settings.B, settings.T);
+}
+
+static void sample(Run *run) {
+    const GPT2Tokenizer *t = run->tokenizer;
+    const int V = gpt2_config(run->model).V;
+    int32_t *tokens = alloc_bytes((size_t)(settings.sample_tokens + 1) * sizeof *tokens);
+    check_ok(tokens != NULL);
+    tokens[0] = V - 1;                    /* end-of-text, as far as is known */
+    if (t && t->end >= 0) tokens[0] = t->end;
+    if (V == 256) tokens[0] = '\n';       /* bytes: a model of a single text has never seen end-of-text */
     printf("---\n");
-    for (wide n = 1; n <= length && !interrupted; n++) {
-        const int token = tokens[n] = gpt2_next(model, tokens, n, 1, 0, 1, rng);
-        must(token >= 0);
+    for (long long n = 1; n <= settings.sample_tokens && !interrupted; n++) {
+        const int token = gpt2_next(run->model, tokens, n, 1, 0, 1, &run->progress.rng);
+        check_ok(token >= 0);
+        tokens[n] = token;
         if (t && token < t->V) fwrite(t->bytes + t->at[token] + 1, 1, t->bytes[t->at[token]], stdout);
         else printf("%d ", token);
         fflush(stdout);
@@ -2028,146 +2287,153 @@ static void sample(GPT2 *model, const GPT2Tokenizer *t, uint64_t *rng, wide leng
     free(tokens);
 }
 
-/* Validation loss and HellaSwag's accuracy, as far as asked for. */
-static void validate(GPT2 *model, GPT2Loader *val, FILE *log, wide step) {
+/* Validation loss and HellaSwag's accuracy, where requested. */
+static void validate(Run *run, long long step) {
     float loss;
-    if (val) {
-        must(!gpt2_evaluate(model, val, whole("-m"), &loss));
+    if (run->val) {
+        check_ok(!gpt2_evaluate(run->model, run->val, settings.val_batches, &loss));
         printf("val loss %.4f\n", loss);
-        fprintf(log, "s:%lld tel:%.4f\n", step, loss);
+        fprintf(run->log, "s:%lld tel:%.4f\n", step, loss);
     }
-    if (whole("-h")) {
-        int64_t right[2] = {0}, most = whole("-h") > 1 ? whole("-h") : INT32_MAX;
-        const int64_t examples = gpt2_hellaswag(model, HELLASWAG, 0, most, right);
-        must(examples >= 0);
-        const double n = (double)(most < examples ? most : examples);
-        printf("HellaSwag %.4f, by length %.4f\n", (double)right[0] / n, (double)right[1] / n);
-        fprintf(log, "s:%lld eval:%.4f\n", step, (double)right[1] / n);
+    if (settings.hellaswag) {
+        int64_t right[2] = {0}, count = INT32_MAX;
+        if (settings.hellaswag > 1) count = settings.hellaswag;
+        const int64_t examples = gpt2_hellaswag(run->model, HELLASWAG, 0, count, right);
+        check_ok(examples >= 0);
+        const double n = (double)min((size_t)count, (size_t)examples);
+        printf("HellaSwag accuracy %.4f, by the mean over tokens %.4f\n", (double)right[0] / n,
+               (double)right[1] / n);
+        fprintf(run->log, "s:%lld eval:%.4f\n", step, (double)right[1] / n);
     }
 }
 
-static int check(void) {
-    GPT2Diff rows[GPT2_DIFFS];
-    GPT2 *model = gpt2_load(text("-e"));
-    const int wrong = model ? gpt2_check(model, text("--check"), real("--tolerance"), rows) : -1;
-    must(wrong >= 0);
-    printf("%-10s %14s %14s\n", "", "max abs error", "relative error");
-    for (GPT2Diff *r = rows; r < rows + GPT2_DIFFS; r++)
-        printf("%-10s %14.3e %14.3e  %s\n", r->name, r->max_abs, r->relative, r->ok ? "ok" : "NOT OK");
-    printf("%s: %d of %d rows are within %s\n", wrong ? "NOT OK" : "OK", GPT2_DIFFS - wrong, GPT2_DIFFS,
-           text("--tolerance"));
-    gpt2_free(model);
-    return wrong > 0;
+/* Saves a checkpoint, unless this step has one. A failure ends the run only if it is ending anyway. */
+static void save(Run *run, long long step) {
+    if (step == run->saved) return;
+    if (!gpt2_checkpoint(settings.out, run->model, run->train, &run->progress, settings.checkpoint_every,
+                         settings.keep, settings.keep_every)) {
+        run->saved = step;
+        return;
+    }
+    check_ok(!interrupted && step < run->steps);
+    fprintf(stderr, "train_gpt2: no checkpoint of step %lld: %s\n", step, gpt2_error());
 }
 
-/* GCC's threads spin for milliseconds at each barrier: another busy program then slows a step tenfold. They
-   take another count only from the environment, and before main. If exec fails, so be it. */
+/* Forward and backward over all micro-batches. Returns the mean loss. */
+static double accumulate_gradients(Run *run) {
+    const int B = (int)settings.B, T = (int)settings.T;
+    const long long micro_batches = settings.total_batch / (settings.B * settings.T);
+    double mean = 0;
+    for (long long micro = 0; micro < micro_batches; micro++) {
+        float loss;
+        if (settings.overfit) gpt2_loader_reset(run->train);
+        const int32_t *x = gpt2_loader_next(run->train);
+        check_ok(x != NULL);
+        const int32_t *y = x + (size_t)B * (size_t)T;
+        check_ok(!gpt2_forward(run->model, x, y, B, T, 1.0f / (float)micro_batches, &loss));
+        check_ok(!gpt2_backward(run->model));
+        mean += (double)loss / (double)micro_batches;
+    }
+    return mean;
+}
+
+/* Why the update of this step is skipped, or "". Too many NaN or infinite steps end the run. */
+static const char *reason_to_skip(Run *run, long long step, double loss, double norm) {
+    const double z_loss = gpt2_zscore(&run->progress, 0, loss), z_norm = gpt2_zscore(&run->progress, 1, norm);
+    if (!isfinite(loss + norm)) {
+        if (run->nonfinite++ >= settings.skip_nonfinite)
+            die("step %lld has loss %f and gradient norm %f: training diverged; lower -l", step, loss, norm);
+        return " | NaN or infinite, skipped";
+    }
+    run->nonfinite = 0;
+    if (settings.skip_loss > 0 && z_loss > settings.skip_loss) return " | outlier, skipped";
+    if (settings.skip_norm > 0 && z_norm > settings.skip_norm) return " | outlier, skipped";
+    return "";
+}
+
+static void train_step(Run *run, long long step) {
+    const double start = seconds();
+    const double loss = accumulate_gradients(run);
+    const double norm = gpt2_grad_norm(run->model);
+    const float lr = gpt2_lr(settings.schedule, step, run->steps, settings.warmup, (float)settings.lr,
+                             (float)settings.final_lr_frac);
+    const char *skipped = reason_to_skip(run, step, loss, norm);
+    if (!*skipped) check_ok(!gpt2_update(run->model, lr, 0.9, 0.95, 1e-8, settings.weight_decay, 1));
+    gpt2_zero_grad(run->model);
+    run->progress.step = step + 1;
+
+    const double took = seconds() - start, mean = (seconds() - run->began) / (double)(step + 1 - run->first);
+    printf("step %lld/%lld | loss %.6f | lr %.2e | norm %.4f | %.0f ms | %.0f tok/s | %.0f%% of peak | %.0f "
+           "s left%s\n",
+           step + 1, run->steps, loss, lr, norm, took * 1e3, (double)settings.total_batch / took,
+           100 * run->flops / took / run->peak, mean * (double)(run->steps - step - 1), skipped);
+    fprintf(run->log, "s:%lld trl:%.4f lr:%.6f norm:%.2f\n", step, loss, lr, norm);
+    fflush(NULL);
+}
+
+static int due(long long every, long long step) { return every && step && step % every == 0; }
+
+/* Step n starts when n steps are done, with what is due then: a checkpoint (first, so that a resumed run
+   repeats the rest), validation, a sample. train() in train_gpt2.py makes the same calls in the same order.
+   */
+static void train(Run *run) {
+    run->began = seconds();
+    for (long long step = run->first;; step++) {
+        const int last = step >= run->steps;
+        if (settings.checkpoint_every && (last || due(settings.checkpoint_every, step))) save(run, step);
+        if (interrupted) break;
+        const int first_validation = step == 0 && settings.val_every;
+        if (last || first_validation || due(settings.val_every, step)) validate(run, step);
+        const uint64_t rng = run->progress.rng;
+        if (settings.sample_tokens && (last || due(settings.sample_every, step))) sample(run);
+        if (interrupted) {
+            run->progress.rng = rng;      /* the resumed run repeats this sample */
+            break;
+        }
+        if (last) return;
+        train_step(run, step);
+    }
+    if (*settings.out) save(run, run->progress.step);
+}
+
+/* GCC's threads spin for milliseconds at each barrier, which slows a step tenfold while another program is
+   busy. Only the environment before main changes that. If exec fails, they keep spinning. */
 static void spin_less(char **argv) {
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     if (!setenv("GOMP_SPINCOUNT", "10000", 1)) execv("/proc/self/exe", argv);
 }
 
+static int check_command(void) {
+    GPT2Diff rows[GPT2_DIFFS];
+    GPT2 *model = gpt2_load(settings.model);
+    check_ok(model != NULL);
+    const int wrong = gpt2_check(model, settings.check, settings.tolerance, rows);
+    check_ok(wrong >= 0);
+    printf("%-10s %14s %14s\n", "", "max abs error", "relative error");
+    for (GPT2Diff *r = rows; r < rows + GPT2_DIFFS; r++)
+        printf("%-10s %14.3e %14.3e  %s\n", r->name, r->max_abs, r->relative, r->ok ? "ok" : "NOT OK");
+    printf("%s: %d of %d rows are within %g\n", wrong ? "NOT OK" : "OK", GPT2_DIFFS - wrong, GPT2_DIFFS,
+           settings.tolerance);
+    gpt2_free(model);
+    return wrong > 0;
+}
+
 int main(int argc, char **argv) {
     spin_less(argv);
-    parse(argc, argv);
-    if (*text("--check")) return check();
+    parse_flags(argc, argv);
+    if (*settings.check) return check_command();
 
-    const uint64_t seed = 42;
-    const int B = (int)whole("-b"), T = (int)whole("-t");
-    const char *out = text("-o"), *val_shards = text("-j");
-    wide newest = whole("-y") ? gpt2_newest(out) : -1;     /* checkpoint of this run */
-    must(newest >= -1);
-    GPT2Progress progress = {.rng = seed};
-    GPT2Tokenizer *tokenizer = tokenizer_find();
-    GPT2 *model = model_find(newest, tokenizer, seed);
-    must(model != NULL);
-    for (int i = 0; i < FLAGS; i++) {
-        const char *name = flags[i].name, *value = flags[i].value;
-        if (flags[i].kind == NOT_HERE && *value && gpt2_option(model, name, atoi(value)))
-            fprintf(stderr, "train_gpt2: %s is ignored: %s\n", name, gpt2_error());
-    }
-    const GPT2Config c = gpt2_config(model);
-    GPT2Loader *loader = gpt2_loader_open(text("-i"), B, T, c.V, !whole("-a"), seed);
-    GPT2Loader *val = loader && *val_shards ? gpt2_loader_open(val_shards, B, T, c.V, 0, seed) : NULL;
-    must(loader && (val || !*val_shards));
-    must(newest < 0 || !gpt2_restore(out, newest, model, loader, &progress));
-    Path path = "/dev/null";
-    if (*out) mkdir(out, 0777), snprintf(path, sizeof path, "%s/main.log", out);     /* it may be there */
-    if (*out && flock(open(out, O_RDONLY), LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)     /* to the end */
-        die("run directory '%s' has a run that has not ended; choose another", out);
-    FILE *log = fopen(path, newest >= 0 ? "a" : "w");
-    if (!log) die("run directory '%s' cannot be written: %s", out, strerror(errno));
-
-    const GPT2Size data = gpt2_loader_size(loader);
-    const wide BT = (wide)B * T, total = whole("-d") ? whole("-d") : BT, micro_batches = total / BT;
-    const wide steps = whole("-x") >= 0 ? whole("-x") : data.tokens / total, begin = progress.step;
-    const double ceiling = gpt2_ceiling(), flops = gpt2_flops_per_token(&c, T) * (double)total;
-    printf("%s, %.0f GFLOP/s at most; L %d, NH %d, C %d, V %d, context %d: %.1fM parameters\n", gpt2_device(),
-           ceiling * 1e-9, c.L, c.NH, c.C, c.V, c.max_T, (double)gpt2_parameters(&c) * 1e-6);
-    printf("%s; %lld tokens, %lld shards; steps %lld to %lld of %lld tokens, %lld micro-batches of %d x %d\n",
-           newest >= 0 ? "resumed" : text("-e"), (wide)data.tokens, (wide)data.shards, begin, steps, total,
-           micro_batches, B, T);
-    signal(SIGINT, on_signal), signal(SIGTERM, on_signal);
-    signal(SIGXFSZ, SIG_IGN);             /* a file at its limit is an error of write */
-    const double began = seconds();
-    wide not_finite = 0;                  /* steps in a row */
-    for (wide step = begin;; step++) {
-        const int last = step >= steps;
-        const int save = (whole("-n") && (last || (step && due("-n", step)))) || (interrupted && *out);
-        if (save && step != newest) {
-            if (!gpt2_checkpoint(out, model, loader, &progress, whole("-n"), whole("-nk"), whole("-nm")))
-                newest = step;
-            else if (last || interrupted) must(0);
-            else fprintf(stderr, "train_gpt2: no checkpoint of step %lld: %s\n", step, gpt2_error());
-        }
-        if (interrupted) break;
-        if (last || due("-v", step)) validate(model, val, log, step);
-        const uint64_t rng = progress.rng;
-        if (whole("-g") && (last || (step && due("-s", step))))
-            sample(model, tokenizer, &progress.rng, whole("-g"));
-        if (interrupted) {                /* saves here: resumed, the run makes this sample again */
-            progress.rng = rng, step--;
-            continue;
-        }
-        if (last) break;
-
-        const double tick = seconds();
-        double mean = 0;
-        float loss;
-        for (wide micro = 0; micro < micro_batches; micro++) {
-            if (whole("-a")) gpt2_loader_reset(loader);
-            const int32_t *x = gpt2_loader_next(loader);
-            must(x && !gpt2_forward(model, x, x + BT, B, T, 1.0f / (float)micro_batches, &loss));
-            must(!gpt2_backward(model));
-            mean += (double)loss / (double)micro_batches;
-        }
-        const float lr = gpt2_lr(text("-k"), step, steps, whole("-u"), (float)real("-l"), (float)real("-q"));
-        const double norm = gpt2_grad_norm(model), most[2] = {real("-sl"), real("-sg")};
-        const double z[2] = {gpt2_zscore(&progress, 0, mean), gpt2_zscore(&progress, 1, norm)};
-        const int finite = isfinite(mean + norm);
-        const int skip = !finite || (most[0] > 0 && z[0] > most[0]) || (most[1] > 0 && z[1] > most[1]);
-        if (finite) not_finite = 0;
-        else if (not_finite++ >= whole("-sn"))
-            die("step %lld has loss %f and gradient norm %f: it diverged; use a lower -l", step, mean, norm);
-        must(skip || !gpt2_update(model, lr, 0.9, 0.95, 1e-8, real("-c"), 1));
-        gpt2_zero_grad(model);
-        progress.step = step + 1;
-        const double took = seconds() - tick, each = (seconds() - began) / (double)(step + 1 - begin);
-        printf("step %lld/%lld | loss %.6f | lr %.2e | norm %.4f | %.0f ms | %.0f tok/s | %.0f%% of ceiling "
-               "| %.0f s left%s\n", step + 1, steps, mean, lr, norm, took * 1e3, (double)total / took,
-               100 * flops / took / ceiling, each * (double)(steps - step - 1),
-               !finite ? " | not finite, skipped" : skip ? " | an outlier, skipped" : "");
-        fprintf(log, "s:%lld trl:%.4f lr:%.6f norm:%.2f\n", step, mean, lr, norm);
-        fflush(NULL);
-    }
-    const char *next = *out ? "the same command with -y 1 resumes" : "without -o nothing was saved";
-    const int stopped = interrupted;      /* a signal from here on comes too late to have stopped anything */
-    if (stopped) printf("interrupted after step %lld; %s\n", (wide)progress.step, next);
-    fclose(log);
-    gpt2_loader_close(loader);
-    gpt2_loader_close(val);
-    gpt2_tokenizer_free(tokenizer);
-    gpt2_free(model);
+    Run run = open_run();
+    print_summary(&run);
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    signal(SIGXFSZ, SIG_IGN);             /* a file at its size limit is an error of write */
+    train(&run);
+    const int stopped = interrupted;      /* a later signal has not stopped anything */
+    if (stopped)
+        printf("interrupted after step %lld; %s\n", (long long)run.progress.step,
+               *settings.out ? "the same command with -y 1 resumes" : "without -o nothing was saved");
+    close_run(&run);
     return stopped ? 130 : 0;
 }
 #endif /* GPT2_NO_MAIN */

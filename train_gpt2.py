@@ -339,7 +339,8 @@ C_TYPES = {"p": ctypes.c_void_p, "s": CString, "c": ctypes.c_char_p, "i": ctypes
            "u": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "C": GPT2Config, "S": GPT2Size,
            "L": ctypes.POINTER(ctypes.c_int64), "-": None}
 C_FUNCTIONS = """
-    c  gpt2_error()             c  gpt2_device()              d  gpt2_ceiling()
+    c  gpt2_error()             c  gpt2_version()             c  gpt2_device()
+    d  gpt2_ceiling()
     i! gpt2_descriptor(sp)      i! gpt2_config_check(p)       l! gpt2_tensor(pipp)
     l  gpt2_parameters(p)       d  gpt2_flops_per_token(pi)   C  gpt2_config(p)
     p! gpt2_create(p)           i! gpt2_init(pu)              -  gpt2_free(p)

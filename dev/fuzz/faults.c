@@ -165,7 +165,7 @@ static void add_tensors(GPT2 *m, int kind) {
     armed = NONE;                         /* this looks, and is not looked at */
     for (int t = 0; t < GPT2_TENSORS; t++) {
         const int64_t n = gpt2_tensor(&c, t, NULL, NULL);
-        float *values = memory((size_t)n * sizeof *values);
+        float *values = alloc_bytes((size_t)n * sizeof *values);
         if (!values || gpt2_get(m, t, kind, 0, n, values)) broken("cannot look: %s", gpt2_error());
         add(values, (size_t)n * sizeof *values);
         free(values);
@@ -302,7 +302,7 @@ static void only_the_first_is_left(void) {
     add_checkpoint(1);
     if (digest != first_digest) broken("the checkpoint before is damaged");
     digest = before;
-    if (gpt2_newest("run") != 1) broken("newest is %lld, expected 1", (wide)gpt2_newest("run"));
+    if (gpt2_newest("run") != 1) broken("newest is %lld, expected 1", (long long)gpt2_newest("run"));
     DIR *d = opendir("run");
     while ((entry = readdir(d)))
         if (*entry->d_name != '.' && !strstr(entry->d_name, "_00000001")) broken("left: %s", entry->d_name);

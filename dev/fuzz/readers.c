@@ -172,7 +172,7 @@ static int read_reference(void) {
 }
 
 static int read_strings(const uint8_t *data, size_t size) {
-    char *text = memory(size);            /* exactly as long, so that a read too far is seen */
+    char *text = alloc_bytes(size);            /* exactly as long, so that a read too far is seen */
     GPT2Config c;
     int64_t numbers[3] = {size > 2 ? data[size - 1] : 0, size > 2 ? data[size - 2] : 0, size};
     memcpy(text, data, size);

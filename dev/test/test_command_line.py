@@ -119,7 +119,8 @@ def test_the_binary_evaluates_hellaswag(data, tmp_path):
     hellaswag_file(folder / "hellaswag_val.bin", model.config.V, 40, longest=9)
     by_sum, by_length, _ = model.hellaswag(folder / "hellaswag_val.bin", 0, 30)
     done = run(*command("binary", data, "-x 1 -n 0 -v 1 -h 30", out=tmp_path / "run"), cwd=tmp_path)
-    assert f"HellaSwag {by_sum / 30:.4f}, by length {by_length / 30:.4f}\n" in done.stdout
+    expected = f"HellaSwag accuracy {by_sum / 30:.4f}, by the mean over tokens {by_length / 30:.4f}\n"
+    assert expected in done.stdout
     assert f"s:0 eval:{by_length / 30:.4f}\n" in (tmp_path / "run" / "main.log").read_text()
 
 

@@ -28,17 +28,21 @@ needs_tools = pytest.mark.skipif(not all(map(shutil.which, ("cc", "make", "git",
 def workshop(tmp_path):
     """A folder with copies of what the document's commands take."""
     (tmp_path / "dev" / "doc").mkdir(parents=True)
-    for name in ("train_gpt2.c", "train_gpt2.py", "Makefile", "dev/doc/layers.md", "dev/doc/own_layer.c"):
+    for name in ("train_gpt2.c", "train_gpt2.py", "Makefile"):
         shutil.copy(HERE / name, tmp_path / name)
+    for name in ("layers.md", "own_layer.c", "examples.c"):
+        shutil.copy(DOC / name, tmp_path / "dev" / "doc" / name)
     return tmp_path
 
 
-def shown_commands(*beginnings):
-    """The document's commands that begin so, as a script."""
-    lines = (DOC / "layers.md").read_text().splitlines()
-    found = [line[4:] for line in lines if line.startswith(tuple("    " + word for word in beginnings))]
-    assert len(found) == len(beginnings), found
-    return "\n".join(["set -e", *found])
+def fenced(document, language):
+    """The code blocks of a Markdown document in a language."""
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", document.read_text(), re.M | re.S)
+
+
+def shown_script(word):
+    """The first block of shell commands in layers.md that has that word, as a script."""
+    return "set -e\n" + next(block for block in fenced(DOC / "layers.md", "sh") if word in block)
 
 
 def test_layers_md_names_functions_that_exist_and_shows_the_layer_that_is_tested():
@@ -54,13 +58,13 @@ def test_layers_md_names_functions_that_exist_and_shows_the_layer_that_is_tested
 
 @needs_tools
 def test_the_layer_of_ones_own_compiles_and_passes_and_a_wrong_one_does_not(workshop):
-    script = shown_commands("mkdir -p build", "cc ", "build/own_layer")
+    script = shown_script("own_layer.c")
     example = workshop / "dev" / "doc" / "own_layer.c"
     right = example.read_text()
     assert all(f"     {line}\n" in right for line in script.splitlines()[1:])
     rows = run("sh", "-c", script, cwd=workshop).stdout.splitlines()
     assert len(rows) == 5 and all(re.fullmatch(r".+ \d\.\de-0\d  ok", row) for row in rows)
-    shown = re.findall(r"^    (.+) \d\.\de-0\d  ok$", (DOC / "layers.md").read_text(), re.M)
+    shown = re.findall(r"^(.+) \d\.\de-0\d  ok$", (DOC / "layers.md").read_text(), re.M)
     assert [row[:22] for row in rows] == shown
     example.write_text(right.replace("sigma + b * bend", "sigma + bend"))
     rows = run("sh", "-c", script, cwd=workshop, status=1).stdout.splitlines()
@@ -71,14 +75,34 @@ def test_the_layer_of_ones_own_compiles_and_passes_and_a_wrong_one_does_not(work
 def test_the_diff_in_layers_md_applies_and_the_model_with_it_is_right_and_learns(workshop):
     environment = {"cwd": workshop, "MAKEFLAGS": "", "GIT_CEILING_DIRECTORIES": str(workshop.parent),
                    "GPT2_LIBRARY": str(workshop / "libgpt2.so")}
-    run("sh", "-c", shown_commands("sed -n '/^```diff/", "make"), **environment)
-    shown = run("sh", "-c", shown_commands("sed -n '/^```python/"), **environment).stdout
+    run("sh", "-c", shown_script("```diff"), **environment)
+    shown = run("sh", "-c", shown_script("```python"), **environment).stdout
     assert re.findall(r"^(\w+) +gradient", shown, re.M) == [*TENSORS, "swish"]
     run(sys.executable, "train_gpt2.py", "--data", "dev/doc/layers.md", "--out", "run", "--sample-tokens", 20,
         *"--layers 2 --heads 2 --channels 32 --context 32 --batch-size 4 --steps 50 --warmup 5".split(),
         "--val-batches", 2, **environment)
     losses = [float(loss) for loss in re.findall(r"trl:(\S+)", (workshop / "run" / "main.log").read_text())]
     assert losses[0] == pytest.approx(math.log(256), abs=0.3) and max(losses[-5:]) < losses[0] - 0.8
+
+
+@needs_tools
+def test_the_worked_example_and_the_exercises_of_layers_md(workshop):
+    text = (DOC / "layers.md").read_text()
+    rows = run("sh", "-c", shown_script("examples.c"), cwd=workshop).stdout.splitlines()
+    assert "\n".join(rows[:4]) in text
+    answers = {row[:18].strip(): row[18:].split() for row in rows}
+    for name, label in (("layer norm dinp", "dinp = "), ("layer norm dw", "dw = "), ("dlogits", "one-hot = ")):
+        assert f"{label}({', '.join(answers[name])})" in text
+    assert f"log 5/8 = {answers['cross-entropy'][0]}" in text
+    for value in answers["GELU'"]:
+        assert f"is 0: {value}." in text
+    assert f"{10 * 256 * 4 * 512 * 4:,} bytes" in text
+    for gradient in (0.3, 0.003):            # the first update of AdamW
+        model = GPT2(GPT2Config(1, 1, 1, 1, 1), seed=None)
+        model.set("lnfb", [1.0])
+        model.set("lnfb", [gradient], "grad")
+        model.update(0.1, weight_decay=0, grad_clip=0)
+        assert f"become {model.get('lnfb')[0]:.4f}" in text
 
 
 # --- The README ---------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_a_token_of_another_vocabulary_is_refused_with_its_place(tmp_path, shard
     lists = [[3] * 26, [3] * 26]
     lists[shard][at] = 50
     loader = Loader(shards(tmp_path, *lists), 5, 5, 50)
-    with refused(f"train_00{shard}.bin': token {at} is 50, expected less than V, 50"):
+    with refused(f"train_00{shard}.bin': token {at} is 50, expected less than V = 50"):
         for _ in range(2):
             loader.next()
 
