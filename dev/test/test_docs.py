@@ -9,12 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
 import train_gpt2
-from conftest import BINARY, hellaswag_file, HERE, LIBRARY, run, TENSORS, TEXT, token_rows
+from conftest import BINARY, hellaswag_file, HERE, LIBRARY, run, TENSORS, TEXT
 from train_gpt2 import GPT2, GPT2Config, GPT2Error
 
 
@@ -87,9 +86,10 @@ def test_the_diff_in_layers_md_applies_and_the_model_with_it_is_right_and_learns
 
 @needs_tools
 def test_the_worked_example_and_the_exercises_of_layers_md(workshop):
-    text = (DOC / "layers.md").read_text()
+    document = (DOC / "layers.md").read_text()
     rows = run("sh", "-c", shown_script("examples.c"), cwd=workshop).stdout.splitlines()
-    assert "\n".join(rows[:4]) in text
+    assert "\n".join(rows[:4]) in document
+    text = " ".join(document.split())
     answers = {row[:18].strip(): row[18:].split() for row in rows}
     for name, label in (("layer norm dinp", "dinp = "), ("layer norm dw", "dw = "), ("dlogits", "one-hot = ")):
         assert f"{label}({', '.join(answers[name])})" in text
@@ -113,7 +113,7 @@ SHORTER = {
     "./train_gpt2 -i": "-x {n} -g 5 -m 1", "python3 train_gpt2.py sample": "--tokens 9",
     "SHARDS=1": "-e d2 -b 1 -t 64 -d 64 -m 1 -g 5 -n 0"}
 # Lines that .ci/run runs, or that take a GPU (dev/cuda/on_gpu.sh); fetch.py's are in the tests of data sets.
-ELSEWHERE = ("make test", "python3 dev/data/gpt2_vocab.py", "make cuda", "./train_gpt2cu")
+ELSEWHERE = ("make test", "python3 dev/data/gpt2_vocab.py", "make cuda", "./train_gpt2cu", ".venv/")
 
 
 @pytest.fixture
@@ -152,11 +152,10 @@ def test_the_commands_of_the_readme(sandbox, monkeypatch):
     except GPT2Error:
         bpe = False
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    readme = (HERE / "README.md").read_text()
-    lines = re.findall(r"^    ((?:make|python3|\./train_gpt2|SHARDS=).*)$", readme, re.M)
-    assert len(lines) > 25
+    lines = "".join(fenced(HERE / "README.md", "sh")).splitlines()
+    assert len(lines) > 30
     for n, line in enumerate(lines, 3):
-        line = line.split("   ")[0]          # a comment behind it
+        line = line.split("  #")[0].strip()  # a comment
         first, _, last = line.rpartition(" && ")
         words = last.split()
         if line.startswith(ELSEWHERE) or ("gpt2" in words and not bpe):
@@ -174,10 +173,32 @@ def test_the_commands_of_the_readme(sandbox, monkeypatch):
         assert done.returncode == 0, f"{full}\n{done.stdout[-800:]}\n{done.stderr[-800:]}"
 
 
-def test_the_python_of_the_readme(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    readme = (HERE / "README.md").read_text()
-    code = re.search(r"^    from train_gpt2 import.*?(?=\n\n)", readme, re.M | re.S)[0]
-    x, y = token_rows(2, 64, 256)
-    exec(textwrap.dedent(code), {"x": x, "y": y})
-    assert GPT2.load("model.bin").config.C == 128
+def test_the_python_of_the_readme(tmp_path):
+    """The example runs as pasted, in a fresh interpreter."""
+    code = next(block for block in fenced(HERE / "README.md", "python") if "train_gpt2" in block)
+    shown = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(HERE)).stdout
+    losses = [float(line.split()[1]) for line in shown.splitlines()]
+    assert len(losses) == 10 and losses[-1] < losses[0]
+    assert GPT2.load(tmp_path / "model.bin").config.C == 128
+
+
+DOCUMENTS = [HERE / "README.md", HERE / "CHANGELOG.md", *sorted(DOC.glob("*.md")),
+             HERE / "dev" / "reference" / "README.md", HERE / "dev" / "data" / "README.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(HERE)))
+def test_links_paths_and_functions_in_a_document_exist(document):
+    text = document.read_text()
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+               for title in re.findall(r"^#+ (.*)$", text, re.M)}
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        assert "://" in link or not path or (document.parent / path).exists(), link
+        assert path or anchor in anchors, link
+    for path in re.findall(r"`((?:dev|\.ci)/[\w./]+\w|\w+\.(?:c|cu|py))`", text):
+        found = [folder / path for folder in (HERE, document.parent, HERE / "dev" / "test", HERE / "dev" / "cuda")]
+        assert any(file.exists() for file in found), path
+    sources = "".join(path.read_text() for pattern in ("*.c", "*.cu", "*.py", "dev/**/*.[ch]", "dev/**/*.py",
+                                                       "dev/**/*.cu") for path in HERE.glob(pattern))
+    for name in re.findall(r"`(\w+)\(\)`", text):
+        assert re.search(rf"\b{name}\(", sources), name

@@ -14,7 +14,7 @@ import pytest
 
 import train_gpt2
 from conftest import (as_bytes, damaged, header, hellaswag_file, LIB, lively, MATRICES, refused, SCALES,
-                      shards, tensors, TENSORS, unsealed)
+                      shards, TENSORS, tensors, unsealed)
 from train_gpt2 import GPT2, GPT2Config, GPT2Progress, Loader
 
 
