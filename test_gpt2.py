@@ -36,9 +36,9 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "dev" / "test"))
 from conftest import (all_within, as_bytes, binary, BUILD, command, data, driver, each_reference, FLAGS,
-                      gradients, HERE, LIB, lively, make_data, maker, MATRICES, metrics, one_sentence,
-                      open_reference, outputs, REFERENCES, refused, relative, results, run, shards, tensors,
-                      TENSORS, token_rows, V, whole_runs)
+                      gradients, HERE, LIB, make_data, maker, MATRICES, metrics, one_sentence,
+                      open_reference, outputs, random_model, REFERENCES, rejects, relative, results, run,
+                      shards, TENSORS, tensors, token_rows, V, whole_runs)
 import train_gpt2
 from train_gpt2 import GPT2, GPT2Config, GPT2Progress, Loader
 
@@ -48,13 +48,13 @@ both_front_ends = pytest.mark.parametrize("front", ["binary", "driver"])
 
 
 @each_reference
-def test_logits_loss_and_gradients_are_the_references(name):
-    model, x, y, theirs = open_reference(name)
-    all_within(1e-5, results(model, x, y), theirs)
+def test_logits_loss_and_gradients_match_the_reference(name):
+    model, x, y, expected = open_reference(name)
+    all_within(1e-5, results(model, x, y), expected)
 
 
 @each_reference
-def test_the_losses_of_ten_adamw_steps_are_the_references(name):
+def test_losses_of_ten_adamw_steps_match_the_reference(name):
     model, x, y, _ = open_reference(name)
     r = json.loads((REFERENCES / f"{name}_losses.json").read_text())
     for loss, norm in zip(r["losses"], r["gradient_norms"]):
@@ -74,7 +74,7 @@ def check(front, reference, model, status=0):
 
 @both_front_ends
 @each_reference
-def test_check_prints_a_table_of_18_rows_that_are_ok(name, front):
+def test_check_prints_18_rows_that_are_ok(name, front):
     lines = check(front, REFERENCES / f"{name}_reference.bin", REFERENCES / f"{name}_model.bin")
     number = r" +\d\.\d{3}e[-+]\d\d"
     rows = [re.fullmatch(rf"(\w+){number}{number}  ok", line)[1] for line in lines[1:-1]]
@@ -83,7 +83,7 @@ def test_check_prints_a_table_of_18_rows_that_are_ok(name, front):
 
 @both_front_ends
 @pytest.mark.parametrize("row, at, value", [("lnfb", -4, 1), ("lnfb", -4, math.nan), ("logits", 1720, 9)])
-def test_check_of_a_corrupted_reference_is_not_ok(tmp_path, front, row, at, value):
+def test_check_fails_for_a_corrupted_reference(tmp_path, front, row, at, value):
     data = bytearray((REFERENCES / "tiny_reference.bin").read_bytes())
     struct.pack_into("<f", data, at % len(data), value)
     (tmp_path / "reference.bin").write_bytes(data)
@@ -148,14 +148,14 @@ def python_loss(p, config, x, y):
 @pytest.fixture(scope="module")
 def in_doubles():
     """python_loss of parameters, those of a small model, and its loss and gradients from the library."""
-    model = lively(6, 11, 2, 2, 8)
+    model = random_model(6, 11, 2, 2, 8)
     x, y = token_rows(2, 5, 11)
     params = {name: values.tolist() for name, values in tensors(model).items()}
     return lambda p: python_loss(p, model.config, x, y), params, *gradients(model, x, y)
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_gradients_are_finite_differences_in_doubles(in_doubles, name):
+def test_gradients_match_finite_differences_in_double(in_doubles, name):
     loss_of, params, loss, ours = in_doubles
     assert loss == pytest.approx(loss_of(params), rel=1e-6)
     used = {"wte": 11 * 8, "wpe": 5 * 8}.get(name, len(params[name]))     # no padding, no unused position
@@ -169,8 +169,8 @@ def test_gradients_are_finite_differences_in_doubles(in_doubles, name):
 
 
 # --- What forward, backward and AdamW promise ---------------------------------------------------------------
-def test_a_later_token_does_not_reach_an_earlier_logit():
-    model = lively(130, 31, 2, 2, 24)
+def test_logits_do_not_depend_on_later_tokens():
+    model = random_model(130, 31, 2, 2, 24)
     x, _ = token_rows(2, 130, 31)
     before = model.logits(x).tolist()
     for t in (1, 50, 97, 129):
@@ -180,8 +180,8 @@ def test_a_later_token_does_not_reach_an_earlier_logit():
 
 
 @pytest.mark.parametrize("shape", [(16, 40, 2, 2, 12), (100, 50257, 1, 2, 8)], ids=["small", "wide"])
-def test_micro_batches_add_up_to_the_batch(shape):
-    model = lively(*shape)
+def test_gradient_accumulation_equals_one_batch(shape):
+    model = random_model(*shape)
     x, y = token_rows(4, shape[0], shape[1])
     loss, whole = gradients(model, x, y)
     model.zero_grad()
@@ -193,9 +193,9 @@ def test_micro_batches_add_up_to_the_batch(shape):
     all_within(1e-5, tensors(model, "grad"), whole)
 
 
-def test_what_happens_in_between_changes_nothing():
+def test_evaluation_and_generation_do_not_change_training():
     """Batches of other sizes, evaluations, and another model in the same process."""
-    models = [lively(40, 31, 2, 3, 15), lively(29, 7, 1, 1, 8)]
+    models = [random_model(40, 31, 2, 3, 15), random_model(29, 7, 1, 1, 8)]
     batches = [(model, *token_rows(B, T, model.config.V))
                for B, T in ((3, 29), (1, 1), (7, 23), (2, 3)) for model in models]
     first = [gradients(*batch) for batch in batches]
@@ -222,7 +222,7 @@ def bits():
     return int(LIB.gpt2_device().split()[1]), digest.hexdigest()
 
 
-def test_the_bits_do_not_depend_on_the_number_of_threads():
+def test_bits_do_not_depend_on_the_number_of_threads():
     def found(asked, **more):
         command = [sys.executable, "-c", "import test_gpt2; print(*test_gpt2.bits())"]
         output = run(*command, cwd=HERE, GPT2_BUILD=str(BUILD), OMP_NUM_THREADS=str(asked), **more).stdout
@@ -239,10 +239,10 @@ def test_the_bits_do_not_depend_on_the_number_of_threads():
 
 
 @pytest.mark.parametrize("decay, clip, size", [(0.1, 1.0, 1.0), (0.0, 1e9, 1.0), (0.1, 0.0, 1e-6)])
-def test_adamw_is_the_formula(decay, clip, size):
+def test_adamw_matches_the_formula(decay, clip, size):
     lr, beta1, beta2, eps = 0.01, 0.75, 0.96875, 1e-7     # betas that a float holds exactly
     draw = random.Random(1)
-    model = lively(4, 5, 2, 2, 4)
+    model = random_model(4, 5, 2, 2, 4)
     p = {name: values.tolist() for name, values in tensors(model).items()}
     m, v = ({name: [0.0] * len(p[name]) for name in TENSORS} for _ in "mv")
     for t in (1, 2, 3):
@@ -260,8 +260,8 @@ def test_adamw_is_the_formula(decay, clip, size):
             step = m[name][i] / (1 - beta1**t) / (math.sqrt(v[name][i] / (1 - beta2**t)) + eps)
             p[name][i] -= lr * step + (lr * decay * p[name][i] if name in MATRICES else 0)
     assert model.updates == 3 and model.grad_norm() == 0
-    for kind, theirs in (("param", p), ("m", m), ("v", v)):
-        all_within(1e-6, tensors(model, kind), theirs)
+    for kind, expected in (("param", p), ("m", m), ("v", v)):
+        all_within(1e-6, tensors(model, kind), expected)
 
 
 def test_a_model_overfits_one_batch():
@@ -282,8 +282,8 @@ def test_a_model_overfits_one_batch():
     (0, 8, 1, 1, 8), (8, 0, 1, 1, 8), (8, 8, 0, 1, 8), (8, 8, 1, 0, 8), (8, 8, 1, 1, 0), (-8, 8, 1, 1, 8),
     (8, -1, 1, 1, 8), (8, 8, 1, -1, 8), (8, 8, 1, 3, 8), (2**25, 8, 1, 1, 8), (8, 2**25, 1, 1, 8),
     (8, 8, 2**13, 1, 8), (8, 8, 1, 1, 2**17), (2**31 - 1,) * 5])
-def test_a_model_of_an_impossible_shape_is_refused(shape):
-    with refused("context %d, V %d, L %d, NH %d, C %d" % shape):
+def test_invalid_shapes_are_rejected(shape):
+    with rejects("context %d, V %d, L %d, NH %d, C %d" % shape):
         GPT2(GPT2Config(*shape))
 
 
@@ -295,50 +295,50 @@ def raw_forward(model, x, y, B, T):
     return loss.value
 
 
-def test_half_made_gradients_are_refused():
-    model = lively(8, 5, 1, 1, 4)
+def test_incomplete_gradients_are_rejected():
+    model = random_model(8, 5, 1, 1, 4)
     model.forward([[0, 1, 2]], [[1, 2, 3]])
-    with refused("incomplete", "gpt2_backward"):
+    with rejects("incomplete", "gpt2_backward"):
         model.get("wte", "grad")
-    with refused("incomplete", "gpt2_backward"):
+    with rejects("incomplete", "gpt2_backward"):
         model.update(lr=0.1)
     assert math.isnan(LIB.gpt2_grad_norm(model.handle))
     model.backward()
     assert model.grad_norm() > 0 and any(model.get("lnfb", "grad"))
 
 
-def test_a_batch_that_does_not_fit_is_refused():
-    model = lively(8, 5, 1, 1, 4)
+def test_invalid_batches_are_rejected():
+    model = random_model(8, 5, 1, 1, 4)
     for B, T in ((0, 4), (4, 0), (-1, 4), (4, -1), (1, 9), (0, 0)):
-        with refused(f"{B} x {T}", 8):
+        with rejects(f"{B} x {T}", 8):
             raw_forward(model, [0] * 16, [0] * 16, B, T)
     for token in (-1, 5, 127, 2**31 - 1, -2**31):
-        with refused("token 2 of x", token, "0 to 4"):
+        with rejects("token 2 of x", token, "0 to 4"):
             raw_forward(model, [0, 0, token, 0], [0] * 4, 2, 2)
-        with refused("token 3 of y", token, "0 to 4"):
+        with rejects("token 3 of y", token, "0 to 4"):
             raw_forward(model, [0] * 4, [0, 0, 0, token], 2, 2)
-        with refused("token 0 of x", token):
+        with rejects("token 0 of x", token):
             model.logits([[token]])
-        with refused("token 1 of x", token):
+        with rejects("token 1 of x", token):
             next(model.generate([1, token], 1))
     assert math.isfinite(raw_forward(model, [0] * 4, [4] * 4, 2, 2))
 
 
-def test_calls_out_of_order_are_refused_and_do_no_harm():
-    model = lively(8, 5, 1, 1, 4)
+def test_calls_out_of_order_are_rejected_without_effect():
+    model = random_model(8, 5, 1, 1, 4)
     x, y = token_rows(2, 8, 5)
     before = as_bytes(tensors(model))
-    with refused("gpt2_forward"):
+    with rejects("gpt2_forward"):
         model.backward()
     model.forward(x, y, train=False)
-    with refused("gpt2_forward"):
+    with rejects("gpt2_forward"):
         model.backward()
     _, once = gradients(model, x, y)
-    with refused("gpt2_forward"):
+    with rejects("gpt2_forward"):
         model.backward()
     model.forward(x, y)
     for too_early in (lambda: model.update(lr=0.1), lambda: model.forward(x, y), lambda: model.logits(x)):
-        with refused("gpt2_backward"):
+        with rejects("gpt2_backward"):
             too_early()
     model.backward()
     all_within(1e-6, tensors(model, "grad"), {name: [2 * g for g in once[name]] for name in TENSORS})
@@ -351,8 +351,8 @@ def test_calls_out_of_order_are_refused_and_do_no_harm():
     assert as_bytes(tensors(model, "grad")) == as_bytes(once)
 
 
-def test_a_part_of_a_tensor_is_read_and_written():
-    model = lively(8, 5, 2, 1, 4)
+def test_parts_of_a_tensor_are_read_and_written():
+    model = random_model(8, 5, 2, 1, 4)
     before = tensors(model)["fcb"].tolist()     # tensor 11, of 32 elements
     buffer = (ctypes.c_float * 3)(7, 8, 9)
     LIB.gpt2_set(model.handle, 11, 0, 29, 3, buffer)
@@ -362,7 +362,7 @@ def test_a_part_of_a_tensor_is_read_and_written():
     for place in ((16, 0, 0, 1), (-1, 0, 0, 1), (11, 4, 0, 1), (11, -1, 0, 1), (11, 0, -1, 1), (11, 0, 0, -1),
                   (11, 0, 0, 33), (11, 0, 32, 1), (11, 0, 2**63 - 1, 1), (11, 0, 1, 2**63 - 1)):
         for access in (LIB.gpt2_get, LIB.gpt2_set):
-            with refused(f"tensor {place[0]}"):
+            with rejects(f"tensor {place[0]}"):
                 access(model.handle, *place, buffer)
 
 
@@ -380,9 +380,9 @@ def test_a_part_of_a_tensor_is_read_and_written():
     (lambda model, folder: LIB.gpt2_descriptor("d012", ctypes.byref(GPT2Config())), "'d012'"),
     (lambda model, folder: LIB.gpt2_descriptor("d12x", ctypes.byref(GPT2Config())), "'d12x'"),
     (lambda model, folder: [model.set("lnfw", [math.nan] * 4), *model.generate([1], 1)], "diverged")])
-def test_other_misuse_is_refused(tmp_path, call, words):
-    with refused(words):
-        call(lively(8, 5, 1, 1, 4), tmp_path)
+def test_other_misuse_is_rejected(tmp_path, call, words):
+    with rejects(words):
+        call(random_model(8, 5, 1, 1, 4), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -399,14 +399,14 @@ def llmc_lr(schedule, step, steps, warmup, lr, final):
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize("steps, warmup, final", [(100, 0, 0.0), (100, 7, 0.1), (100, 1, 1.0), (40, 39, 0.5)])
-def test_learning_rates_are_the_schedules(schedule, steps, warmup, final):
+def test_learning_rates_match_llmc(schedule, steps, warmup, final):
     for step in range(steps):
         ours = LIB.gpt2_lr(schedule, step, steps, warmup, 6e-4, final)
-        theirs = llmc_lr(schedule, step, steps, warmup, 6e-4, final)
-        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-11), step
+        expected = llmc_lr(schedule, step, steps, warmup, 6e-4, final)
+        assert ours == pytest.approx(expected, rel=1e-6, abs=1e-11), step
 
 
-def test_a_zscore_is_over_the_last_128_values():
+def test_zscores_are_over_the_last_128_values():
     progress = GPT2Progress()
     draw = random.Random(1)
     values = [draw.gauss(3, 2) for _ in range(400)]
@@ -422,7 +422,7 @@ def test_a_zscore_is_over_the_last_128_values():
     ("d2", (2, 2, 128), None), ("d4", (4, 4, 256), None), ("d6", (6, 6, 384), None),
     ("d12", (12, 12, 768), 124_439_808), ("d24", (24, 16, 1024), 354_823_168),
     ("d36", (36, 20, 1280), 774_030_080), ("d48", (48, 25, 1600), 1_557_611_200)])
-def test_descriptors_are_the_sizes_of_gpt2(name, shape, parameters):
+def test_descriptors_give_gpt2s_sizes(name, shape, parameters):
     config = GPT2Config()
     LIB.gpt2_descriptor(name, ctypes.byref(config))
     assert (config.max_T, config.V, config.L, config.NH, config.C) == (1024, 50257, *shape)
@@ -432,7 +432,7 @@ def test_descriptors_are_the_sizes_of_gpt2(name, shape, parameters):
 
 
 # --- A run, by either front end -----------------------------------------------------------------------------
-def test_both_front_ends_write_the_same_bytes_on_one_thread_or_two(whole_runs):
+def test_both_front_ends_write_the_same_bytes(whole_runs):
     by_binary, by_driver = (outputs(folder) for _, folder in whole_runs.values())
     assert sorted(by_binary) == sorted(by_driver) == [
         "DONE_00000004", "DONE_00000008", "main.log", "model_00000004.bin", "model_00000008.bin",
@@ -440,7 +440,7 @@ def test_both_front_ends_write_the_same_bytes_on_one_thread_or_two(whole_runs):
     assert [name for name in by_binary if by_driver[name] != by_binary[name]] == []
 
 
-def test_a_run_logs_and_shows_every_step(whole_runs):
+def test_a_run_logs_every_step(whole_runs):
     (shown, folder), (shown_by_driver, _) = whole_runs.values()
     lines = (folder / "main.log").read_text().splitlines()
     trained = [re.fullmatch(r"s:(\d+) trl:(\d\.\d{4}) lr:(0\.\d{6}) norm:\d+\.\d\d", line) for line in lines]
@@ -458,7 +458,7 @@ def test_a_run_logs_and_shows_every_step(whole_runs):
 
 
 @pytest.mark.parametrize("first, then", list(itertools.product(FLAGS, FLAGS)))
-def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(data, whole_runs, tmp_path, first, then):
+def test_a_resumed_run_ends_with_the_same_bytes(data, whole_runs, tmp_path, first, then):
     whole = outputs(whole_runs[first][1])
     for name in ("DONE_00000004", "model_00000004.bin", "state_00000004_00000.bin"):
         (tmp_path / name).write_bytes(whole[name])
@@ -472,14 +472,14 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(data, whole_r
     ("binary", "-n 1 -nk 2", [7, 8]), ("binary", "-n 1 -nk 2 -nm 3", [3, 6, 7, 8]),
     ("binary", "-n 3", [3, 6, 8]), ("driver", "--checkpoint-every 1 --keep 2", [7, 8]),
     ("driver", "--checkpoint-every 0", [8])])
-def test_old_checkpoints_go_when_they_are_to(data, tmp_path, front, flags, kept):
+def test_old_checkpoints_are_removed(data, tmp_path, front, flags, kept):
     run(*command(front, data, flags, tmp_path / "run"))
     names = ("DONE_{:08}", "model_{:08}.bin", "state_{:08}_00000.bin")
     expected = {name.format(step) for name in names for step in kept}
     assert set(outputs(tmp_path / "run")) == expected | {"main.log"}
 
 
-def test_a_checkpoint_counts_where_it_is_whole_and_fits(data, whole_runs, tmp_path):
+def test_only_complete_and_matching_checkpoints_are_resumed(data, whole_runs, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole_runs["binary"][1], folder)
     pattern = str(data / "data" / "train_*.bin")
@@ -490,20 +490,20 @@ def test_a_checkpoint_counts_where_it_is_whole_and_fits(data, whole_runs, tmp_pa
         LIB.gpt2_restore(str(folder), step, model.handle, loader.handle, ctypes.byref(GPT2Progress()))
 
     restore(B=2)                     # another B may be
-    with refused("T 19", "this model, 18"):
+    with rejects("T 19", "this model, 18"):
         restore(T=18)
-    with refused("833 tokens", 400):
+    with rejects("833 tokens", 400):
         restore(pattern=pattern.replace("train", "val"))
-    with refused("seed 42", 43):
+    with rejects("seed 42", 43):
         restore(seed=43)
-    with refused("state_00000008", "another model"):
-        restore(model=lively(4, 5, 1, 1, 4))
-    with refused("state_00000005"):
+    with rejects("state_00000008", "another model"):
+        restore(model=random_model(4, 5, 1, 1, 4))
+    with rejects("state_00000005"):
         restore(step=5)
     assert LIB.gpt2_newest(str(folder)) == 8
     (folder / "DONE_00000008").rename(folder / "DONE_00000008.tmp")
     assert (LIB.gpt2_newest(str(folder)), LIB.gpt2_newest(str(tmp_path / "none"))) == (4, -1)
-    with refused("none"):
+    with rejects("none"):
         LIB.gpt2_checkpoint(str(tmp_path / "none"), whole.handle, None, ctypes.byref(GPT2Progress()), 1, 0, 0)
 
 
@@ -514,7 +514,7 @@ def test_the_binary_overfits_one_batch(data):
 
 
 @both_front_ends
-def test_steps_that_are_not_finite_are_skipped_up_to_a_number_in_a_row(data, tmp_path, front):
+def test_nonfinite_steps_are_skipped_up_to_a_limit(data, tmp_path, front):
     model = GPT2.load(data / "model.bin")
     model.set("lnfw", [math.nan] * model.config.C)
     model.save(data / "nan.bin")
@@ -532,7 +532,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_number_in_a_row(data, tmp
         assert metrics(tmp_path / "run")[2]["loss"] is None
 
 
-def test_skipped_steps_count_anew_after_one_that_was_not(data, tmp_path, monkeypatch):
+def test_the_limit_of_skipped_steps_is_for_consecutive_ones(data, tmp_path, monkeypatch):
     losses = iter([factor for factor in (1, math.nan, math.nan, 1, math.nan, math.nan, 1) for _ in range(2)])
     forward = GPT2.forward                   # of two batches for a step
     monkeypatch.setattr(GPT2, "forward", lambda *args, **named: forward(*args, **named) * next(losses))
@@ -544,7 +544,7 @@ def test_skipped_steps_count_anew_after_one_that_was_not(data, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("flag, column", [("-sl", 0), ("-sg", 1)])
-def test_an_outlier_is_skipped_and_changes_no_parameter(tmp_path, flag, column):
+def test_an_outlier_is_skipped_without_effect(tmp_path, flag, column):
     make_data(tmp_path, GPT2Config(4, V, 1, 1, 4))
     flags = f"-b 2 -t 4 -d 8 -x 150 {flag} 0.7 -n 1 -v 0 -g 0"
     shown = run(*command("binary", tmp_path, flags, tmp_path / "run")).stdout
@@ -561,7 +561,7 @@ def test_an_outlier_is_skipped_and_changes_no_parameter(tmp_path, flag, column):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @both_front_ends
-def test_an_interrupted_run_saves_and_says_how_to_resume(data, tmp_path, front, number):
+def test_an_interrupted_run_saves_and_prints_how_to_resume(data, tmp_path, front, number):
     out = tmp_path / "run"
     log = out / "main.log"
     flags = {"binary": "-x 1000000 -v 0 -g 0",
@@ -584,8 +584,8 @@ def test_an_interrupted_run_saves_and_says_how_to_resume(data, tmp_path, front, 
 
 
 # --- Against PyTorch ----------------------------------------------------------------------------------------
-def agrees(maker, shape, theirs_of):
-    """Our results for a random model and batch are those of theirs_of(r, weights, x, y)."""
+def agrees(maker, shape, expected_of):
+    """Our results for a random model and batch are those of expected_of(r, weights, x, y)."""
     import torch
     max_T, V, L, NH, hs, B, T = shape
     r = maker.Reference(seed=1, version=3, max_T=max_T, V=V, L=L, NH=NH, C=NH * hs, B=B, T=T,
@@ -600,9 +600,9 @@ def agrees(maker, shape, theirs_of):
 
     for name, weight in weights.items():
         model.set(name, padded(name, weight))
-    theirs = theirs_of(r, weights, torch.tensor(x), torch.tensor(y))
-    assert len(theirs) == 18
-    all_within(1e-5, results(model, x, y), {name: padded(name, tensor) for name, tensor in theirs.items()})
+    expected = expected_of(r, weights, torch.tensor(x), torch.tensor(y))
+    assert len(expected) == 18
+    all_within(1e-5, results(model, x, y), {name: padded(name, tensor) for name, tensor in expected.items()})
 
 
 @pytest.mark.parametrize("shape", [
@@ -620,7 +620,7 @@ def test_a_model_agrees_with_transformers(maker):
 
 # --- GPT-2 itself -------------------------------------------------------------------------------------------
 @pytest.mark.skipif("GPT2_QUICK" in os.environ, reason="slow, and GPT2_QUICK is set")
-def test_d12_takes_a_step_in_both_front_ends_alike(tmp_path):
+def test_d12_takes_the_same_step_in_both_front_ends(tmp_path):
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if free < 4e9 or shutil.disk_usage(tmp_path).free < 3e9:
         pytest.skip("it takes 4 GB of memory and 3 GB of disk")

@@ -26,7 +26,7 @@ import tempfile
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TESTS = ["test_gpt2.py", *(f"dev/test/test_{area}.py" for area in ("files", "sampling", "command_line"))]
-TOO_SLOW = "torch or 2_to_the_31 or gpt2_xl or signal or interrupted or doubles or d12"
+TOO_SLOW = "torch or 2_to_the_31 or gpt2_xl or signal or interrupted or in_double or d12"
 MEMCHECK = ["valgrind", "--leak-check=full", "--num-callers=30", "--trace-children=yes",
             "--trace-children-skip=*python*,*/sh,*/cc,*/gcc"]
 OURS = re.compile(r"train_gpt2\.c:\d+|libgpt2\.so|(?:^|/)train_gpt2\)")

@@ -55,7 +55,7 @@ def one_sentence(text, *words):
 
 
 @contextlib.contextmanager
-def refused(*words):
+def rejects(*words):
     """The library refuses what is called, with one sentence that has these words."""
     with pytest.raises((GPT2Error, convert.Error)) as caught:
         yield
@@ -112,16 +112,16 @@ def token_rows(B, T, V):
     return [row[:-1] for row in rows], [row[1:] for row in rows]
 
 
-def relative(ours, theirs):
-    """L2 norm of the difference in relation to that of theirs, or by itself where theirs are all 0."""
-    assert len(ours) == len(theirs)
-    difference = math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(ours, theirs)))
-    return difference / (math.sqrt(math.fsum(b * b for b in theirs)) or 1)
+def relative(ours, expected):
+    """L2 norm of the difference in relation to that of expected, or by itself where expected are all 0."""
+    assert len(ours) == len(expected)
+    difference = math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(ours, expected)))
+    return difference / (math.sqrt(math.fsum(b * b for b in expected)) or 1)
 
 
-def all_within(limit, ours, theirs):
+def all_within(limit, ours, expected):
     """Each of the named arrays is, by its relative error."""
-    errors = {name: relative(ours[name], theirs[name]) for name in theirs}
+    errors = {name: relative(ours[name], expected[name]) for name in expected}
     wrong = {name: error for name, error in errors.items() if not error <= limit}
     assert not wrong, f"not within {limit}: {wrong}"
 
@@ -135,7 +135,7 @@ def as_bytes(named):
     return b"".join(values.tobytes() for values in named.values())
 
 
-def lively(max_T, V, L, NH, C, spread=0.3):
+def random_model(max_T, V, L, NH, C, spread=0.3):
     """A model in which every parameter counts; as initialised, most are too near to 0 or 1."""
     draw = random.Random(1)
     model = GPT2(GPT2Config(max_T, V, L, NH, C))
@@ -174,10 +174,10 @@ def open_reference(name):
 
         magic, version, B, T = take("i", 256)[:4]
         x, y = ([take("i", T) for _ in range(B)] for _ in "xy")
-        theirs = {"logits": take("f", B * T * model.config.V), "loss": take("f", 1)}
-        theirs.update((tensor, take("f", math.prod(model.shapes[tensor]))) for tensor in TENSORS)
+        expected = {"logits": take("f", B * T * model.config.V), "loss": take("f", 1)}
+        expected.update((tensor, take("f", math.prod(model.shapes[tensor]))) for tensor in TENSORS)
         assert (magic, version, file.read()) == (20240327, 2, b"")
-    return model, x, y, theirs
+    return model, x, y, expected
 
 
 def example(index, label, context, completions):
@@ -249,7 +249,7 @@ def whole_runs(data):
     return found
 
 
-def told(done, *words):
+def reports_error(done, *words):
     """A front end said one sentence about a mistake."""
     one_sentence(done.stderr, "train_gpt2", *words)
 
@@ -270,7 +270,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def byte_model(tmp_path):
     """A model of bytes that is far from even, and its file."""
-    model = lively(16, 256, 1, 2, 8, spread=0.2)
+    model = random_model(16, 256, 1, 2, 8, spread=0.2)
     model.save(tmp_path / "model.bin")
     return model, tmp_path / "model.bin"
 
@@ -289,13 +289,13 @@ def encoded(values, dtype):
     return data if dtype != "BF16" else b"".join(data[i + 2:i + 4] for i in range(0, len(data), 4))
 
 
-def as_theirs(model):
+def as_huggingface(model):
     """A model's tensors as transformers names and turns them: shapes and numbers."""
-    c, theirs = model.config, {}
+    c, expected = model.config, {}
     for name, values in tensors(model).items():
         if name in ("wte", "wpe"):
             rows = c.V if name == "wte" else c.max_T
-            theirs[f"{name}.weight"] = (rows, c.C), values[:rows * c.C].tolist()
+            expected[f"{name}.weight"] = (rows, c.C), values[:rows * c.C].tolist()
             continue
         stem, kind = name[:-1], {"w": "weight", "b": "bias"}[name[-1]]
         for layer in range(1 if stem == "lnf" else c.L):
@@ -305,14 +305,14 @@ def as_theirs(model):
             if len(shape) == 2:
                 part = [part[o * shape[1] + i] for i in range(shape[1]) for o in range(shape[0])]
             where = "ln_f" if stem == "lnf" else f"h.{layer}.{LAYER_NAMES[stem]}"
-            theirs[f"{where}.{kind}"] = shape[::-1], part
-    return theirs
+            expected[f"{where}.{kind}"] = shape[::-1], part
+    return expected
 
 
-def write_safetensors(path, theirs, dtype="F32", change=lambda entries: None):
-    """A safetensors file of shapes and numbers by name; change(entries) may spoil its header."""
+def write_safetensors(path, expected, dtype="F32", change=lambda entries: None):
+    """A safetensors file of shapes and numbers by name; change(entries) may with_entry its header."""
     entries, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, (shape, values) in theirs.items():
+    for name, (shape, values) in expected.items():
         begin, data = len(data), data + encoded(values, dtype)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, len(data)]}
     change(entries)
@@ -325,17 +325,17 @@ def hub_folder(folder, model, **config):
     folder.mkdir(parents=True, exist_ok=True)
     T = model.config.max_T
     masks = {f"h.{layer}.attn.bias": ((1, 1, T, T), [1.0] * T * T) for layer in range(model.config.L)}
-    write_safetensors(folder / "model.safetensors", {**as_theirs(model), **masks})
+    write_safetensors(folder / "model.safetensors", {**as_huggingface(model), **masks})
     (folder / "config.json").write_text(json.dumps({"n_head": model.config.NH, **config}))
     return folder
 
 
 @pytest.fixture(scope="module")
 def small():
-    return lively(7, 130, 2, 3, 12)
+    return random_model(7, 130, 2, 3, 12)
 
 
-def spoil(key, value, name="ln_f.bias"):
+def with_entry(key, value, name="ln_f.bias"):
     def change(entries):
         entries[name][key] = value
     return change
@@ -344,7 +344,7 @@ def spoil(key, value, name="ln_f.bias"):
 prepare = functools.partial(driver, "prepare", "--out", "out")
 
 
-def as_lines(*texts):
+def json_lines(*texts):
     return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts)
 
 

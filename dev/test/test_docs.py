@@ -44,7 +44,7 @@ def shown_script(word):
     return "set -e\n" + next(block for block in fenced(DOC / "layers.md", "sh") if word in block)
 
 
-def test_layers_md_names_functions_that_exist_and_shows_the_layer_that_is_tested():
+def test_layers_md_names_existing_functions():
     text, own = ((DOC / name).read_text() for name in ("layers.md", "own_layer.c"))
     source = (HERE / "train_gpt2.c").read_text() + own
     names = {*re.findall(r"`(\w+)\(\)`", text), *re.findall(r"\b[a-z]\w*_(?:forward|backward)\w*", text)}
@@ -56,7 +56,7 @@ def test_layers_md_names_functions_that_exist_and_shows_the_layer_that_is_tested
 
 
 @needs_tools
-def test_the_layer_of_ones_own_compiles_and_passes_and_a_wrong_one_does_not(workshop):
+def test_own_layer_passes_and_a_wrong_one_fails(workshop):
     script = shown_script("own_layer.c")
     example = workshop / "dev" / "doc" / "own_layer.c"
     right = example.read_text()
@@ -71,7 +71,7 @@ def test_the_layer_of_ones_own_compiles_and_passes_and_a_wrong_one_does_not(work
 
 
 @needs_tools
-def test_the_diff_in_layers_md_applies_and_the_model_with_it_is_right_and_learns(workshop):
+def test_the_diff_in_layers_md_gives_a_correct_model(workshop):
     environment = {"cwd": workshop, "MAKEFLAGS": "", "GIT_CEILING_DIRECTORIES": str(workshop.parent),
                    "GPT2_LIBRARY": str(workshop / "libgpt2.so")}
     run("sh", "-c", shown_script("```diff"), **environment)
@@ -91,7 +91,8 @@ def test_the_worked_example_and_the_exercises_of_layers_md(workshop):
     assert "\n".join(rows[:4]) in document
     text = " ".join(document.split())
     answers = {row[:18].strip(): row[18:].split() for row in rows}
-    for name, label in (("layer norm dinp", "dinp = "), ("layer norm dw", "dw = "), ("dlogits", "one-hot = ")):
+    for name, label in (("layer norm dinp", "dinp = "), ("layer norm dw", "dw = "),
+                        ("dlogits", "one-hot = ")):
         assert f"{label}({', '.join(answers[name])})" in text
     assert f"log 5/8 = {answers['cross-entropy'][0]}" in text
     for value in answers["GELU'"]:
@@ -196,8 +197,8 @@ def test_links_paths_and_functions_in_a_document_exist(document):
         assert "://" in link or not path or (document.parent / path).exists(), link
         assert path or anchor in anchors, link
     for path in re.findall(r"`((?:dev|\.ci)/[\w./]+\w|\w+\.(?:c|cu|py))`", text):
-        found = [folder / path for folder in (HERE, document.parent, HERE / "dev" / "test", HERE / "dev" / "cuda")]
-        assert any(file.exists() for file in found), path
+        folders = (HERE, document.parent, HERE / "dev" / "test", HERE / "dev" / "cuda")
+        assert any((folder / path).exists() for folder in folders), path
     sources = "".join(path.read_text() for pattern in ("*.c", "*.cu", "*.py", "dev/**/*.[ch]", "dev/**/*.py",
                                                        "dev/**/*.cu") for path in HERE.glob(pattern))
     for name in re.findall(r"`(\w+)\(\)`", text):

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import train_gpt2
-from conftest import fetch_module, header, HERE, one_sentence, refused, run, tokens_of
+from conftest import fetch_module, header, HERE, one_sentence, rejects, run, tokens_of
 
 
 # --- Downloads ----------------------------------------------------------------------------------------------
@@ -47,13 +47,13 @@ def test_a_download_is_verified_and_not_repeated(fetch, server, tmp_path):
 
 
 @pytest.mark.parametrize("fault, words", [("cut", "ended after 25,600 of 76,800"), ("stall", "timed out")])
-def test_a_download_goes_on_where_it_was(fetch, tmp_path, fault, words):
+def test_a_download_resumes(fetch, tmp_path, fault, words):
     third, tag = len(BODY) // 3, f'"{hashlib.sha1(BODY).hexdigest()}"'
     rest = [(f"bytes={n * third}-", tag) for n in (1, 2, 3)]
     assert fetch(fault, fault, fault, tries=2, timeout=0.2) == [(None, None)] + rest[:2]     # third: the last
     (tmp_path / "data" / "f").unlink()
     part = tmp_path / "data" / "f.part"
-    with refused(words, "resumes after the 25,600 bytes in", "f.part", "by hand"):
+    with rejects(words, "resumes after the 25,600 bytes in", "f.part", "by hand"):
         fetch(fault, tries=1, timeout=0.2)
     assert part.read_bytes() == BODY[:third] and not (tmp_path / "data" / "f").exists()
     assert fetch(sha256=None, size=None) == rest[:1]
@@ -62,13 +62,13 @@ def test_a_download_goes_on_where_it_was(fetch, tmp_path, fault, words):
 @pytest.mark.parametrize("faults, asked", [
     (["cut", "no ranges"], 2), (["cut", "another part"], 3), (["cut", 416], 3), (["cut", 500, 503, 429], 5),
     (["no tag"], 1), (["chunks"], 1), (["no size"], 1)])
-def test_a_download_copes_with_what_servers_do(fetch, faults, asked):
+def test_a_download_survives_server_faults(fetch, faults, asked):
     assert len(fetch(*faults)) == asked
 
 
 @pytest.mark.parametrize("fault", ["", "If-Range ignored"])
-def test_a_file_that_changed_is_not_glued_to_its_former_part(fetch, fault):
-    with refused("f.part"):
+def test_a_changed_file_is_downloaded_anew(fetch, fault):
+    with rejects("f.part"):
         fetch("cut", tries=1, body=BODY[::-1], sha256=None)
     assert fetch(fault, sha256=None)[0][0] == f"bytes={len(BODY) // 3}-"
 
@@ -76,7 +76,7 @@ def test_a_file_that_changed_is_not_glued_to_its_former_part(fetch, fault):
 @pytest.mark.parametrize("faults, words, asked", [
     ([404], "404", 1), ([403], "403", 1), ([500] * 9, "500", 5), (["cut", 416] * 9, "ended after", 5)])
 def test_a_download_gives_up(fetch, server, faults, words, asked):
-    with refused(words, server.url, "by hand"):
+    with rejects(words, server.url, "by hand"):
         fetch(*faults)
     assert len(server.ranges) == asked
 
@@ -85,7 +85,7 @@ def test_a_download_gives_up(fetch, server, faults, words, asked):
     ({"sha256": "0" * 64}, SHA256), ({"sha256": SHA256[::-1], "size": None}, SHA256),
     ({"sha256": "0" * 64, "body": BODY[::-1]}, "0000")])
 def test_a_wrong_file_is_deleted_and_reported(fetch, tmp_path, wrong, words):
-    with refused(words, "deleted"):
+    with rejects(words, "deleted"):
         fetch(**wrong)
     assert os.listdir(tmp_path / "data") == []
 
@@ -93,19 +93,19 @@ def test_a_wrong_file_is_deleted_and_reported(fetch, tmp_path, wrong, words):
 @pytest.mark.parametrize("wrong, words", [
     ({"size": 10}, "76,800 bytes long, expected 10"), ({"body": BODY + b"?", "sha256": None}, "76,801"),
     ({"size": 10**15}, "expected 1,000,000,000,000,000")])
-def test_a_file_of_the_wrong_size_is_not_fetched(fetch, tmp_path, wrong, words):
-    with refused(words, "nothing was downloaded"):
+def test_a_file_of_the_wrong_size_is_not_downloaded(fetch, tmp_path, wrong, words):
+    with rejects(words, "nothing was downloaded"):
         fetch(**wrong)
     assert os.listdir(tmp_path / "data") == []
 
 
-def test_a_web_page_is_no_file(fetch, tmp_path):
-    with refused("a web page"):
+def test_a_web_page_is_rejected(fetch, tmp_path):
+    with rejects("a web page"):
         fetch("page", sha256=None, size=None)
     assert os.listdir(tmp_path / "data") == []
 
 
-def test_the_sha256_that_the_hub_tells_is_checked(fetch, server, tmp_path):
+def test_the_hubs_sha256_is_verified(fetch, server, tmp_path):
     for linked in (SHA256, "0" * 40):        # of a small file, git's
         server.linked = f'"{linked}"'
         fetch("/moved", "/cdn", sha256=None, size=None)
@@ -113,7 +113,7 @@ def test_the_sha256_that_the_hub_tells_is_checked(fetch, server, tmp_path):
     fetch("/moved", "cut", sha256=None, size=None)
     (tmp_path / "data" / "f").unlink()
     server.linked = '"%s"' % ("0" * 64)
-    with refused(SHA256, "0" * 64, "deleted"):
+    with rejects(SHA256, "0" * 64, "deleted"):
         fetch("/moved", sha256=None, size=None)
     assert os.listdir(tmp_path / "data") == []
 
@@ -122,9 +122,9 @@ def test_redirects_lead_to_https_or_stay_on_the_host(fetch, server):
     fetch("/moved", "/moved/for good")
     assert server.requests == ["/f", "/moved", "/moved/for%20good"]
     for url in ("http://localhost:1/f", "http://far.invalid/f", "ftp://127.0.0.1/f", "file:///etc/passwd"):
-        with refused(url.split(":")[0] + ":"):
+        with rejects(url.split(":")[0] + ":"):
             fetch(url, sha256="new")
-    with refused("loop"):
+    with rejects("loop"):
         fetch(*["/f"] * 20, sha256="new")
 
 
@@ -133,24 +133,24 @@ def test_proxies_are_honoured(fetch, server, tmp_path, monkeypatch):
     monkeypatch.setenv("https_proxy", server.url)
     server.text = BODY
     fetch_module.download("http://far.invalid/f", str(tmp_path / "f"), SHA256)
-    with refused("502"):
+    with rejects("502"):
         fetch("https://far.invalid/f", tries=1)
     assert server.requests == ["http://far.invalid/f", "/f", "far.invalid:443"]
 
 
-def test_what_cannot_be_downloaded(fetch, server, tmp_path, monkeypatch):
+def test_other_downloads_are_rejected(fetch, server, tmp_path, monkeypatch):
     for url in "ftp://127.0.0.1/f file:///etc/passwd /etc/passwd http:// https://[ http://a:b/".split():
-        with refused(url):
+        with rejects(url):
             fetch_module.download(url, str(tmp_path / "f"), tries=1)
-    with refused("has no Content-Length"):
+    with rejects("has no Content-Length"):
         fetch("no size", size=None)
     monkeypatch.setenv("GPT2_OFFLINE", "1")
-    with refused("GPT2_OFFLINE", "data/f is missing or invalid", f"download {server.url}/f by hand"):
+    with rejects("GPT2_OFFLINE", "data/f is missing or invalid", f"download {server.url}/f by hand"):
         fetch()
     assert server.ranges == [] and os.listdir(tmp_path) == ["data"] and os.listdir(tmp_path / "data") == []
 
 
-def test_a_download_shows_how_it_goes(fetch, server, monkeypatch, capsys):
+def test_a_download_shows_progress(fetch, server, monkeypatch, capsys):
     usual = train_gpt2.Progress.__init__
 
     def eager(self, *arguments, **named):
@@ -189,7 +189,7 @@ def datasets(server, tmp_path, monkeypatch):
     return datasets
 
 
-def test_tiny_shakespeare_becomes_the_shards_of_llmc(datasets, server):
+def test_tiny_shakespeare_gives_llmcs_shards(datasets, server):
     text = "First Citizen:\nBefore we proceed\n\nAll:\nSpeak, speak.\n" + "\n\nROMEO: aye\n" * 3000
     folder = datasets("tinyshakespeare", {"input.txt": text.encode()})
     val, train = (tokens_of(folder / f"tiny_shakespeare_{split}.bin") for split in ("val", "train"))
@@ -200,13 +200,13 @@ def test_tiny_shakespeare_becomes_the_shards_of_llmc(datasets, server):
 
 
 def test_tinystories_are_streamed_into_shards(datasets):
-    told = [f"Once upon a time there were {n} little – dogs.\n\nThe end." for n in range(500)]
+    stories = [f"Once upon a time there were {n} little – dogs.\n\nThe end." for n in range(500)]
     names = [f"TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")]
-    text = "\n<|endoftext|>\n".join(told).encode()
+    text = "\n<|endoftext|>\n".join(stories).encode()
     files = {names[0]: text, names[1]: b"Tim hid.\n<|endoftext|>\n"}
     folder = datasets("tinystories", files, "--tokenizer", "bytes", "--shard-tokens", 9000)
     train = [tokens_of(path) for path in sorted(folder.glob("train_*.bin"))]
-    assert bytes(sum(train, [])) == b"\0" + "\0".join(told).encode()
+    assert bytes(sum(train, [])) == b"\0" + "\0".join(stories).encode()
     assert [len(shard) for shard in train[:-1]] == [9000] * 3 and 0 < len(train[3]) <= 9000
     assert bytes(tokens_of(folder / "val_000000.bin")) == b"\0Tim hid."
     datasets("tinystories", {}, "--tokenizer", "gpt2")
@@ -214,7 +214,7 @@ def test_tinystories_are_streamed_into_shards(datasets):
     assert train_gpt2.shard_globs(str(folder / "*.bin"))[1].endswith("*val*.bin")
 
 
-def test_fineweb_shards_come_as_they_are(datasets, server, capsys):
+def test_fineweb_shards_are_kept_as_published(datasets, server, capsys):
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     files = {name: header(20240520, 1, 5) + bytes(range(10)) for name in names}
     folder = datasets("fineweb", files, "--shards", 1)
@@ -230,7 +230,7 @@ def test_fineweb_shards_come_as_they_are(datasets, server, capsys):
         assert not (folder / names[1]).exists()
 
 
-def test_hellaswag_becomes_the_file_of_llmc(datasets, capsys):
+def test_hellaswag_gives_llmcs_file(datasets, capsys):
     examples = [("A man is", ["up.", "–", "", "a" * 90], 3), ("b", [*"cdef"], 0), ("", [""] * 4, 1)]
     lines = [json.dumps({"ind": 7, "ctx": ctx, "label": label, "endings": endings}) + "\n"
              for ctx, endings, label in examples]
@@ -253,7 +253,7 @@ def test_hellaswag_becomes_the_file_of_llmc(datasets, capsys):
         one_sentence(capsys.readouterr().err.splitlines()[-1], "hellaswag_val.jsonl", "line 1")
 
 
-def test_a_data_set_that_was_interrupted_goes_on(server, tmp_path):
+def test_an_interrupted_data_set_resumes(server, tmp_path):
     server.text, server.faults = BODY * 10, ["stall"]
     fetch = HERE / "dev" / "data" / "fetch.py"
     words = sys.executable, fetch, "fineweb", "--out", tmp_path, "--url", server.url

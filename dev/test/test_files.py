@@ -13,8 +13,8 @@ import struct
 import pytest
 
 import train_gpt2
-from conftest import (as_bytes, damaged, header, hellaswag_file, LIB, lively, MATRICES, refused, SCALES,
-                      shards, TENSORS, tensors, unsealed)
+from conftest import (as_bytes, damaged, header, hellaswag_file, LIB, MATRICES, random_model, rejects,
+                      SCALES, shards, TENSORS, tensors, unsealed)
 from train_gpt2 import GPT2, GPT2Config, GPT2Progress, Loader
 
 
@@ -34,7 +34,7 @@ def sequential(token_lists, B, T):
 
 @pytest.mark.parametrize("B, T", [(3, 4), (1, 12), (12, 1), (1, 1)])
 @pytest.mark.parametrize("sizes", [[25], [24], [13], [43, 13, 5, 30], [12, 100, 1, 0, 64], [200, 13, 13]])
-def test_an_unshuffled_epoch_is_in_the_order_of_the_tokens(tmp_path, sizes, B, T):
+def test_an_unshuffled_epoch_is_sequential(tmp_path, sizes, B, T):
     lists = [range(1000 * i, 1000 * i + size) for i, size in enumerate(sizes)]
     loader = Loader(shards(tmp_path, *lists), B, T, 65536)
     expected = list(sequential(lists, B, T))
@@ -46,7 +46,7 @@ def test_an_unshuffled_epoch_is_in_the_order_of_the_tokens(tmp_path, sizes, B, T
     assert batch(loader) == expected[0]
 
 
-def test_a_shuffled_epoch_takes_every_row_once_in_an_order_of_its_own(tmp_path):
+def test_a_shuffled_epoch_has_every_sequence_once(tmp_path):
     B, T = 5, 7                      # 11 T tokens hold ten rows from any offset, B T + 1 one batch from none
     ranges = [range(1000 * i, 1000 * i + n) for i, n in enumerate((11 * T, B * T + 1, 11 * T, 2 * T))]
     pattern = shards(tmp_path, *ranges)
@@ -72,7 +72,7 @@ def test_a_shuffled_epoch_takes_every_row_once_in_an_order_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_restored_loader_goes_on_at_any_position(tmp_path, shuffle):
+def test_a_restored_loader_resumes_at_any_position(tmp_path, shuffle):
     pattern = shards(tmp_path / "tokens", range(90), range(200, 270), range(300, 313))
     model = GPT2(GPT2Config(8, 3, 1, 1, 2))
     loader = Loader(pattern, 3, 4, 65536, shuffle, seed=5)
@@ -85,16 +85,16 @@ def test_a_restored_loader_goes_on_at_any_position(tmp_path, shuffle):
 
 
 @pytest.mark.parametrize("shard, at", [(0, 0), (0, 25), (1, 0), (1, 12), (1, 24)])
-def test_a_token_of_another_vocabulary_is_refused_with_its_place(tmp_path, shard, at):
+def test_a_token_of_another_vocabulary_is_rejected(tmp_path, shard, at):
     lists = [[3] * 26, [3] * 26]
     lists[shard][at] = 50
     loader = Loader(shards(tmp_path, *lists), 5, 5, 50)
-    with refused(f"train_00{shard}.bin': token {at} is 50, expected less than V = 50"):
+    with rejects(f"train_00{shard}.bin': token {at} is 50, expected less than V = 50"):
         for _ in range(2):
             loader.next()
 
 
-def test_more_than_2_to_the_31_bytes_of_tokens_are_read_where_they_are(tmp_path):
+def test_more_than_2_to_the_31_bytes_of_tokens_are_read(tmp_path):
     T, n = 2**20, 2**31 - 1
     path = tmp_path / "train_000.bin"
     path.write_bytes(header(20240520, 1, n))
@@ -118,18 +118,18 @@ def test_more_than_2_to_the_31_bytes_of_tokens_are_read_where_they_are(tmp_path)
     assert max(marks) * T > 2**30    # tokens of two bytes
 
 
-def test_other_loaders_are_refused(tmp_path):
+def test_invalid_loaders_are_rejected(tmp_path):
     for sizes, B, T in (([12], 3, 4), ([12, 5, 0], 3, 4), ([1], 1, 1), ([0], 1, 1), ([0, 1], 1, 1)):
         pattern = shards(tmp_path / f"{sizes}", *map(range, sizes)).replace("[", "[[]")
-        with refused(f"{sum(sizes)} tokens", B * T + 1):
+        with rejects(f"{sum(sizes)} tokens", B * T + 1):
             Loader(pattern, B, T, 65536)
     pattern = shards(tmp_path, range(40))
     for B, T, V in ((0, 4, 9), (4, 0, 9), (4, 4, 0), (-1, 4, 9)):
-        with refused(f"B {B}, T {T}, V {V}"):
+        with rejects(f"B {B}, T {T}, V {V}"):
             Loader(pattern, B, T, V)
-    with refused("none", "prepare"):
+    with rejects("none", "prepare"):
         Loader(str(tmp_path / "none*.bin"), 1, 4, 9)
-    with refused(tmp_path, "regular file"):
+    with rejects(tmp_path, "regular file"):
         Loader(str(tmp_path), 1, 4, 9)
     for other in (range(20), range(1, 41)):
         shards(tmp_path, range(40))
@@ -137,12 +137,12 @@ def test_other_loaders_are_refused(tmp_path):
         loader.next()
         shards(tmp_path, other)
         os.utime(tmp_path / "train_000.bin", (1, 1))     # a clock may be too coarse for two writes in a row
-        with refused(f"{len(other)} tokens", 40, "changed"):
+        with rejects(f"{len(other)} tokens", 40, "changed"):
             loader.next()
 
 
-def test_evaluate_is_the_mean_of_the_first_batches(tmp_path):
-    model = lively(8, 40, 1, 2, 8)
+def test_evaluate_averages_the_first_batches(tmp_path):
+    model = random_model(8, 40, 1, 2, 8)
     loader = Loader(shards(tmp_path, range(40), range(7)), 2, 5, 40)
     losses = [model.forward(*loader.next(), train=False) for _ in range(3)]
     for n, expected in ((1, losses[:1]), (2, losses[:2]), (3, losses), (99, losses)):
@@ -151,7 +151,7 @@ def test_evaluate_is_the_mean_of_the_first_batches(tmp_path):
 
 # --- Files and initial values -------------------------------------------------------------------------------
 def test_a_model_file_is_a_header_and_the_tensors_in_order(tmp_path):
-    model = lively(7, 131, 2, 3, 9)
+    model = random_model(7, 131, 2, 3, 9)
     model.save(tmp_path / "model.bin")
     data = (tmp_path / "model.bin").read_bytes()
     assert unsealed(data) == header(20240326, 3, 7, 131, 2, 3, 9, 256) + as_bytes(tensors(model))
@@ -166,7 +166,7 @@ def test_a_model_file_is_a_header_and_the_tensors_in_order(tmp_path):
 def test_a_bf16_file_is_rounded_to_nearest_even(tmp_path):
     special = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000,
                0x7F800001, 0xFFFFFFFF, 0x80000000, 0x00000001, 0x00008001, 0x80018000, 0xC2F7A3B1, 0]
-    model = lively(7, 131, 2, 2, 8)
+    model = random_model(7, 131, 2, 2, 8)
     model.set("ln1b", array.array("f", struct.pack("<16I", *special)))     # ties, infinity, NaN, …
     model.save(tmp_path / "model.bin", 5)
     data = (tmp_path / "model.bin").read_bytes()
@@ -188,7 +188,7 @@ def good_files(tmp_path_factory):
     """By kind, a good file and what opens it."""
     folder = tmp_path_factory.mktemp("good")
     shards(folder, range(40))
-    model = lively(7, 5, 2, 2, 8)
+    model = random_model(7, 5, 2, 2, 8)
     progress = ctypes.byref(GPT2Progress())
     LIB.gpt2_checkpoint(str(folder), model.handle, None, progress, 0, 0, 0)
     (folder / "tokenizer.bin").write_bytes(header(20240328, 2, 3, 0) + b"\1a\0\2bc")
@@ -216,12 +216,12 @@ each_kind = pytest.mark.parametrize(
     lambda good: damaged(good, 2, 2**31 - 1), lambda good: damaged(good, 2, 0), lambda good: good[:-1],
     lambda good: good[:1023], lambda good: good[:1026], lambda good: b"", lambda good: good + b"\0"],
     ids=["magic", "version", "negative", "huge", "zero", "cut", "header", "half", "empty", "longer"])
-def test_a_damaged_file_is_refused_by_its_name(good_files, tmp_path, kind, damage):
+def test_a_damaged_file_is_rejected_by_name(good_files, tmp_path, kind, damage):
     good, opens = good_files[kind]
     opens(str(good))
     bad = tmp_path / good.name
     bad.write_bytes(damage(good.read_bytes()))
-    with refused(bad):
+    with rejects(bad):
         opens(str(bad))
 
 
@@ -236,14 +236,14 @@ def make_unreadable(path):
     (lambda path: path.symlink_to(path), os.strerror(errno.ELOOP)),
     (lambda path: path.symlink_to("none"), os.strerror(errno.ENOENT)),
     (make_unreadable, os.strerror(errno.EACCES))], ids=["folder", "fifo", "loop", "dangling", "unreadable"])
-def test_what_is_no_file_is_refused(good_files, tmp_path, kind, make, words):
+def test_unreadable_paths_are_rejected(good_files, tmp_path, kind, make, words):
     good, opens = good_files[kind]
     make(tmp_path / good.name)
     root = os.geteuid() == 0 and make == make_unreadable
     if root:                             # who may read everything
         os.seteuid(65534)
     try:
-        with refused(tmp_path / good.name, words if kind != "shard" else ""):     # glob may not find it
+        with rejects(tmp_path / good.name, words if kind != "shard" else ""):     # glob may not find it
             opens(str(tmp_path / good.name))
     finally:
         if root:
@@ -251,13 +251,13 @@ def test_what_is_no_file_is_refused(good_files, tmp_path, kind, make, words):
 
 
 @pytest.mark.parametrize("kind", ["model", "state"])
-def test_a_file_that_is_not_as_it_was_saved_is_refused(good_files, tmp_path, kind):
+def test_checksums_detect_changed_files(good_files, tmp_path, kind):
     good, opens = good_files[kind]
     path, whole, draw = tmp_path / good.name, good.read_bytes(), random.Random(1)
 
     def refuse(broken):
         path.write_bytes(broken)
-        with refused(path, "checksum"):
+        with rejects(path, "checksum"):
             opens(str(path))
 
     bits = range(8 * 4, 8 * len(whole))     # the magic number is looked at before
@@ -275,7 +275,7 @@ def test_a_file_that_is_not_as_it_was_saved_is_refused(good_files, tmp_path, kin
     opens(str(path))
 
 
-def test_a_state_that_counts_wrongly_is_refused(good_files, tmp_path):
+def test_a_state_with_invalid_counts_is_rejected(good_files, tmp_path):
     good, opens = good_files["state"]
     path = tmp_path / good.name
     for word in (0, 2, 3, 266):          # step, values in the windows, updates
@@ -283,12 +283,12 @@ def test_a_state_that_counts_wrongly_is_refused(good_files, tmp_path):
             contents = bytearray(unsealed(good.read_bytes()))
             struct.pack_into("<q", contents, 1024 + 8 * word, value)
             path.write_bytes(contents)
-            with refused(path, value):
+            with rejects(path, value):
                 opens(str(path))
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_loader_goes_on_from_any_position(tmp_path, shuffle):
+def test_a_loader_continues_from_any_position(tmp_path, shuffle):
     model, progress = GPT2(GPT2Config(4, 40, 1, 1, 1)), ctypes.byref(GPT2Progress())
     loader = Loader(shards(tmp_path, range(40), range(20)), 2, 3, 40, shuffle)
     LIB.gpt2_checkpoint(str(tmp_path), model.handle, loader.handle, progress, 0, 0, 0)
@@ -302,29 +302,29 @@ def test_a_loader_goes_on_from_any_position(tmp_path, shuffle):
         assert [row[1:] for row in x] == [row[:2] for row in y]
 
 
-def test_a_reference_that_does_not_fit_is_refused(good_files, tmp_path):
+def test_a_reference_of_another_shape_is_rejected(good_files, tmp_path):
     good, opens = good_files["reference"]
     path, contents = tmp_path / "reference.bin", good.read_bytes()
     for B, T in ((2**31 - 1, 2**31 - 1), (-1, -1), (0, 0), (2**30, 4), (-2**31, -2**31)):
         path.write_bytes(damaged(damaged(contents, 2, B), 3, T))
-        with refused(path, f"B {B}, T {T}"):
+        with rejects(path, f"B {B}, T {T}"):
             opens(str(path))
     path.write_bytes(header(20240327, 2, 1, 8) + contents[1024:] + bytes(4 * 6 * 7))
-    with refused(path, "B 1, T 8"):      # a model of 7 positions
+    with rejects(path, "B 1, T 8"):      # a model of 7 positions
         opens(str(path))
     for at, token in ((0, -1), (1, 5), (2, 2**31 - 1), (3, -2**31)):
         path.write_bytes(damaged(contents, 256 + at, token))
-        with refused(path, f"token {at % 2} of {'xy'[at // 2]} is {token}, expected 0 to 4"):
+        with rejects(path, f"token {at % 2} of {'xy'[at // 2]} is {token}, expected 0 to 4"):
             opens(str(path))
 
 
 @pytest.mark.parametrize("end", [-1, -2, -2**31, 3, 2**31 - 1])
-def test_a_table_may_have_no_token_that_ends_a_text(tmp_path, end):
+def test_a_table_may_lack_end_of_text(tmp_path, end):
     (tmp_path / "tokenizer.bin").write_bytes(header(20240328, 2, 3, end) + b"\1a\0\2bc")
     assert train_gpt2.Tokenizer.load(tmp_path / "tokenizer.bin", LIB).end == -1
 
 
-def test_initial_values_are_gpt2s():
+def test_initial_values_match_gpt2():
     model = GPT2(GPT2Config(max_T=128, V=200, L=3, NH=2, C=48), seed=3)
     values = tensors(model)
     for name in MATRICES:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import train_gpt2
-from conftest import curves, driver, LIB, metrics, TEXT, tokens_of, told
+from conftest import curves, driver, LIB, metrics, reports_error, TEXT, tokens_of
 from train_gpt2 import GPT2, GPT2Config, Loader
 
 
@@ -25,7 +25,7 @@ def tune(base, out, flags):
     return shown, json.loads((base / out / "run.json").read_text()), base / out
 
 
-def test_fine_tuning_fits_its_settings_to_model_and_text(base):
+def test_fine_tuning_settings_follow_from_model_and_text(base):
     shown, s, folder = tune(base, "fits", "--sample-tokens 5")
     tokens = len(tokens_of(folder / "tokens" / "train_000000.bin"))
     assert (s["seq_len"], s["batch_size"], s["total_batch_size"]) == (32, 32, 1024)
@@ -36,29 +36,29 @@ def test_fine_tuning_fits_its_settings_to_model_and_text(base):
     assert len(losses) == 11 and losses[-1] < losses[0] - 0.1
 
 
-def test_fine_tuning_leaves_what_is_given(base):
+def test_fine_tuning_keeps_given_settings(base):
     flags = "--lr 0.5 --steps 2 --seq-len 8 --total-batch-size 64 --batch-size 4 --patience 0 --val-batches 1"
     _, s, _ = tune(base, "given", flags)
     assert f"--lr {s['lr']} --steps {s['steps']} --seq-len {s['seq_len']}" in flags
     assert (s["total_batch_size"], s["batch_size"], s["patience"], s["val_batches"]) == (64, 4, 0, 1)
 
 
-def test_fine_tuning_takes_a_text_of_a_few_lines(base):
+def test_fine_tuning_accepts_a_few_lines(base):
     (base / "poem.txt").write_text(TEXT[:300], encoding="utf-8")
     driver(*"--init model.bin --data poem.txt --out poem --steps 2 --sample-tokens 0".split(), cwd=base)
 
 
-def test_fine_tuning_refuses_a_tokenizer_that_is_not_the_models(base, tmp_path):
+def test_fine_tuning_rejects_another_tokenizer(base, tmp_path):
     pieces = [bytes([value]) for value in range(256)]
     train_gpt2.Tokenizer(pieces[::-1], 0).save(str(tmp_path / "tokenizer.bin"))
     shutil.copy(base / "model.bin", tmp_path)
     GPT2(GPT2Config(32, 97, 1, 1, 48)).save(tmp_path / "other.bin")
     for name, word in (("model.bin", "model.bin"), ("other.bin", "--tokenizer bytes has 256")):
         words = ("--init", name, "--data", base / "text.txt", "--out", f"run_{name}")
-        told(driver(*words, status=1, cwd=tmp_path), "tokenizer", word)
+        reports_error(driver(*words, status=1, cwd=tmp_path), "tokenizer", word)
 
 
-def test_patience_ends_a_run_that_gets_no_better(base):
+def test_patience_stops_a_run_early(base):
     shown, _, folder = tune(base, "patient", "--lr 0 --steps 100 --val-every 2 --patience 3")
     assert "stopped early" in shown and LIB.gpt2_newest(str(folder)) == 6
     assert [row["step"] for row in metrics(folder) if "val_loss" in row] == [0, 2, 4, 6]
@@ -69,7 +69,7 @@ def test_patience_ends_a_run_that_gets_no_better(base):
     assert "at step 0 " in shown and LIB.gpt2_newest(str(folder)) == 9
 
 
-def test_the_best_model_is_kept_over_a_resumption(base):
+def test_the_best_model_survives_resuming(base):
     flags = ("--lr 50 --schedule constant --warmup 1000 --steps 12 --val-every 2 --patience 0"
              " --sample-tokens 0 --checkpoint-every 4 --keep ")
     _, s, whole = tune(base, "whole", flags + "1")

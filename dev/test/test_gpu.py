@@ -11,8 +11,8 @@ import signal
 import pytest
 
 import train_gpt2
-from conftest import (as_bytes, command, each_reference, HERE, lively, make_data, one_sentence,
-                      open_reference, outputs, REFERENCES, relative, results, run, tensors, TENSORS,
+from conftest import (as_bytes, command, each_reference, HERE, make_data, one_sentence, open_reference,
+                      outputs, random_model, REFERENCES, relative, results, run, TENSORS, tensors,
                       token_rows, V)
 from train_gpt2 import GPT2, GPT2Config
 
@@ -61,18 +61,18 @@ def bf16_limits(name):
 @needs_gpu_build
 @each_precision
 @each_reference
-def test_on_a_gpu_logits_loss_and_gradients_are_the_references(name, precision, on_gpu):
-    model, x, y, theirs = open_reference(name)
+def test_gpu_logits_loss_and_gradients_match_the_reference(name, precision, on_gpu):
+    model, x, y, expected = open_reference(name)
     ours = results(model, x, y)
-    limits = bf16_limits(name) if precision == "bf16" else dict.fromkeys(theirs, 1e-5)
-    errors = {row: relative(ours[row], theirs[row]) for row in theirs}
+    limits = bf16_limits(name) if precision == "bf16" else dict.fromkeys(expected, 1e-5)
+    errors = {row: relative(ours[row], expected[row]) for row in expected}
     assert {row: error for row, error in errors.items() if not error <= limits[row]} == {}
 
 
 @needs_gpu_build
 @each_precision
 @each_reference
-def test_on_a_gpu_the_losses_of_ten_adamw_steps_are_the_references(name, precision, on_gpu):
+def test_gpu_losses_of_ten_adamw_steps_match_the_reference(name, precision, on_gpu):
     model, x, y, _ = open_reference(name)
     r = json.loads((REFERENCES / f"{name}_losses.json").read_text())
     limit = bf16_limits(name)["losses"] if precision == "bf16" else 2e-6
@@ -91,16 +91,16 @@ def test_on_a_gpu_the_losses_of_ten_adamw_steps_are_the_references(name, precisi
     (65, 129, 1, 4, 32, 1, 65), (200, 60, 1, 1, 64, 1, 193), (400, 60, 1, 1, 64, 1, 333),
     (70, 60, 1, 2, 128, 1, 70), (40, 1700, 1, 1, 80, 2, 33), (8, 9000, 1, 1, 8, 1, 8),
     (9, 300, 4, 7, 3, 21, 3)])
-def test_a_gpu_computes_what_the_cpu_does(shape, precision, monkeypatch):
+def test_gpu_results_match_the_cpu(shape, precision, monkeypatch):
     max_T, vocabulary, L, NH, hs, B, T = shape
     spread = min(0.2, 1 / math.sqrt(NH * hs))
-    ours = lively(max_T, vocabulary, L, NH, NH * hs, spread)
+    ours = random_model(max_T, vocabulary, L, NH, NH * hs, spread)
     x, y = token_rows(B, T, vocabulary)
     monkeypatch.setattr(train_gpt2, "library", lambda device="auto": gpu_library(precision))
-    theirs = GPT2(ours.config)
+    reference = GPT2(ours.config)
     for name in TENSORS:
-        theirs.set(name, ours.get(name))
-    expected, found = results(ours, x, y), results(theirs, x, y)
+        reference.set(name, ours.get(name))
+    expected, found = results(ours, x, y), results(reference, x, y)
     worst = {row: max(errors[row] for errors in BF16["errors"].values()) for row in expected}
     limits = {row: 2 * worst[row] if precision == "bf16" else 1e-5 for row in expected}
     scale = max(math.sqrt(math.fsum(v * v for v in expected[row])) for row in TENSORS)
@@ -123,7 +123,7 @@ def gpu_runs(data, tmp_path_factory):
     return functools.lru_cache(lambda precision: gpu_run(data, precision, folder / precision))
 
 
-def begun_by(files, folder):
+def started_by(files, folder):
     """A folder with the checkpoint of step 4 from a run's files, as if it had been stopped there."""
     for name in ("DONE_00000004", "model_00000004.bin", "state_00000004_00000.bin"):
         (folder / name).write_bytes(files[name])
@@ -137,7 +137,7 @@ EACH_ORDER = [{}, {"GPT2_EMULATE_ORDER": "descending"}, {"GPT2_EMULATE_STREAMS":
 @needs_gpu_build
 @each_precision
 @pytest.mark.parametrize("environment", EACH_ORDER)
-def test_a_run_on_a_gpu_gives_the_same_bytes_again(data, gpu_runs, tmp_path, precision, environment):
+def test_a_gpu_run_is_reproducible(data, gpu_runs, tmp_path, precision, environment):
     again = gpu_run(data, precision, tmp_path / "run", **environment)
     whole = gpu_runs(precision)
     assert sorted(again) == sorted(whole) and len(whole) == 7
@@ -145,7 +145,7 @@ def test_a_run_on_a_gpu_gives_the_same_bytes_again(data, gpu_runs, tmp_path, pre
 
 
 @needs_gpu_build
-def test_a_run_with_heads_of_64_channels_gives_the_same_bytes_again(tmp_path):
+def test_a_gpu_run_with_heads_of_64_channels_is_reproducible(tmp_path):
     """These heads' attention has kernels of its own."""
     make_data(tmp_path, GPT2Config(160, V, 1, 2, 128))
     flags = "-b 2 -t 150 -d 300 -x 2 -v 0 -g 0 -n 2"
@@ -157,9 +157,9 @@ def test_a_run_with_heads_of_64_channels_gives_the_same_bytes_again(tmp_path):
 
 @needs_gpu_build
 @each_precision
-def test_a_run_that_is_resumed_on_a_gpu_ends_with_the_same_bytes(data, gpu_runs, tmp_path, precision):
+def test_a_resumed_gpu_run_ends_with_the_same_bytes(data, gpu_runs, tmp_path, precision):
     whole = gpu_runs(precision)
-    resumed = gpu_run(data, precision, begun_by(whole, tmp_path), resume=True)
+    resumed = gpu_run(data, precision, started_by(whole, tmp_path), resume=True)
     assert [name for name in whole if resumed[name] != whole[name]] == []
 
 
@@ -171,20 +171,20 @@ def parameters_of(contents):
 @needs_gpu_build
 @each_precision
 @pytest.mark.parametrize("first", ["cpu", "gpu"])
-def test_a_run_goes_on_where_the_other_device_stopped(data, whole_runs, gpu_runs, tmp_path, precision, first):
+def test_a_run_moves_between_devices(data, whole_runs, gpu_runs, tmp_path, precision, first):
     cpu = outputs(whole_runs["binary"][1])
     if first == "cpu":
-        ended = gpu_run(data, precision, begun_by(cpu, tmp_path), resume=True)
+        ended = gpu_run(data, precision, started_by(cpu, tmp_path), resume=True)
     else:
-        begun_by(gpu_runs(precision), tmp_path)
+        started_by(gpu_runs(precision), tmp_path)
         run(*command("binary", data, "", tmp_path, resume=True))
         ended = outputs(tmp_path)
     limit = 1e-5 if precision == "fp32" else 1e-2
     name = "model_00000008.bin"
     start = parameters_of((data / "model.bin").read_bytes())
-    ours, theirs = ([a - b for a, b in zip(parameters_of(files[name]), start)] for files in (ended, cpu))
+    ours, expected = ([a - b for a, b in zip(parameters_of(files[name]), start)] for files in (ended, cpu))
     assert relative(parameters_of(ended[name]), parameters_of(cpu[name])) <= limit
-    assert relative(ours, theirs) <= (0.01 if precision == "fp32" else 0.3)     # of the way that they went
+    assert relative(ours, expected) <= (0.01 if precision == "fp32" else 0.3)     # of the way that they went
     logs = [re.findall(r"(s:\d+ t[re]l:)(\S+)", files["main.log"].decode()) for files in (ended, cpu)]
     assert [step for step, _ in logs[0]] == [step for step, _ in logs[1]] and len(logs[0]) == 12
     for (_, a), (_, b) in zip(*logs):
@@ -193,7 +193,7 @@ def test_a_run_goes_on_where_the_other_device_stopped(data, whole_runs, gpu_runs
 
 @needs_gpu_build
 @each_precision
-def test_what_a_gpu_makes_again_is_what_it_would_have_kept(data, gpu_runs, tmp_path, precision):
+def test_gpu_recomputation_gives_the_same_activations(data, gpu_runs, tmp_path, precision):
     whole = gpu_runs(precision)
     for level in "12":
         again = gpu_run(data, precision, tmp_path / level, flags=f"-r {level}")
@@ -203,7 +203,7 @@ def test_what_a_gpu_makes_again_is_what_it_would_have_kept(data, gpu_runs, tmp_p
 @needs_gpu_build
 @pytest.mark.parametrize("name", ["tiny", "head64"])
 @pytest.mark.parametrize("precision", ["bf16"])
-def test_on_a_gpu_without_master_weights_parameters_are_bf16_and_learn_as_well(name, precision, on_gpu):
+def test_gpu_training_without_master_weights(name, precision, on_gpu):
     model, x, y, _ = open_reference(name)
     model.lib.gpt2_option(model.handle, b"-w", 0)
     r = json.loads((REFERENCES / f"{name}_losses.json").read_text())
@@ -218,7 +218,7 @@ def test_on_a_gpu_without_master_weights_parameters_are_bf16_and_learn_as_well(n
 
 @needs_gpu_build
 @each_precision
-def test_on_a_gpu_a_pass_becomes_a_graph_though_others_took_its_plans(precision, on_gpu):
+def test_gpu_graphs_survive_evicted_plans(precision, on_gpu):
     """A graph is captured when a pass comes for the second time, and no plan can be made while it is."""
     x, y = token_rows(2, 16, 70)
 
@@ -229,7 +229,7 @@ def test_on_a_gpu_a_pass_becomes_a_graph_though_others_took_its_plans(precision,
         model.zero_grad()
         return loss, grads
 
-    model = lively(16, 70, 2, 2, 32)
+    model = random_model(16, 70, 2, 2, 32)
     first = gradients(model)
     for T in range(1, 16):                   # five plans each, and there is room for 64
         model.logits([row[:T] for row in x])
@@ -237,20 +237,20 @@ def test_on_a_gpu_a_pass_becomes_a_graph_though_others_took_its_plans(precision,
 
 
 @needs_gpu_build
-def test_a_gpu_writes_the_text_that_the_cpu_writes(monkeypatch):
-    ours = lively(24, 61, 2, 2, 32)
+def test_gpu_and_cpu_generate_the_same_text(monkeypatch):
+    ours = random_model(24, 61, 2, 2, 32)
     monkeypatch.setattr(train_gpt2, "library", lambda device="auto": gpu_library("fp32"))
-    theirs = GPT2(ours.config)
+    expected = GPT2(ours.config)
     for name in TENSORS:
-        theirs.set(name, ours.get(name))
+        expected.set(name, ours.get(name))
     for temperature in (0, 0.8):             # past max_T, where half of the text is dropped
-        texts = [list(model.generate([1, 2, 3], 60, temperature, top_k=20)) for model in (ours, theirs)]
+        texts = [list(model.generate([1, 2, 3], 60, temperature, top_k=20)) for model in (ours, expected)]
         assert texts[0] == texts[1] and len(set(texts[0])) > 5
 
 
 @needs_emulation
 @each_precision
-def test_too_small_a_gpu_is_told_in_a_sentence(data, tmp_path, precision):
+def test_a_gpu_with_too_little_memory_is_reported(data, tmp_path, precision):
     for memory in ("1000", "33700000", "34500000"):     # 32 MiB are cuBLASLt's
         done = run(gpu_file("train_gpt2cu", precision), *command("binary", data, "", tmp_path / memory)[1:],
                    status=1, GPT2_EMULATE_MEMORY=memory)
@@ -259,12 +259,12 @@ def test_too_small_a_gpu_is_told_in_a_sentence(data, tmp_path, precision):
 
 @needs_emulation
 @pytest.mark.parametrize("order", ["ascending", "descending"])
-def test_the_emulation_computes_what_a_gpu_would(order):
+def test_the_emulation_passes_its_self_test(order):
     assert run(GPU_BUILD / "selftest", "results", GPT2_EMULATE_ORDER=order).stdout == "ok\n"
 
 
 @needs_emulation
-def test_the_profile_has_every_kernel_of_a_step_with_its_bound():
+def test_the_profile_lists_every_kernel_with_its_bound():
     lines = run(GPU_BUILD / "profile", REFERENCES / "head64_model.bin", "2", "64").stdout.splitlines()[2:]
     bounds = {line.split()[0]: line.split()[-1] for line in lines if "_kernel" in line}
     source = (HERE / "train_gpt2.cu").read_text()
@@ -297,14 +297,14 @@ MISTAKES = {
 @needs_emulation
 @pytest.mark.parametrize("order", ["ascending", "descending"])
 @pytest.mark.parametrize("name", MISTAKES)
-def test_the_emulation_finds(name, order):
+def test_the_emulation_detects_mistakes(name, order):
     status = -signal.SIGSEGV if name.startswith("host_") and "pointer" not in name else 0
     done = run(GPU_BUILD / "selftest", name, status=status, GPT2_EMULATE_ORDER=order)
     assert re.search(MISTAKES[name], done.stdout + done.stderr), done.stdout + done.stderr
 
 
 @needs_emulation
-def test_the_emulation_shows_a_missing_barrier_by_another_order():
+def test_the_emulation_detects_a_missing_barrier():
     shown = {name: {run(GPU_BUILD / "selftest", name, GPT2_EMULATE_ORDER=order).stdout
                     for order in ("ascending", "descending")} for name in ("no_barrier", "with_barrier")}
     assert len(shown["no_barrier"]) == 2 and len(shown["with_barrier"]) == 1

@@ -14,9 +14,9 @@ import threading
 import pytest
 
 import train_gpt2
-from conftest import (as_bytes, as_theirs, convert, driver, encoded, header, HERE, hub_folder, lively,
-                      one_sentence, refused, relative, run, spoil, tensors, TEXT, token_rows, told,
-                      write_safetensors)
+from conftest import (as_bytes, as_huggingface, convert, driver, encoded, header, HERE, hub_folder,
+                      one_sentence, random_model, rejects, relative, reports_error, run, tensors, TEXT,
+                      token_rows, with_entry, write_safetensors)
 from train_gpt2 import GPT2, GPT2Config, GPT2Error
 
 
@@ -42,25 +42,25 @@ def read_safetensors(path):
 
 @pytest.mark.parametrize("dtype, prefix, head", [
     ("F32", "", False), ("F32", "transformer.", True), ("F16", "transformer.", False), ("BF16", "", True)])
-def test_a_model_comes_in_number_by_number(tmp_path, small, dtype, prefix, head):
-    theirs = as_theirs(small)
-    theirs["h.1.attn.masked_bias"] = (), [-1e4]
-    found = {prefix + name: value for name, value in reversed(theirs.items())}
-    found.update({"lm_head.weight": theirs["wte.weight"]} if head else {})
+def test_a_model_is_imported_exactly(tmp_path, small, dtype, prefix, head):
+    reference = as_huggingface(small)
+    reference["h.1.attn.masked_bias"] = (), [-1e4]
+    found = {prefix + name: value for name, value in reversed(reference.items())}
+    found.update({"lm_head.weight": reference["wte.weight"]} if head else {})
     write_safetensors(tmp_path / "any.safetensors", found, dtype)
     (tmp_path / "config.json").write_text('{"n_head": 3, "model_type": "gpt2"}')
     model = train_gpt2.open_model(str(tmp_path / "any.safetensors"), "cpu")
     assert repr(model.config) == repr(small.config)
-    for name, (shape, values) in as_theirs(model).items():
-        assert values == decoded(encoded(theirs[name][1], dtype), dtype), name
+    for name, (shape, values) in as_huggingface(model).items():
+        assert values == decoded(encoded(reference[name][1], dtype), dtype), name
     assert not any(tensors(model)["wte"][130 * 12:])
     x, y = token_rows(2, 7, 130)
     assert dtype != "F32" or model.forward(x, y, train=False) == small.forward(x, y, train=False)
 
 
 @pytest.mark.parametrize("dtype", SIZES)
-def test_a_model_goes_out_rounded_to_the_nearest(tmp_path, small, dtype):
-    model = lively(7, 130, 2, 3, 12)
+def test_a_model_is_exported_rounded_to_nearest(tmp_path, small, dtype):
+    model = random_model(7, 130, 2, 3, 12)
     odd = [1, 2, 3, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 3e-6, 65504, -math.inf, math.nan,
            2.0**-24]
     values = array.array("f", odd + tensors(model)["wpe"][len(odd):].tolist())
@@ -69,12 +69,12 @@ def test_a_model_goes_out_rounded_to_the_nearest(tmp_path, small, dtype):
     model.save(tmp_path / "model.bin")
     driver("export", "model.bin", "--out", "hf", "--type", dtype.lower(), cwd=tmp_path)
     found = read_safetensors(tmp_path / "hf" / "model.safetensors")
-    theirs = as_theirs(model)
-    assert set(found) == {"transformer." + name for name in theirs}
+    reference = as_huggingface(model)
+    assert set(found) == {"transformer." + name for name in reference}
     if dtype == "BF16":                      # as the library rounds
         model.save(tmp_path / "model5.bin", version=5)
-        theirs = as_theirs(GPT2.load(tmp_path / "model5.bin"))
-    for name, (shape, values) in theirs.items():
+        reference = as_huggingface(GPT2.load(tmp_path / "model5.bin"))
+    for name, (shape, values) in reference.items():
         assert found["transformer." + name] == (dtype, shape, encoded(values, dtype)), name
     again = train_gpt2.open_model(str(tmp_path / "hf"), "cpu")
     assert repr(again.config) == repr(model.config)
@@ -83,22 +83,22 @@ def test_a_model_goes_out_rounded_to_the_nearest(tmp_path, small, dtype):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_f16_refuses_what_it_cannot_hold(tmp_path):
-    model = lively(4, 5, 1, 1, 4)
+def test_f16_rejects_values_beyond_its_range(tmp_path):
+    model = random_model(4, 5, 1, 1, 4)
     model.set("lnfb", [1e5, 0, 0, 0])
     model.save(tmp_path / "model.bin")
     done = driver(*"export model.bin --type f16 --out hf".split(), cwd=tmp_path, status=1)
-    told(done, "65504", "bf16")
+    reports_error(done, "65504", "bf16")
     assert list(tmp_path.glob("hf/model*")) == []
-    told(driver(*"export none.bin --format llmc --type f16 --out x".split(), status=1), "bf16")
+    reports_error(driver(*"export none.bin --format llmc --type f16 --out x".split(), status=1), "bf16")
 
 
-def test_shards_with_an_index_come_in(tmp_path, small):
-    theirs = as_theirs(small)
-    names = sorted(theirs)
+def test_an_index_of_several_files_is_imported(tmp_path, small):
+    reference = as_huggingface(small)
+    names = sorted(reference)
     files = {f"model-0000{i + 1}-of-00003.safetensors": names[i::3] for i in range(3)}
     for file, part in files.items():
-        write_safetensors(tmp_path / file, {name: theirs[name] for name in part})
+        write_safetensors(tmp_path / file, {name: reference[name] for name in part})
     index = tmp_path / "model.safetensors.index.json"
     weight_map = {name: file for file, part in files.items() for name in part}
     (tmp_path / "config.json").write_text('{"n_head": 3}')
@@ -109,15 +109,15 @@ def test_shards_with_an_index_come_in(tmp_path, small):
 
     assert as_bytes(tensors(opened())) == as_bytes(tensors(small))
     for name in ("../x.safetensors", "/etc/passwd", "", ".safetensors", "a\0.safetensors", 3, None, [[]]):
-        with refused("weight_map" if isinstance(name, str) else "TypeError"):
+        with rejects("weight_map" if isinstance(name, str) else "TypeError"):
             opened(x=name)
     with pytest.raises(OSError):
         opened(x="none.safetensors")
     shutil.copy(tmp_path / list(files)[0], tmp_path / "copy.safetensors")
-    with refused("twice"):
+    with rejects("twice"):
         opened(x="copy.safetensors")
     index.write_text('{"weight_map": 3}')
-    with refused("not a GPT-2"):
+    with rejects("not a GPT-2"):
         train_gpt2.open_model(str(tmp_path), "cpu")
 
 
@@ -126,23 +126,26 @@ def rename(name, new):
 
 
 @pytest.mark.parametrize("change, words", [
-    (spoil("dtype", "F64"), "'ln_f.bias' is F64"), (spoil("dtype", ["F32"]), "TypeError"),
-    (spoil("dtype", "F16", "wte.weight"), "wte.weight"), (spoil("shape", [12, 130], "wte.weight"), "(390,)"),
-    (spoil("shape", [1560], "wte.weight"), "not a GPT-2"), (spoil("shape", 3, "wte.weight"), "not a GPT-2"),
-    (spoil("shape", [2**31, 2**31]), "ln_f.bias"), (spoil("shape", [-12]), "ln_f.bias"),
-    (spoil("shape", [math.nan]), "ln_f.bias"), (spoil("shape", [12.0]), "ln_f.bias"),
-    (spoil("shape", [True] * 8 + [12]), "ln_f.bias"), (spoil("shape", "12"), "ln_f.bias"),
-    (spoil("shape", [3, 4]), "(3, 4), expected (12,)"), (spoil("data_offsets", [0, 48]), "overlaps"),
-    (spoil("data_offsets", 1), "TypeError"), (spoil("data_offsets", [-48, 0]), "ln_f.bias"),
-    (spoil("data_offsets", [10**9, 10**9 + 48]), "ln_f"), (lambda entries: entries.update(x=3), "TypeError"),
-    (lambda entries: entries.clear(), "end at byte 10"), (lambda entries: entries.pop("wpe.weight"), "gaps"),
+    (with_entry("dtype", "F64"), "'ln_f.bias' is F64"), (with_entry("dtype", ["F32"]), "TypeError"),
+    (with_entry("dtype", "F16", "wte.weight"), "wte.weight"),
+    (with_entry("shape", [12, 130], "wte.weight"), "(390,)"),
+    (with_entry("shape", [1560], "wte.weight"), "not a GPT-2"),
+    (with_entry("shape", 3, "wte.weight"), "not a GPT-2"), (with_entry("shape", [2**31, 2**31]), "ln_f.bias"),
+    (with_entry("shape", [-12]), "ln_f.bias"), (with_entry("shape", [math.nan]), "ln_f.bias"),
+    (with_entry("shape", [12.0]), "ln_f.bias"), (with_entry("shape", [True] * 8 + [12]), "ln_f.bias"),
+    (with_entry("shape", "12"), "ln_f.bias"), (with_entry("shape", [3, 4]), "(3, 4), expected (12,)"),
+    (with_entry("data_offsets", [0, 48]), "overlaps"), (with_entry("data_offsets", 1), "TypeError"),
+    (with_entry("data_offsets", [-48, 0]), "ln_f.bias"),
+    (with_entry("data_offsets", [10**9, 10**9 + 48]), "ln_f"),
+    (lambda entries: entries.update(x=3), "TypeError"), (lambda entries: entries.clear(), "end at byte 10"),
+    (lambda entries: entries.pop("wpe.weight"), "gaps"),
     (rename("ln_f.bias", "ln_f.basis"), "'ln_f.basis' is (12,), expected no such"),
     (rename("h.1.ln_2.bias", "score"), "'h.1.ln_2.bias' is missing, expected (12,)"),
     (rename("h.1.ln_1.bias", "h.2.ln_1.weight"), "'h.1.ln_1.bias' is missing"),
     (rename("wpe.weight", "transformer.wte.weight"), "'wte.weight' twice")])
-def test_a_safetensors_header_that_lies_gets_one_sentence(tmp_path, small, change, words):
-    write_safetensors(tmp_path / "model.safetensors", as_theirs(small), change=change)
-    with refused(words):
+def test_a_malformed_safetensors_header_is_reported(tmp_path, small, change, words):
+    write_safetensors(tmp_path / "model.safetensors", as_huggingface(small), change=change)
+    with rejects(words):
         train_gpt2.open_model(str(tmp_path), "cpu")
 
 
@@ -150,10 +153,10 @@ def test_a_safetensors_header_that_lies_gets_one_sentence(tmp_path, small, chang
     (None, b"", "0 bytes"), (None, b"\x10", "1 bytes"), (2**64 - 1, b"", "8 bytes"), (9, b"{}", "10 bytes"),
     (2, b"[]", "not a GPT-2"), (2, b"{}", "wte.weight"), (2, b"{}more", "end at byte 10"),
     (1, b"\xff", "decode"), (10**5, b"[" * 10**5, "not a"), (10**5, b'{"a":' * 20000, "not a")])
-def test_a_file_that_is_no_safetensors_gets_one_sentence(tmp_path, length, header, words):
+def test_a_file_that_is_not_safetensors_is_reported(tmp_path, length, header, words):
     begin = b"" if length is None else struct.pack("<Q", length)
     (tmp_path / "model.safetensors").write_bytes(begin + header)
-    told(driver("import", tmp_path, "--out", tmp_path / "model.bin", status=1), words)
+    reports_error(driver("import", tmp_path, "--out", tmp_path / "model.bin", status=1), words)
     assert not (tmp_path / "model.bin").exists()
 
 
@@ -163,35 +166,35 @@ def test_a_file_that_is_no_safetensors_gets_one_sentence(tmp_path, length, heade
     ({"activation_function": "gelu"}, "function is 'gelu'"), ({"activation_function": {}}, "is {}"),
     ({"scale_attn_weights": False}, "scale_attn_weights is False"), ({"layer_norm_epsilon": 1e-6}, "1e-06"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx")])
-def test_a_config_that_is_not_what_we_compute_is_refused(tmp_path, small, setting, words):
+def test_unsupported_configs_are_rejected(tmp_path, small, setting, words):
     hub_folder(tmp_path, small, **setting)
-    with refused(words):
+    with rejects(words):
         train_gpt2.open_model(str(tmp_path), "cpu")
 
 
 def test_without_a_config_a_head_has_64_channels(tmp_path, capfd):
     for C, heads in ((128, 2), (32, 1)):
-        write_safetensors(tmp_path / "model.safetensors", as_theirs(GPT2(GPT2Config(4, 5, 1, 1, C))))
+        write_safetensors(tmp_path / "model.safetensors", as_huggingface(GPT2(GPT2Config(4, 5, 1, 1, C))))
         assert train_gpt2.open_model(str(tmp_path), "cpu").config.NH == heads
         one_sentence(capfd.readouterr().err, "config.json", "64")
 
 
-def test_a_head_of_its_own_is_refused(tmp_path, small):
-    theirs = as_theirs(small)
-    (rows, C), values = theirs["wte.weight"]
-    theirs["lm_head.weight"] = (rows, C), [*values[:-1], values[-1] + 1]
-    write_safetensors(tmp_path / "model.safetensors", theirs)
-    with refused("lm_head.weight", "tied"):
+def test_an_untied_head_is_rejected(tmp_path, small):
+    reference = as_huggingface(small)
+    (rows, C), values = reference["wte.weight"]
+    reference["lm_head.weight"] = (rows, C), [*values[:-1], values[-1] + 1]
+    write_safetensors(tmp_path / "model.safetensors", reference)
+    with rejects("lm_head.weight", "tied"):
         train_gpt2.open_model(str(tmp_path), "cpu")
 
 
-def test_no_mutation_of_a_models_files_brings_the_program_down(tmp_path, small, capfd):
+def test_mutated_model_files_do_not_crash(tmp_path, small, capfd):
     folder = hub_folder(tmp_path / "m", small, activation_function="gelu_new", layer_norm_epsilon=1e-5)
     good = {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json")}
     start = 8 + struct.unpack("<Q", good["model.safetensors"][:8])[0]
     draw = random.Random(1)
     pieces = b'[ ] { } " - , : NaN null true 1e999 0 \xff \0 999999999999999999999 h.1. [[[[['.split(b" ")
-    outcomes = {"loaded": 0, "refused": 0}
+    outcomes = {"loaded": 0, "rejected": 0}
     for trial in range(400):
         name = draw.choice(list(good))
         contents = bytearray(good[name])
@@ -209,11 +212,11 @@ def test_no_mutation_of_a_models_files_brings_the_program_down(tmp_path, small, 
             outcomes["loaded"] += 1
         except GPT2Error as error:
             one_sentence(str(error), folder if "config" not in str(error) else "")
-            outcomes["refused"] += 1
-    assert outcomes["refused"] > 200 and outcomes["loaded"] > 5, outcomes
+            outcomes["rejected"] += 1
+    assert outcomes["rejected"] > 200 and outcomes["loaded"] > 5, outcomes
 
 
-def test_a_name_on_the_hub_is_fetched_once(tmp_path, small, monkeypatch):
+def test_a_hub_model_is_downloaded_once(tmp_path, small, monkeypatch):
     hub_folder(tmp_path / "gpt2" / "resolve" / "main", small)
     requests = []
 
@@ -223,7 +226,7 @@ def test_a_name_on_the_hub_is_fetched_once(tmp_path, small, monkeypatch):
 
     handler = functools.partial(Handler, directory=tmp_path)
     monkeypatch.setattr(train_gpt2, "DATA", str(tmp_path / "dev" / "data"))
-    with refused("GPT2_OFFLINE"):
+    with rejects("GPT2_OFFLINE"):
         train_gpt2.open_model("gpt2", "cpu")
     monkeypatch.delenv("GPT2_OFFLINE")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
@@ -240,17 +243,17 @@ def test_a_name_on_the_hub_is_fetched_once(tmp_path, small, monkeypatch):
     ("model.pt", b"anything", "convert"), ("pytorch_model.bin", b"PK\3\4" + b"\0" * 99, "convert"),
     ("model.bin", b"\x80\x02\x8a\ncsomething", "torch.load"), ("model.gguf", b"GGUF" + b"{" * 99, "GGUF"),
     ("model.txt", b"To be or not to be", "20240326"), ("empty", b"", "20240326")])
-def test_a_model_that_is_not_for_us_gets_one_sentence(tmp_path, name, contents, words):
+def test_unsupported_model_files_are_reported(tmp_path, name, contents, words):
     (tmp_path / name).write_bytes(contents)
     for source in (tmp_path / name, tmp_path) if name == "pytorch_model.bin" else (tmp_path / name,):
-        told(driver("import", source, "--out", tmp_path / "out.bin", status=1), name, words)
-    told(driver("--init", tmp_path / name, "--out", tmp_path / "run", status=1), name, words)
+        reports_error(driver("import", source, "--out", tmp_path / "out.bin", status=1), name, words)
+    reports_error(driver("--init", tmp_path / name, "--out", tmp_path / "run", status=1), name, words)
 
 
-def test_training_starts_from_a_model_of_theirs_and_goes_out_again(tmp_path):
-    hub_folder(tmp_path / "theirs", GPT2(GPT2Config(16, 256, 1, 1, 16)))
+def test_fine_tuning_a_huggingface_model_and_exporting_it(tmp_path):
+    hub_folder(tmp_path / "hf", GPT2(GPT2Config(16, 256, 1, 1, 16)))
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    driver(*"--init theirs --data text.txt --batch-size 2 --steps 2 --sample-tokens 0".split(), cwd=tmp_path)
+    driver(*"--init hf --data text.txt --batch-size 2 --steps 2 --sample-tokens 0".split(), cwd=tmp_path)
     driver("export", "--out", "ours", cwd=tmp_path)
     ours, run = (train_gpt2.open_model(str(tmp_path / name), "cpu") for name in ("ours", "runs/1"))
     assert as_bytes(tensors(ours)) == as_bytes(tensors(run))
@@ -260,21 +263,21 @@ def test_training_starts_from_a_model_of_theirs_and_goes_out_again(tmp_path):
     assert texts[0] == texts[1]
 
 
-def test_llmcs_files_are_written_with_their_tokenizer(tmp_path, small):
+def test_llmc_exports_include_the_tokenizer(tmp_path, small):
     small.save(tmp_path / "3.bin")
     small.save(tmp_path / "5.bin", version=5)
-    hub_folder(tmp_path / "theirs", small)
+    hub_folder(tmp_path / "reference", small)
     pieces = b"".join(bytes([len(piece)]) + piece for piece in (b"<%d>" % i for i in range(130)))
     table = header(20240328, 2, 130, 7) + pieces
-    (tmp_path / "theirs" / "tokenizer.bin").write_bytes(table)
-    for out, words in (("3", "import theirs"), ("5", "export theirs --format llmc --type bf16")):
+    (tmp_path / "reference" / "tokenizer.bin").write_bytes(table)
+    for out, words in (("3", "import reference"), ("5", "export reference --format llmc --type bf16")):
         (tmp_path / "out").mkdir(exist_ok=True)
         driver(*words.split(), "--out", "out/model.bin", cwd=tmp_path)
         assert (tmp_path / "out" / "model.bin").read_bytes() == (tmp_path / f"{out}.bin").read_bytes()
         assert (tmp_path / "out" / "tokenizer.bin").read_bytes() == table
-    (tmp_path / "theirs" / "tokenizer.bin").write_bytes(table.replace(b"<3>", b"<4>"))
-    done = driver("import", "theirs", "--out", "out/model.bin", cwd=tmp_path, status=1)
-    told(done, "out/tokenizer.bin")
+    (tmp_path / "reference" / "tokenizer.bin").write_bytes(table.replace(b"<3>", b"<4>"))
+    done = driver("import", "reference", "--out", "out/model.bin", cwd=tmp_path, status=1)
+    reports_error(done, "out/tokenizer.bin")
 
 
 @pytest.fixture
@@ -286,7 +289,7 @@ def toy_bpe():
     return train_gpt2.GPT2Tokenizer(pieces + [a + b for a, b in merges], end=27), merges
 
 
-def test_a_tokenizers_merges_are_found_again(toy_bpe):
+def test_a_tokenizers_merges_are_recovered(toy_bpe):
     tokenizer, merges = toy_bpe
     tokens, pairs = convert.vocabulary(tokenizer.pieces, tokenizer.end)
     assert pairs == [" ".join(piece.decode().replace(" ", "\u0120") for piece in pair) for pair in merges]
@@ -297,7 +300,7 @@ def test_a_tokenizers_merges_are_found_again(toy_bpe):
     assert pairs == [] and len(set(tokens)) == 256
     for piece, end in ((b"abc", 27), (b"", 27), (b"a", 27), (b"aZ", 27), (b"th", 27), (b"ab", -1)):
         pieces = [*tokenizer.pieces[:28], piece, *tokenizer.pieces[28:]]
-        with refused("of the tokenizer", "byte-level BPE"):
+        with rejects("of the tokenizer", "byte-level BPE"):
             convert.vocabulary(pieces, end)
 
 
@@ -309,32 +312,32 @@ def gpt2s_vocabulary():
         pytest.skip(str(error))
 
 
-def test_transformers_reads_our_tokenizers(tmp_path, toy_bpe):
+def test_transformers_reads_exported_tokenizers(tmp_path, toy_bpe):
     transformers = pytest.importorskip("transformers")
     text = TEXT + "It's 12345,\t\u65e5\u672c \x7f \U0001f600  don't\r\n\n  'll"
     for tokenizer in (train_gpt2.ByteTokenizer(), gpt2s_vocabulary()):
         model = GPT2(GPT2Config(4, len(tokenizer.pieces), 1, 1, 2))
         train_gpt2.export_model(model, tokenizer, "hf", tmp_path, "F32")
         for kind in (transformers.AutoTokenizer, transformers.GPT2TokenizerFast):
-            theirs = kind.from_pretrained(tmp_path)
-            tokens = theirs(text)["input_ids"]
-            assert tokens == tokenizer.encode(text).tolist() and theirs.decode(tokens) == text
-            assert theirs("<|endoftext|>")["input_ids"] == [theirs.eos_token_id] == [tokenizer.end]
-            assert len(theirs) == len(tokenizer.pieces)
+            reference = kind.from_pretrained(tmp_path)
+            tokens = reference(text)["input_ids"]
+            assert tokens == tokenizer.encode(text).tolist() and reference.decode(tokens) == text
+            assert reference("<|endoftext|>")["input_ids"] == [reference.eos_token_id] == [tokenizer.end]
+            assert len(reference) == len(tokenizer.pieces)
     tokenizer, _ = toy_bpe
     train_gpt2.export_model(GPT2(GPT2Config(4, 35, 1, 1, 2)), tokenizer, "hf", tmp_path, "F32")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert [tokenizer.pieces[i] for i in theirs("the other here")["input_ids"]] == [
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert [tokenizer.pieces[i] for i in reference("the other here")["input_ids"]] == [
         b"the", b" ", b"o", b"ther", b" ", b"her", b"e"]
 
 
 @pytest.mark.parametrize("dtype", SIZES)
-def test_transformers_and_we_compute_the_same_logits(tmp_path, dtype):
+def test_logits_match_transformers(tmp_path, dtype):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     torch.manual_seed(1)
     config = transformers.GPT2Config(vocab_size=131, n_positions=33, n_embd=36, n_layer=2, n_head=3)
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    for parameter in theirs.parameters():
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, 0.1, 0.2)
     x, _ = token_rows(2, 31, 131)
 
@@ -345,9 +348,9 @@ def test_transformers_and_we_compute_the_same_logits(tmp_path, dtype):
         return array.array("f", train_gpt2.open_model(str(source), "cpu").logits(x).tobytes())
 
     kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
-    theirs.to(kind).save_pretrained(tmp_path / "theirs", max_shard_size="40KB")     # in several files
-    assert relative(our_logits(tmp_path / "theirs"), their_logits(theirs)) < 2e-6
-    ours = lively(33, 131, 2, 3, 36, spread=0.2)
+    reference.to(kind).save_pretrained(tmp_path / "reference", max_shard_size="40KB")     # in several files
+    assert relative(our_logits(tmp_path / "reference"), their_logits(reference)) < 2e-6
+    ours = random_model(33, 131, 2, 3, 36, spread=0.2)
     ours.save(tmp_path / "ours.bin")
     driver("export", tmp_path / "ours.bin", "--type", dtype.lower(), "--out", tmp_path / "ours")
     loaded, about = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
@@ -359,9 +362,9 @@ def test_transformers_and_we_compute_the_same_logits(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", SIZES)
-def test_ggufs_own_reader_finds_all_of_a_model(tmp_path, toy_bpe, dtype):
+def test_gguf_reader_finds_the_whole_model(tmp_path, toy_bpe, dtype):
     gguf = pytest.importorskip("gguf")
-    model, (tokenizer, merges) = lively(7, 35, 2, 3, 12), toy_bpe
+    model, (tokenizer, merges) = random_model(7, 35, 2, 3, 12), toy_bpe
     model.save(tmp_path / "model.bin")
     tokenizer.save(tmp_path / "tokenizer.bin")
     driver(*f"export model.bin --format gguf --type {dtype.lower()} --out m.gguf".split(), cwd=tmp_path)
@@ -378,9 +381,9 @@ def test_ggufs_own_reader_finds_all_of_a_model(tmp_path, toy_bpe, dtype):
     assert facts["tokenizer.ggml.bos_token_id"] == facts["tokenizer.ggml.eos_token_id"] == 27
     found = {tensor.name: tensor for tensor in reader.tensors}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 2)
-    theirs = as_theirs(model)
-    assert len(found) == len(theirs)
-    for name, (shape, values) in theirs.items():
+    reference = as_huggingface(model)
+    assert len(found) == len(reference)
+    for name, (shape, values) in reference.items():
         tensor = found[names.get_name(name, try_suffixes=(".weight", ".bias"))]
         if len(shape) == 2 and "h." in name:
             values = [values[i * shape[1] + o] for o in range(shape[1]) for i in range(shape[0])]
@@ -393,7 +396,7 @@ def test_ggufs_own_reader_finds_all_of_a_model(tmp_path, toy_bpe, dtype):
     assert os.path.getsize(tmp_path / "m.gguf") % 32 == 0
 
 
-def test_import_and_export_take_little_more_memory_than_the_model(tmp_path):
+def test_import_and_export_need_little_memory(tmp_path):
     if "LD_PRELOAD" in os.environ or not os.path.exists("/proc/self/status"):
         pytest.skip("a sanitizer takes memory of its own, and only Linux tells how much it was")
     GPT2(GPT2Config(64, 45000, 2, 4, 256)).save(tmp_path / "model.bin")     # 53 MB

@@ -23,7 +23,7 @@ def test_importing_the_driver_loads_no_module():
     assert run(sys.executable, "-c", code, cwd=HERE).stdout == "\n"
 
 
-def test_driver_and_library_alone_are_enough(tmp_path):
+def test_driver_and_library_work_alone(tmp_path):
     shutil.copy(HERE / "train_gpt2.py", tmp_path)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     for kind in ("model", "reference"):
@@ -45,7 +45,7 @@ def test_driver_and_library_alone_are_enough(tmp_path):
         one_sentence(copy(*words.split(), status=1).stderr, name, "missing", "copy the folder dev")
 
 
-def test_convert_alone_gives_what_the_driver_gives(tmp_path):
+def test_convert_alone_matches_the_driver(tmp_path):
     model = REFERENCES / "tiny_model.bin"
     convert = functools.partial(run, sys.executable, HERE / "dev" / "convert.py")
     gguf = ("--format", "gguf", "--type", "f16")

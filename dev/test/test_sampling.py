@@ -13,7 +13,8 @@ import sys
 import pytest
 
 import train_gpt2
-from conftest import driver, example, header, hellaswag_file, HERE, LIB, lively, refused, told
+from conftest import (driver, example, header, hellaswag_file, HERE, LIB, random_model, rejects,
+                      reports_error)
 from train_gpt2 import GPT2, GPT2Config
 
 
@@ -26,8 +27,8 @@ def draws(model, tokens, n, temperature, top_k=0, top_p=1.0):
     return [LIB.gpt2_next(*place) for _ in range(n)]
 
 
-def test_temperature_0_takes_the_likeliest():
-    model = lively(12, 31, 2, 2, 8)
+def test_temperature_0_is_greedy():
+    model = random_model(12, 31, 2, 2, 8)
     text = [5]
     for token in model.generate(text.copy(), 20, temperature=0):
         first = max(len(text) - 12 + 5, 0) // 6 * 6     # max_T is 12: past it, the last 7 to 12 tokens count
@@ -37,16 +38,16 @@ def test_temperature_0_takes_the_likeliest():
     assert draws(model, text, 9, 0) == draws(model, text, 9, 1e-6) == draws(model, text, 9, 1.0, top_k=1)
 
 
-def test_top_k_allows_the_k_likeliest():
-    model = lively(12, 31, 2, 2, 8, spread=0.1)
+def test_top_k_allows_the_k_most_probable():
+    model = random_model(12, 31, 2, 2, 8, spread=0.1)
     last = model.logits([[3, 1, 4]]).tolist()[0][-1]
     for k in (2, 5, 31, 99):
         likeliest = sorted(range(31), key=lambda i: -last[i])[:k]
         assert set(draws(model, [3, 1, 4], 800, 1.0, k)) == set(likeliest)
 
 
-def test_top_p_allows_the_fewest_that_have_the_share():
-    model = lively(12, 31, 2, 2, 8, spread=0.1)
+def test_top_p_allows_the_smallest_set():
+    model = random_model(12, 31, 2, 2, 8, spread=0.1)
     weights = [math.exp(logit) for logit in model.logits([[3, 1, 4]]).tolist()[0][-1]]
     likeliest = sorted(range(31), key=lambda i: -weights[i])
 
@@ -61,10 +62,10 @@ def test_top_p_allows_the_fewest_that_have_the_share():
     assert set(draws(model, [3, 1, 4], 50, 1.0, 0, 0.0)) == {likeliest[0]}
 
 
-def test_kept_keys_and_values_change_nothing():
+def test_cached_keys_and_values_change_nothing():
     """Texts that begin alike or not, a batch and a changed parameter between them: the last token's logits
     are those of a model that computes all anew."""
-    kept, anew = lively(24, 41, 2, 2, 16), lively(24, 41, 2, 2, 16)
+    kept, anew = random_model(24, 41, 2, 2, 16), random_model(24, 41, 2, 2, 16)
     generator = random.Random(1)
     text = []
     for turn in range(120):
@@ -79,13 +80,13 @@ def test_kept_keys_and_values_change_nothing():
         text += [generator.randrange(41) for _ in range(min(generator.choice((1, 1, 1, 5)), 24 - len(text)))]
         ours = (ctypes.c_float * 41)()
         LIB.gpt2_logits(kept.handle, train_gpt2.token_rows([text])[0], 1, len(text), 1, ours)
-        theirs = anew.logits([text]).tolist()[0][-1]
-        assert list(ours) == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+        expected = anew.logits([text]).tolist()[0][-1]
+        assert list(ours) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
-    model = lively(12, 11, 1, 2, 8, spread=0.4)
+def test_sampling_frequencies_match_the_softmax(temperature):
+    model = random_model(12, 11, 1, 2, 8, spread=0.4)
     shares = [math.exp(logit / temperature) for logit in model.logits([[3, 1, 4]]).tolist()[0][-1]]
     n = 4000
     drawn = draws(model, [3, 1, 4], n, temperature)
@@ -94,8 +95,8 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature):
     assert chi < 40                  # of at most ten degrees of freedom, so one in 60,000 seeds has more
 
 
-def test_a_seed_settles_the_text_also_in_parts():
-    model = lively(12, 31, 1, 2, 8, spread=0.1)
+def test_a_seed_determines_the_text():
+    model = random_model(12, 31, 1, 2, 8, spread=0.1)
     first, again, other = (list(model.generate([1], 50, rng=seed)) for seed in (1, 1, 2))
     assert first == again != other
     rng = ctypes.c_uint64(1)
@@ -115,8 +116,8 @@ def verdicts(text, nats):
     return right
 
 
-def test_hellaswag_counts_the_likeliest_completions(tmp_path):
-    model = lively(24, 41, 2, 2, 16)
+def test_hellaswag_counts_the_most_probable_completions(tmp_path):
+    model = random_model(24, 41, 2, 2, 16)
     text = hellaswag_file(tmp_path / "h.bin", 41, 60, longest=40)     # some contexts lose their beginning
 
     def nats(tokens):
@@ -138,7 +139,7 @@ def test_hellaswag_agrees_with_torch_on_50_examples(maker, tmp_path):
     import torch
     r = maker.Reference(seed=1, version=3, max_T=64, V=131, L=2, NH=2, C=32, B=1, T=1)
     weights = maker.draw_weights(r, torch.Generator().manual_seed(1))
-    theirs = maker.GPT2(r, weights)
+    expected = maker.GPT2(r, weights)
     model = GPT2(GPT2Config(64, 131, 2, 2, 32))
     for name, weight in weights.items():
         numbers = weight.flatten().tolist()
@@ -148,30 +149,30 @@ def test_hellaswag_agrees_with_torch_on_50_examples(maker, tmp_path):
     def nats(tokens):
         x, y = torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]])
         with torch.no_grad():
-            logits = theirs(x, y)[0]
+            logits = expected(x, y)[0]
         return torch.nn.functional.cross_entropy(logits[0], y[0], reduction="none").tolist()
 
     assert list(model.hellaswag(tmp_path / "h.bin", 0, 50)) == [*verdicts(text, nats), 50]
 
 
-def test_a_damaged_hellaswag_file_is_refused(tmp_path):
-    model, path = lively(24, 41, 1, 2, 8), tmp_path / "h.bin"
+def test_a_damaged_hellaswag_file_is_rejected(tmp_path):
+    model, path = random_model(24, 41, 1, 2, 8), tmp_path / "h.bin"
     hellaswag_file(path, 41, 3, longest=9)
     whole = path.read_bytes()
     for at, value in ((0, 1), (1, 11), (1, 5000), (3, 4), (4, 3), (5, 0), (5, 60000), (6 + whole[1034], 0)):
         broken = bytearray(whole)
         broken[1024 + 2 * at:1026 + 2 * at] = struct.pack("<H", value)
         path.write_bytes(broken)
-        with refused(path):
+        with rejects(path):
             model.hellaswag(path, 0, 3)
     for size in (1023, 1030, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with refused(path):
+        with rejects(path):
             model.hellaswag(path, 0, 3)
     hellaswag_file(path, 99, 3, longest=9)
     first, second = example(0, 0, [1], [[2]] * 4), example(1, 0, [1, 2], [[3, 41]] * 4)
     path.write_bytes(header(20240522, 1, 2) + first + second)
-    with refused(path, "example '1': token", "is 41, expected 0 to 40"):
+    with rejects(path, "example '1': token", "is 41, expected 0 to 40"):
         model.hellaswag(path, 0, 3)
 
 
@@ -199,7 +200,7 @@ def test_a_sample_streams_text_up_to_a_stop(byte_model, tmp_path):
     assert three == "---\n".join(each) and len(set(each)) == 3
 
 
-def test_a_conversation_keeps_what_was_said(byte_model):
+def test_a_conversation_keeps_its_context(byte_model):
     """Each answer continues all lines and answers before it; the end of input ends it."""
     model, path = byte_model
     words = [sys.executable, HERE / "train_gpt2.py", "sample", path, "--interactive", "--tokens", "6",
@@ -229,7 +230,7 @@ def test_eval_gives_loss_perplexity_and_bits_per_byte(byte_model, tmp_path):
     assert f"{rows * T:,} tokens in sequences of 16" in shown and f"{rows * T:,} bytes" in shown
     driver("prepare", tmp_path / "my.txt", "--out", tmp_path / "shards", "--val-fraction", 0)
     assert driver("eval", path, "--data", tmp_path / "shards" / "train_*.bin").stdout == shown
-    told(driver("eval", path, status=1), "--data")
+    reports_error(driver("eval", path, status=1), "--data")
 
 
 def test_eval_counts_hellaswag(byte_model, tmp_path):
@@ -249,4 +250,4 @@ def test_eval_counts_hellaswag(byte_model, tmp_path):
             assert f"accuracy {right / count:.4f}, by the mean over tokens {by_length / count:.4f}" in shown
             assert f"over {count} examples" in shown
     (tmp_path / "h.jsonl").write_text('{"ctx": "a", "endings": ["b"]}\n')
-    told(driver("eval", path, "--hellaswag", tmp_path / "h.jsonl", status=1), "h.jsonl: line 1")
+    reports_error(driver("eval", path, "--hellaswag", tmp_path / "h.jsonl", status=1), "h.jsonl: line 1")
