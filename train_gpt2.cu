@@ -145,7 +145,49 @@ template <int MAX> __device__ static float block_reduce(float x) {
     return x;
 }
 
-/* === 2. Layers ==========================================================================================
+/* === 2. Matrix product, declared ========================================================================
+   By cuBLASLt, defined in section 7: cuBLASLt chooses an algorithm for each shape, and a plan keeps it. */
+typedef struct {                          /* what makes one product different from another */
+    int64_t M, N, K, ld_a, ld_b, ld_d;    /* D (M,N) = A (M,K) · B (K,N), all row-major */
+    int32_t transposed_a, transposed_b;   /* A is given as (K,M), B as (N,K) */
+    int32_t epilogue, alignment;          /* alignment of the pointers in bytes */
+    int32_t type_d, add;                  /* D is fp32 or floatX; C is added */
+} Shape;
+
+typedef struct {                          /* and how cuBLASLt does it */
+    Shape shape;
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, d;       /* of D and C */
+    cublasLtMatmulAlgo_t algorithm;
+} Plan;
+enum { PLANS = 64, WORKSPACE = 32 << 20 };
+
+typedef struct {
+    cublasLtHandle_t handle;
+    cudaStream_t stream;
+    void *workspace;
+    Plan plans[PLANS];
+    int count;                            /* plans made so far; the 65th takes the first one's place */
+    int capturing;                        /* a graph, in which no plan can be made: some cuBLASLt fail then */
+} Blas;
+
+typedef struct { const floatX *data; size_t ld; int transposed; } Matrix;     /* ld: from row to row */
+
+/* What is done to D before it is written; the first NULLs and DEFAULT for nothing. */
+typedef struct {
+    cublasLtEpilogue_t epilogue;
+    const floatX *bias;                   /* (N), with BIAS and GELU_AUX_BIAS */
+    floatX *aux;                          /* as D: what GELU gets, written by GELU_AUX_BIAS, read by DGELU */
+    const void *add;                      /* as D, may be D: is added, with DEFAULT and BIAS */
+} After;
+
+/* D (M,N), ld_d from row to row = A (M,K) · B (K,N) and what comes after; fp32 if D is float. Returns 0 if
+   cuBLASLt has no way to do it, and nothing was done; unless there is a GELU in it, that is a failure. */
+template <typename D> static int gemm(Blas *blas, D *d, size_t ld_d, Matrix a, Matrix b, size_t M, size_t N,
+                                      size_t K, After after = {CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, NULL});
+static void plan_free(Plan *plan);
+
+/* === 3. Layers ==========================================================================================
    Rows are the N = B T tokens. Kernels that go through a row give it to a warp, a lane taking WIDTH channels
    of each 32 WIDTH; what they read a second time they find in the first-level cache. */
 enum { ROW_WARPS = 8 };                   /* warps in a block of such a kernel */
@@ -379,7 +421,7 @@ __global__ void crossentropy_kernel(float *losses, floatX *logits, const int32_t
     }
 }
 
-/* === 3. Attention =======================================================================================
+/* === 4. Attention =======================================================================================
    out = softmax(q·kᵀ / √hs)·v for each head of hs = C / NH channels, where a query sees the keys up to its
    own. qkv is (B,T,3,NH,hs). Scores are kept in base 2: with s = q·k log₂e / √hs the softmax is 2^s / Σ 2^s,
    and lse (B,NH,T) = log₂ Σ 2^s is all that the backward pass needs to make p = 2^(s - lse) again. There,
@@ -930,133 +972,6 @@ FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, co
     }
 }
 #endif
-
-/* === 4. Matrix product ==================================================================================
-   cuBLASLt counts by columns: our row-major D (M,N) is to it D (N,M), and D = A·B its D = B·A. */
-typedef struct {                          /* what makes one product different from another */
-    int64_t M, N, K, ld_a, ld_b, ld_d;    /* D (M,N) = A (M,K) · B (K,N), all row-major */
-    int32_t transposed_a, transposed_b;   /* A is given as (K,M), B as (N,K) */
-    int32_t epilogue, alignment;          /* alignment of the pointers in bytes */
-    int32_t type_d, add;                  /* D is fp32 or floatX; C is added */
-} Shape;
-
-typedef struct {                          /* and how cuBLASLt does it */
-    Shape shape;
-    cublasLtMatmulDesc_t operation;
-    cublasLtMatrixLayout_t a, b, d;       /* of D and C */
-    cublasLtMatmulAlgo_t algorithm;
-} Plan;
-enum { PLANS = 64, WORKSPACE = 32 << 20 };
-
-typedef struct {
-    cublasLtHandle_t handle;
-    cudaStream_t stream;
-    void *workspace;
-    Plan plans[PLANS];
-    int count;                            /* plans made so far; the 65th takes the first one's place */
-    int capturing;                        /* a graph, in which no plan can be made: some cuBLASLt fail then */
-} Blas;
-
-static void plan_free(Plan *plan) {
-    if (plan->operation) cublasLtMatmulDescDestroy(plan->operation);
-    if (plan->a) cublasLtMatrixLayoutDestroy(plan->a);
-    if (plan->b) cublasLtMatrixLayoutDestroy(plan->b);
-    if (plan->d) cublasLtMatrixLayoutDestroy(plan->d);
-    *plan = Plan();
-}
-
-#define SET_OPERATION(plan, what, value) \
-    blas_ok(cublasLtMatmulDescSetAttribute((plan)->operation, CUBLASLT_MATMUL_DESC_##what, &(value), \
-                                           sizeof(value)))
-
-/* What a product's end reads or writes besides D; NULL for none. */
-static int plan_point(Plan *plan, const floatX *bias, const floatX *aux) {
-    return (!bias || SET_OPERATION(plan, BIAS_POINTER, bias)) &&
-           (!aux || SET_OPERATION(plan, EPILOGUE_AUX_POINTER, aux));
-}
-
-/* Describes the product, and asks for the best algorithm. Returns 0 if there is none. */
-static int plan_make(Blas *blas, Plan *plan, const Shape *s, const floatX *bias, const floatX *aux) {
-    const cublasOperation_t ops[] = {CUBLAS_OP_N, CUBLAS_OP_T};
-    const cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)s->epilogue;
-    const cudaDataType_t type_d = (cudaDataType_t)s->type_d;
-    const size_t workspace = WORKSPACE;
-    const uint32_t align = (uint32_t)s->alignment;
-    plan_free(plan);
-    plan->shape = *s;
-    int ok = blas_ok(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F)) &&
-             SET_OPERATION(plan, TRANSA, ops[s->transposed_b]) &&
-             SET_OPERATION(plan, TRANSB, ops[s->transposed_a]) && SET_OPERATION(plan, EPILOGUE, epilogue);
-    ok = ok && (!aux || SET_OPERATION(plan, EPILOGUE_AUX_LD, s->ld_d)) &&
-         (!bias || SET_OPERATION(plan, BIAS_DATA_TYPE, FLOATX_TYPE)) && plan_point(plan, bias, aux);
-    const uint64_t M = s->M, N = s->N, K = s->K;
-    ok = ok && blas_ok(cublasLtMatrixLayoutCreate(&plan->a, FLOATX_TYPE, s->transposed_b ? K : N,
-                                                  s->transposed_b ? N : K, s->ld_b)) &&
-         blas_ok(cublasLtMatrixLayoutCreate(&plan->b, FLOATX_TYPE, s->transposed_a ? M : K,
-                                            s->transposed_a ? K : M, s->ld_a)) &&
-         blas_ok(cublasLtMatrixLayoutCreate(&plan->d, type_d, N, M, s->ld_d));
-    cublasLtMatmulPreference_t preference = NULL;
-    ok = ok && blas_ok(cublasLtMatmulPreferenceCreate(&preference)) &&
-         blas_ok(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                      &workspace, sizeof workspace));
-    const int first = CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES;
-    for (int i = first; i < first + 4; i++)     /* of A, B, C, D */
-        ok = ok && blas_ok(cublasLtMatmulPreferenceSetAttribute(
-                       preference, (cublasLtMatmulPreferenceAttributes_t)i, &align, sizeof align));
-    cublasLtMatmulHeuristicResult_t best = {};
-    int found = 0;
-    ok = ok && cublasLtMatmulAlgoGetHeuristic(blas->handle, plan->operation, plan->a, plan->b, plan->d,
-                                              plan->d, preference, 1, &best, &found) == CUBLAS_STATUS_SUCCESS;
-    if (preference) cublasLtMatmulPreferenceDestroy(preference);
-    plan->algorithm = best.algo;
-    if (ok && found) return 1;
-    plan_free(plan);
-    return 0;
-}
-
-/* The plan of a product, made when it is first needed; NULL if there is none, or no time to make it. */
-static Plan *plan_find(Blas *blas, const Shape *shape, const floatX *bias, const floatX *aux) {
-    for (int i = 0; i < PLANS && i < blas->count; i++)
-        if (!memcmp(&blas->plans[i].shape, shape, sizeof *shape)) return &blas->plans[i];
-    Plan *plan = &blas->plans[blas->count % PLANS];
-    if (blas->capturing || !plan_make(blas, plan, shape, bias, aux)) return NULL;
-    blas->count++;
-    return plan;
-}
-
-typedef struct { const floatX *data; size_t ld; int transposed; } Matrix;     /* ld: from row to row */
-
-/* What is done to D before it is written; the first NULLs and DEFAULT for nothing. */
-typedef struct {
-    cublasLtEpilogue_t epilogue;
-    const floatX *bias;                   /* (N), with BIAS and GELU_AUX_BIAS */
-    floatX *aux;                          /* as D: what GELU gets, written by GELU_AUX_BIAS, read by DGELU */
-    const void *add;                      /* as D, may be D: is added, with DEFAULT and BIAS */
-} After;
-
-/* D (M,N), ld_d from row to row = A (M,K) · B (K,N) and what comes after; fp32 if D is float. Returns 0 if
-   cuBLASLt has no way to do it, and nothing was done; unless there is a GELU in it, that is a failure. */
-template <typename D> static int gemm(Blas *blas, D *d, size_t ld_d, Matrix a, Matrix b, size_t M, size_t N,
-                                      size_t K, After after = {CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, NULL}) {
-    const void *c = after.add ? after.add : d;
-    const uintptr_t pointers = (uintptr_t)d | (uintptr_t)a.data | (uintptr_t)b.data | (uintptr_t)c |
-                               (uintptr_t)after.bias;
-    const float one = 1, beta = after.add ? 1 : 0;
-    Shape shape;
-    memset(&shape, 0, sizeof shape);      /* the padding too: shapes are compared by their bytes */
-    shape.M = (int64_t)M, shape.N = (int64_t)N, shape.K = (int64_t)K;
-    shape.ld_a = (int64_t)a.ld, shape.ld_b = (int64_t)b.ld, shape.ld_d = (int64_t)ld_d;
-    shape.transposed_a = a.transposed, shape.transposed_b = b.transposed;
-    shape.epilogue = after.epilogue, shape.alignment = pointers % 16 ? (int)sizeof(floatX) : 16;
-    shape.type_d = sizeof(D) == 4 ? CUDA_R_32F : FLOATX_TYPE, shape.add = after.add != NULL;
-    Plan *plan = plan_find(blas, &shape, after.bias, after.aux);
-    if (!plan) return after.aux ? 0 : blas_ok(CUBLAS_STATUS_NOT_SUPPORTED);
-    if (!plan_point(plan, after.bias, after.aux)) return 0;
-    const cublasStatus_t status = cublasLtMatmul(
-        blas->handle, plan->operation, &one, b.data, plan->a, a.data, plan->b, &beta, c, plan->d, d, plan->d,
-        &plan->algorithm, blas->workspace, WORKSPACE, blas->stream);
-    return after.aux ? status == CUBLAS_STATUS_SUCCESS : blas_ok(status);
-}
 
 /* === 5. GPT-2 =========================================================================================== */
 template <typename X> union TensorsOf {
@@ -1997,4 +1912,95 @@ double gpt2_ceiling(void) {
         }
     gpt2_free(m);
     return best;
+}
+
+/* === 7. Matrix product, defined =========================================================================
+   cuBLASLt counts by columns: our row-major D (M,N) is its D (N,M), and D = A·B its D = B·A. */
+static void plan_free(Plan *plan) {
+    if (plan->operation) cublasLtMatmulDescDestroy(plan->operation);
+    if (plan->a) cublasLtMatrixLayoutDestroy(plan->a);
+    if (plan->b) cublasLtMatrixLayoutDestroy(plan->b);
+    if (plan->d) cublasLtMatrixLayoutDestroy(plan->d);
+    *plan = Plan();
+}
+
+#define SET_OPERATION(plan, what, value) \
+    blas_ok(cublasLtMatmulDescSetAttribute((plan)->operation, CUBLASLT_MATMUL_DESC_##what, &(value), \
+                                           sizeof(value)))
+
+/* What a product's end reads or writes besides D; NULL for none. */
+static int plan_point(Plan *plan, const floatX *bias, const floatX *aux) {
+    return (!bias || SET_OPERATION(plan, BIAS_POINTER, bias)) &&
+           (!aux || SET_OPERATION(plan, EPILOGUE_AUX_POINTER, aux));
+}
+
+/* Describes the product, and asks for the best algorithm. Returns 0 if there is none. */
+static int plan_make(Blas *blas, Plan *plan, const Shape *s, const floatX *bias, const floatX *aux) {
+    const cublasOperation_t ops[] = {CUBLAS_OP_N, CUBLAS_OP_T};
+    const cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)s->epilogue;
+    const cudaDataType_t type_d = (cudaDataType_t)s->type_d;
+    const size_t workspace = WORKSPACE;
+    const uint32_t align = (uint32_t)s->alignment;
+    plan_free(plan);
+    plan->shape = *s;
+    int ok = blas_ok(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F)) &&
+             SET_OPERATION(plan, TRANSA, ops[s->transposed_b]) &&
+             SET_OPERATION(plan, TRANSB, ops[s->transposed_a]) && SET_OPERATION(plan, EPILOGUE, epilogue);
+    ok = ok && (!aux || SET_OPERATION(plan, EPILOGUE_AUX_LD, s->ld_d)) &&
+         (!bias || SET_OPERATION(plan, BIAS_DATA_TYPE, FLOATX_TYPE)) && plan_point(plan, bias, aux);
+    const uint64_t M = s->M, N = s->N, K = s->K;
+    ok = ok && blas_ok(cublasLtMatrixLayoutCreate(&plan->a, FLOATX_TYPE, s->transposed_b ? K : N,
+                                                  s->transposed_b ? N : K, s->ld_b)) &&
+         blas_ok(cublasLtMatrixLayoutCreate(&plan->b, FLOATX_TYPE, s->transposed_a ? M : K,
+                                            s->transposed_a ? K : M, s->ld_a)) &&
+         blas_ok(cublasLtMatrixLayoutCreate(&plan->d, type_d, N, M, s->ld_d));
+    cublasLtMatmulPreference_t preference = NULL;
+    ok = ok && blas_ok(cublasLtMatmulPreferenceCreate(&preference)) &&
+         blas_ok(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                      &workspace, sizeof workspace));
+    const int first = CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES;
+    for (int i = first; i < first + 4; i++)     /* of A, B, C, D */
+        ok = ok && blas_ok(cublasLtMatmulPreferenceSetAttribute(
+                       preference, (cublasLtMatmulPreferenceAttributes_t)i, &align, sizeof align));
+    cublasLtMatmulHeuristicResult_t best = {};
+    int found = 0;
+    ok = ok && cublasLtMatmulAlgoGetHeuristic(blas->handle, plan->operation, plan->a, plan->b, plan->d,
+                                              plan->d, preference, 1, &best, &found) == CUBLAS_STATUS_SUCCESS;
+    if (preference) cublasLtMatmulPreferenceDestroy(preference);
+    plan->algorithm = best.algo;
+    if (ok && found) return 1;
+    plan_free(plan);
+    return 0;
+}
+
+/* The plan of a product, made when it is first needed; NULL if there is none, or no time to make it. */
+static Plan *plan_find(Blas *blas, const Shape *shape, const floatX *bias, const floatX *aux) {
+    for (int i = 0; i < PLANS && i < blas->count; i++)
+        if (!memcmp(&blas->plans[i].shape, shape, sizeof *shape)) return &blas->plans[i];
+    Plan *plan = &blas->plans[blas->count % PLANS];
+    if (blas->capturing || !plan_make(blas, plan, shape, bias, aux)) return NULL;
+    blas->count++;
+    return plan;
+}
+
+template <typename D> static int gemm(Blas *blas, D *d, size_t ld_d, Matrix a, Matrix b, size_t M, size_t N,
+                                      size_t K, After after) {
+    const void *c = after.add ? after.add : d;
+    const uintptr_t pointers = (uintptr_t)d | (uintptr_t)a.data | (uintptr_t)b.data | (uintptr_t)c |
+                               (uintptr_t)after.bias;
+    const float one = 1, beta = after.add ? 1 : 0;
+    Shape shape;
+    memset(&shape, 0, sizeof shape);      /* the padding too: shapes are compared by their bytes */
+    shape.M = (int64_t)M, shape.N = (int64_t)N, shape.K = (int64_t)K;
+    shape.ld_a = (int64_t)a.ld, shape.ld_b = (int64_t)b.ld, shape.ld_d = (int64_t)ld_d;
+    shape.transposed_a = a.transposed, shape.transposed_b = b.transposed;
+    shape.epilogue = after.epilogue, shape.alignment = pointers % 16 ? (int)sizeof(floatX) : 16;
+    shape.type_d = sizeof(D) == 4 ? CUDA_R_32F : FLOATX_TYPE, shape.add = after.add != NULL;
+    Plan *plan = plan_find(blas, &shape, after.bias, after.aux);
+    if (!plan) return after.aux ? 0 : blas_ok(CUBLAS_STATUS_NOT_SUPPORTED);
+    if (!plan_point(plan, after.bias, after.aux)) return 0;
+    const cublasStatus_t status = cublasLtMatmul(
+        blas->handle, plan->operation, &one, b.data, plan->a, a.data, plan->b, &beta, c, plan->d, d, plan->d,
+        &plan->algorithm, blas->workspace, WORKSPACE, blas->stream);
+    return after.aux ? status == CUBLAS_STATUS_SUCCESS : blas_ok(status);
 }
