@@ -762,7 +762,8 @@ static int64_t forward_begin(GPT2 *m, const int32_t *x, int B, int T, int purpos
     m->T = (size_t)T;
     if (purpose != GENERATE) m->cached = 0;
     if (tokens_check(m, "x", x, m->B * m->T)) return -1;
-    const int room = purpose == GENERATE ? m->config.max_T : T;
+    int room = T;
+    if (purpose == GENERATE) room = m->config.max_T;
     if (!m->cached && layout_activations(m, m->B, (size_t)room, purpose)) return -1;
     int32_t *known = (int32_t *)activations(m, 0).x;
     int64_t first = 0;
@@ -916,12 +917,15 @@ int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, doub
         return gpt2_fail("gradient norm %f, learning rate %g: training diverged; lower the learning rate",
                          norm, lr);
     m->updates++;
-    const float clip = (float)(max_norm > 0 && norm > max_norm ? max_norm / norm : 1), epsilon = (float)eps;
+    const float epsilon = (float)eps;
+    float clip = 1;
+    if (max_norm > 0 && norm > max_norm) clip = (float)(max_norm / norm);
     const float keep1 = (float)beta1, add1 = (float)(1 - beta1), rate = (float)(lr / (1 - pow(beta1, n)));
     const float keep2 = (float)beta2, add2 = (float)(1 - beta2), scale2 = (float)(1 / (1 - pow(beta2, n)));
     for (int t = 0; t < GPT2_TENSORS; t++) {
         const size_t end = m->start[t + 1];
-        const float keep = (float)(GPT2_DECAYED >> t & 1 ? 1 - lr * decay : 1);     /* weight decay */
+        float keep = 1;                   /* weight decay */
+        if (GPT2_DECAYED >> t & 1) keep = (float)(1 - lr * decay);
 #pragma omp parallel for
         for (size_t first = m->start[t]; first < end; first += PIECE)
 #pragma omp simd
@@ -1090,17 +1094,20 @@ void band_times_panel(Product p, const float *pack_a, float *panel, size_t m, si
     for (size_t k = 0; k < p.K; k += p.kc) {
         const size_t terms = min(p.kc, p.K - k);
         const int last = k + p.kc >= p.K;
-        const Matrix next = last ? submatrix(p.b, 0, j_next) : submatrix(p.b, k + p.kc, j);
+        Matrix next = submatrix(p.b, k + p.kc, j);     /* to prefetch */
+        if (last) next = submatrix(p.b, 0, j_next);
         pack(panel, submatrix(p.b, k, j).p, p.b.col, p.b.row, columns, terms, NR);
         for (size_t i = 0; i < rows; i += MR) {
             const size_t at = (m + i) * p.ldc + j;
             float *sum = sums + i * NR, *out = sum;
-            const float *bias = NULL, *add = sum;
-            size_t ldout = NR, ldadd = NR;
-            if (k == 0) {                 /* the first step adds what the caller gave */
-                bias = p.bias ? p.bias + j : NULL;
-                add = p.add ? p.add + at : NULL;
-                ldadd = p.ldc;
+            const float *bias = NULL, *add = NULL;
+            size_t ldout = NR, ldadd = p.ldc;
+            if (k > 0) {
+                add = sum;
+                ldadd = NR;
+            } else {                      /* the first step adds what the caller gave */
+                if (p.bias) bias = p.bias + j;
+                if (p.add) add = p.add + at;
             }
             if (last) {
                 out = p.c + at;
@@ -1141,7 +1148,8 @@ static void gemm_row(const Workspace *ws, float *c, const float *a, Matrix b, si
     enum { CHAINS = 4, AHEAD = 16 };      /* chains hide the latency of an addition; rows to prefetch ahead */
     (void)ws;                             /* unused without OpenMP */
     const int contiguous = b.row == 1;
-    const size_t step = contiguous ? 1 : CHAINS * LANES;
+    size_t step = CHAINS * LANES;
+    if (contiguous) step = 1;
 #pragma omp parallel for num_threads(ws->threads) if (ws->threads > 1)
     for (size_t j = 0; j < N; j += step) {
         const float *p = b.p + j * b.col;
@@ -1182,7 +1190,8 @@ static void gemm(const Workspace *ws, float *c, size_t ldc, Matrix a, Matrix b, 
         for (size_t m = 0; m < M; m += BANDS * mc) {
             size_t taken[BANDS] = {0};
             Product p = {c + m * ldc, ldc, min(BANDS * mc, M - m), N, min(K_at_once, K - k), mc, kc,
-                         submatrix(a, m, k), submatrix(b, k, 0), bias, add ? add + m * ldc : NULL};
+                         submatrix(a, m, k), submatrix(b, k, 0), bias, NULL};
+            if (add) p.add = add + m * ldc;
             if (ws->threads == 1) {       /* attention: a parallel region would cost 1 µs */
                 gemm_share(ws, 0, taken, p);
                 continue;
@@ -1323,7 +1332,8 @@ enum { PIECE_SIZE = 1 << 20 };            /* elements generated, read or written
 static void initial_values(float *values, uint64_t seed, int t, const char *name, int L, int64_t first,
                            int64_t count, int64_t used) {
     const int random = GPT2_DECAYED >> t & 1;     /* the 2-D tensors */
-    const double deviation = strstr(name, "proj") ? 0.02 / sqrt(2.0 * L) : 0.02;
+    double deviation = 0.02;
+    if (strstr(name, "proj")) deviation = 0.02 / sqrt(2.0 * L);     /* the residual projections */
     const float constant = name[0] == 'l' && strchr(name, 'w');     /* layer norm's weights are 1 */
 #pragma omp parallel for
     for (int64_t i = 0; i < count; i++) {
@@ -1367,11 +1377,13 @@ typedef char Path[8192];                  /* longer than systems allow, so a tru
 /* Closes a file. After a failure, puts the file before the sentence about it and returns -1. */
 static int file_close(File *in, int failed) {
     if (in->f) fclose(in->f);
-    return failed ? fail_in(in->what, in->path) : 0;
+    if (failed) return fail_in(in->what, in->path);
+    return 0;
 }
 
 static int read_failed(FILE *f) {
-    return gpt2_fail("cannot be read: %s", ferror(f) ? strerror(errno) : "it ends early");
+    if (ferror(f)) return gpt2_fail("cannot be read: %s", strerror(errno));
+    return gpt2_fail("cannot be read: it ends early");
 }
 
 static int file_read(File *in, void *out, size_t bytes) {
@@ -1447,13 +1459,17 @@ static int tensors_copy(GPT2 *model, int kind, File *file, int bf16, int writing
     if (!bits) return -1;
     uint16_t *halves = (uint16_t *)(bits + most);
     void *data = bits;
-    if (bf16) data = halves;
+    size_t size = sizeof *bits;           /* of an element in the file */
+    if (bf16) {
+        data = halves;
+        size = sizeof *halves;
+    }
     int failed = 0;
     for (int t = 0; t < GPT2_TENSORS && !failed; t++) {
         const int64_t n = gpt2_tensor(&c, t, NULL, NULL);
         for (int64_t first = 0, count; first < n && !failed; first += count) {
             count = (int64_t)min(most, (size_t)(n - first));
-            const size_t bytes = (size_t)count * (bf16 ? 2 : 4);
+            const size_t bytes = (size_t)count * size;
             if (writing) {
                 failed = gpt2_get(model, t, kind, first, count, (float *)bits);
                 for (int64_t i = 0; bf16 && i < count; i++) halves[i] = bf16_of(bits[i]);
@@ -1500,8 +1516,8 @@ GPT2 *gpt2_load(const char *path) {
     if (file_open(&in, path, "model", MAGIC_MODEL)) return NULL;
     const int32_t *h = in.header, version = h[1];
     const GPT2Config c = {h[2], h[3], h[4], h[5], h[6]};
-    const int bytes = version == 5 ? 2 : 4;
-    int failed = gpt2_config_check(&c);
+    int failed = gpt2_config_check(&c), bytes = 4;     /* of an element */
+    if (version == 5) bytes = 2;
     if (!failed && ((version != 3 && version != 5) || in.size != 1024 + tensors_size(&c) * bytes))
         failed = gpt2_fail("version %d, context %d, V %d, L %d, NH %d, C %d, %lld bytes, expected version 3 "
                            "or 5 and the size of this shape", version, h[2], h[3], h[4], h[5], h[6], in.size);
@@ -1530,7 +1546,8 @@ GPT2Tokenizer *gpt2_tokenizer_load(const char *path) {
         failed = !t;
     }
     if (t) {
-        *t = (GPT2Tokenizer){(int32_t)V, end >= 0 && end < V ? (int32_t)end : -1, (int64_t *)(t + 1), NULL};
+        *t = (GPT2Tokenizer){.V = (int32_t)V, .end = -1, .at = (int64_t *)(t + 1)};
+        if (end >= 0 && end < V) t->end = (int32_t)end;
         t->bytes = (unsigned char *)(t->at + V);
         failed = file_read(&in, t->bytes, (size_t)size);
         for (; !failed && i < V && at < size; at += 1 + t->bytes[at]) t->at[i++] = at;
@@ -1710,15 +1727,15 @@ double gpt2_zscore(GPT2Progress *p, int window, double value) {
 
 /* --- Evaluation and HellaSwag --------------------------------------------------------------------------- */
 int gpt2_evaluate(GPT2 *model, GPT2Loader *l, int64_t batches, float *loss) {
-    const int64_t count = l->size.batches < batches ? l->size.batches : batches;
+    if (batches > l->size.batches) batches = l->size.batches;
     double sum = 0;
     gpt2_loader_reset(l);
-    for (int64_t i = 0; i < count; i++) {
+    for (int64_t i = 0; i < batches; i++) {
         const int32_t *x = gpt2_loader_next(l);
         if (!x || gpt2_forward(model, x, x + (size_t)l->B * l->at.T, l->B, (int)l->at.T, 0, loss)) return -1;
         sum += *loss;
     }
-    *loss = (float)(sum / (double)count);
+    *loss = (float)(sum / (double)batches);
     return 0;
 }
 
@@ -1988,7 +2005,8 @@ static void compare(GPT2Diff *row, const float *values, const float *reference, 
         difference += d * d;
         norm += (double)reference[k] * reference[k];
     }
-    row->relative = sqrt(difference / (norm > 0 ? norm : 1));
+    if (norm == 0) norm = 1;              /* then the error is absolute */
+    row->relative = sqrt(difference / norm);
     row->ok = row->relative <= tolerance;
 }
 

@@ -1,23 +1,22 @@
-/* GPT-2 training on an NVIDIA GPU (Ampere, sm_80, and later), with the CUDA toolkit and nothing else.
+/* GPT-2 training on an NVIDIA GPU (Ampere, sm_80, or later), with nothing but the CUDA toolkit.
 
      make cuda                    builds ./train_gpt2cu and libgpt2cu.so from this file and train_gpt2.c
-     make cuda FP32=1             the same in pure fp32, to verify with (..._fp32)
+     make cuda FP32=1             the same in fp32, for verification (..._fp32)
 
-   What it is: the model half behind the C API that section 1 of train_gpt2.c documents, on a GPU. Files,
-   loader, schedule and main are train_gpt2.c's, compiled without its model. What it refuses to be: a tensor
-   library; a home for several GPUs. To be read from top to bottom:
+   The model behind the C API that section 1 of train_gpt2.c documents. The host code is that of train_gpt2.c,
+   compiled without its model.
 
-     1. The device     errors, launches, vectors of 16 bytes, sums over a warp and over a block
-     2. Layers         embedding, layer norm, GELU, classifier, column sums: all of them bound by memory
-     3. Attention      a plain pair of kernels for any head and fp32; flash attention on tensor cores
-     4. Matrix product by cuBLASLt, with what can be fused into its end
+     1. The device     errors, launches, vectors of 16 bytes, sums over a warp and a block
+     2. Matrix product, declared
+     3. Layers         embedding, layer norm, GELU, classifier, column sums: all limited by memory
+     4. Attention      plain kernels for any head size and fp32; flash attention on tensor cores
      5. GPT-2          memory, forward, backward, logits
      6. AdamW
+     7. Matrix product, defined
 
-   Parameters, activations and their gradients are floatX: bf16, or float with -DGPT2_FP32. In fp32 are the
-   master weights, the moments, the parameters' gradients, layer norm's statistics, and every sum. No sum
-   depends on which block comes first (there are no atomics): the same run gives the same bits.
-   dev/doc/cuda.md has the memory layout, and each kernel's bound. */
+   Parameters, activations and their gradients are floatX: bf16, or float with -DGPT2_FP32. Master weights,
+   moments, gradients of parameters, layer norm's statistics and all sums are fp32. There are no atomics; no
+   sum depends on the order of blocks: the same run gives the same bits. See dev/doc/cuda.md. */
 
 #undef _GNU_SOURCE                       /* C++ compilers have it defined */
 #define GPT2_API_ONLY
@@ -31,6 +30,7 @@
 #include <string.h>
 #include <type_traits>
 #include <unistd.h>
+#include <utility>
 
 /* === 1. The device ====================================================================================== */
 #ifdef GPT2_FP32
@@ -45,17 +45,16 @@ static const cudaDataType_t FLOATX_TYPE = CUDA_R_16BF;
 enum { WIDTH = 16 / sizeof(floatX), WARP = 32 };     /* elements in 16 bytes, threads */
 
 static size_t min_of(size_t a, size_t b) { return a < b ? a : b; }
-static size_t pieces(size_t n, size_t unit) { return (n + unit - 1) / unit; }
-static unsigned blocks(size_t n, size_t each) { return (unsigned)pieces(n, each); }
-static size_t round_to(size_t n, size_t unit) { return pieces(n, unit) * unit; }
+static size_t ceil_div(size_t n, size_t unit) { return (n + unit - 1) / unit; }
+static unsigned blocks(size_t n, size_t each) { return (unsigned)ceil_div(n, each); }
+static size_t round_to(size_t n, size_t unit) { return ceil_div(n, unit) * unit; }
 
-/* Whether something on the GPU went wrong since the API function that runs began; gpt2_error() has the first
-   sentence about it. A thread is in one such function at a time. */
+/* Whether a GPU call failed since the current API function started; gpt2_error() has the first failure. */
 static thread_local int gpu_failed;
 
 static int gpu_ok(cudaError_t error) {
     if (error == cudaSuccess) return 1;
-    cudaGetLastError();                   /* forgets it, where that is possible */
+    cudaGetLastError();                   /* clears it, where that is possible */
     if (!gpu_failed) gpt2_fail("the GPU failed: %s", cudaGetErrorString(error));
     gpu_failed = 1;
     return 0;
@@ -68,10 +67,10 @@ static int blas_ok(cublasStatus_t status) {
     return 0;
 }
 
-static int begun(void) { return gpu_failed = 0; }
-static int ended(void) { return gpu_failed ? -1 : 0; }
+static void api_begin(void) { gpu_failed = 0; }
+static int api_status(void) { return -gpu_failed; }
 
-/* The tests, which compile this for the CPU, and dev/cuda/profile.cu have these their own way. */
+/* The emulated GPU and dev/cuda/profile.cu define these differently. */
 #ifndef LAUNCH
 #define LAUNCH(kernel, grid, block, shared, stream, ...) \
     (kernel<<<grid, block, shared, stream>>>(__VA_ARGS__), (void)gpu_ok(cudaGetLastError()))
@@ -82,9 +81,9 @@ static int ended(void) { return gpu_failed ? -1 : 0; }
     type *name = (type *)shared_memory
 #endif
 
-/* A kernel may be made for vectors of WIDTH elements or of one, where a size is no multiple of WIDTH. */
-#define LAUNCH_WIDE(wide, kernel, grid, block, shared, stream, ...) do { \
-    if (wide) LAUNCH((kernel<WIDTH>), grid, block, shared, stream, __VA_ARGS__); \
+/* Launches a kernel for vectors of WIDTH elements, or of one where a size is not a multiple of WIDTH. */
+#define LAUNCH_VECTORIZED(vectorized, kernel, grid, block, shared, stream, ...) do { \
+    if (vectorized) LAUNCH((kernel<WIDTH>), grid, block, shared, stream, __VA_ARGS__); \
     else LAUNCH((kernel<1>), grid, block, shared, stream, __VA_ARGS__); \
 } while (0)
 
@@ -95,7 +94,7 @@ __device__ static inline float to_float(__nv_bfloat16 x) { return __bfloat162flo
 __device__ static inline void from_float(__nv_bfloat16 *p, float x) { *p = __float2bfloat16_rn(x); }
 #endif
 
-/* V elements at p as floats, and back: 16 bytes at a time, or 8 or a single element if there are no more. */
+/* Loads V elements as floats, and stores them: 16 bytes at a time, or 8, or one element. */
 template <int V, typename X> using Raw =
     std::conditional_t<V * sizeof(X) >= 16, uint4, std::conditional_t<V * sizeof(X) == 8, uint2, X>>;
 template <int V, typename X> __device__ static inline void load(float v[V], const X *p) {
@@ -122,12 +121,13 @@ template <int V, typename X> __device__ static inline void store(X *p, const flo
     }
 }
 
-/* Sum or maximum over groups of LANES in a warp; all their threads get it, in the same order always. */
+/* Sum or maximum over groups of LANES threads of a warp, in a fixed order; all of them get it. */
 template <int LANES, int MAX> __device__ static inline float reduce(float x) {
 #pragma unroll
     for (int step = LANES / 2; step; step /= 2) {
         const float other = __shfl_xor_sync(0xFFFFFFFFu, x, step);
-        x = MAX ? fmaxf(x, other) : x + other;
+        if (MAX) x = fmaxf(x, other);
+        else x += other;
     }
     return x;
 }
@@ -139,22 +139,24 @@ template <int MAX> __device__ static float block_reduce(float x) {
     x = reduce<WARP, MAX>(x);
     if (lane == 0) parts[threadIdx.x / WARP] = x;
     __syncthreads();
-    x = lane < warps ? parts[lane] : MAX ? -INFINITY : 0;
+    x = 0;
+    if (MAX) x = -INFINITY;
+    if (lane < warps) x = parts[lane];
     x = reduce<WARP, MAX>(x);
-    __syncthreads();                      /* parts is used again */
+    __syncthreads();                      /* before parts is reused */
     return x;
 }
 
 /* === 2. Matrix product, declared ========================================================================
    By cuBLASLt, defined in section 7: cuBLASLt chooses an algorithm for each shape, and a plan keeps it. */
-typedef struct {                          /* what makes one product different from another */
+typedef struct {                          /* of a product; plans are found by it */
     int64_t M, N, K, ld_a, ld_b, ld_d;    /* D (M,N) = A (M,K) · B (K,N), all row-major */
     int32_t transposed_a, transposed_b;   /* A is given as (K,M), B as (N,K) */
     int32_t epilogue, alignment;          /* alignment of the pointers in bytes */
     int32_t type_d, add;                  /* D is fp32 or floatX; C is added */
 } Shape;
 
-typedef struct {                          /* and how cuBLASLt does it */
+typedef struct {                          /* how cuBLASLt computes it */
     Shape shape;
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;       /* of D and C */
@@ -167,13 +169,13 @@ typedef struct {
     cudaStream_t stream;
     void *workspace;
     Plan plans[PLANS];
-    int count;                            /* plans made so far; the 65th takes the first one's place */
-    int capturing;                        /* a graph, in which no plan can be made: some cuBLASLt fail then */
+    int count;                            /* plans so far; the 65th replaces the first */
+    int capturing;                        /* a graph: some cuBLASLt versions cannot plan then */
 } Blas;
 
 typedef struct { const floatX *data; size_t ld; int transposed; } Matrix;     /* ld: from row to row */
 
-/* What is done to D before it is written; the first NULLs and DEFAULT for nothing. */
+/* The epilogue: what is done to D before it is written. */
 typedef struct {
     cublasLtEpilogue_t epilogue;
     const floatX *bias;                   /* (N), with BIAS and GELU_AUX_BIAS */
@@ -181,20 +183,22 @@ typedef struct {
     const void *add;                      /* as D, may be D: is added, with DEFAULT and BIAS */
 } After;
 
-/* D (M,N), ld_d from row to row = A (M,K) · B (K,N) and what comes after; fp32 if D is float. Returns 0 if
-   cuBLASLt has no way to do it, and nothing was done; unless there is a GELU in it, that is a failure. */
+/* D (M,N), rows ld_d apart, = A (M,K) · B (K,N) and the epilogue. Returns 0, with nothing done, if cuBLASLt
+   does not support it; without a GELU in the epilogue that is a failure. */
 template <typename D> static int gemm(Blas *blas, D *d, size_t ld_d, Matrix a, Matrix b, size_t M, size_t N,
                                       size_t K, After after = {CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, NULL});
 static void plan_free(Plan *plan);
 
 /* === 3. Layers ==========================================================================================
-   Rows are the N = B T tokens. Kernels that go through a row give it to a warp, a lane taking WIDTH channels
-   of each 32 WIDTH; what they read a second time they find in the first-level cache. */
+   Rows are the N = B T tokens. A warp takes a row, each lane WIDTH channels of every 32 WIDTH; a second pass
+   over the row reads L1. */
 enum { ROW_WARPS = 8 };                   /* warps in a block of such a kernel */
 
-/* out (N,C) = wte[x] + wpe[position]; the rows are positions 0 … T-1, again and again */
-template <int V> __global__ void encoder_forward_kernel(floatX *out, const int32_t *x, const floatX *wte,
-                                                        const floatX *wpe, size_t N, int T, int C) {
+/* out (N,C) = wte[x] + wpe[n mod T] */
+template <int V>
+__global__ void encoder_forward_kernel(floatX *__restrict__ out, const int32_t *__restrict__ x,
+                                       const floatX *__restrict__ wte, const floatX *__restrict__ wpe,
+                                       size_t N, int T, int C) {
     const size_t n = blockIdx.x * (size_t)ROW_WARPS + threadIdx.x / WARP;
     if (n >= N) return;
     const floatX *token = wte + (size_t)x[n] * C, *position = wpe + n % T * C;
@@ -208,7 +212,9 @@ template <int V> __global__ void encoder_forward_kernel(floatX *out, const int32
 }
 
 /* dwpe (T,C) = (or +=) Σ over sequences of dout (B,T,C) */
-template <int V> __global__ void dwpe_kernel(float *dwpe, const floatX *dout, int B, int T, int C, int add) {
+template <int V>
+__global__ void dwpe_kernel(float *__restrict__ dwpe, const floatX *__restrict__ dout, int B, int T, int C,
+                            int add) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V, TC = (size_t)T * C;
     if (i >= TC) return;
     float sum[V] = {0}, d[V];
@@ -220,11 +226,14 @@ template <int V> __global__ void dwpe_kernel(float *dwpe, const floatX *dout, in
     store<V>(dwpe + i, sum);
 }
 
-/* dwte: the host has sorted the positions by token, and cut each token's into segments of SEGMENT at most, so
-   that a frequent token is no block's alone. First each segment's sum, parts (segments, C)… */
-enum { SEGMENT = 32 };
-template <int V> __global__ void dwte_parts_kernel(float *parts, const floatX *dout, const int32_t *order,
-                                                   const int32_t *segments, int C) {
+/* dwte in two stages. The host sorts the positions by token and cuts them into segments of at most
+   SEGMENT_ROWS, so that several blocks share a frequent token. First the sum of each segment, parts
+   (segments, C)… */
+enum { SEGMENT_ROWS = 32 };
+template <int V>
+__global__ void dwte_parts_kernel(float *__restrict__ parts, const floatX *__restrict__ dout,
+                                  const int32_t *__restrict__ order, const int32_t *__restrict__ segments,
+                                  int C) {
     const int segment = blockIdx.x, first = segments[segment], end = segments[segment + 1];
     for (int c = threadIdx.x * V; c < C; c += blockDim.x * V) {
         float sum[V] = {0}, d[V];
@@ -235,9 +244,11 @@ template <int V> __global__ void dwte_parts_kernel(float *parts, const floatX *d
         store<V>(parts + (size_t)segment * C + c, sum);
     }
 }
-/* … then each token's; the classifier has written its part of dwte before. */
-template <int V> __global__ void dwte_kernel(float *dwte, const float *parts, const int32_t *tokens,
-                                             const int32_t *first_segment, int C) {
+/* … then of each token, added to what the classifier has written. */
+template <int V>
+__global__ void dwte_kernel(float *__restrict__ dwte, const float *__restrict__ parts,
+                            const int32_t *__restrict__ tokens, const int32_t *__restrict__ first_segment,
+                            int C) {
     const int first = first_segment[blockIdx.x], end = first_segment[blockIdx.x + 1];
     float *row = dwte + (size_t)tokens[blockIdx.x] * C;
     for (int c = threadIdx.x * V; c < C; c += blockDim.x * V) {
@@ -251,18 +262,21 @@ template <int V> __global__ void dwte_kernel(float *dwte, const float *parts, co
     }
 }
 
-/* out (N,C) = (inp - mean) · rstd · w + b. mean (N) and rstd (N) = 1 / √(variance + ε) are kept for the
-   backward pass; with `again` they are known. */
-template <int V> __global__ void layernorm_forward_kernel(floatX *out, float *mean, float *rstd,
-                                                          const floatX *inp, const floatX *w, const floatX *b,
-                                                          size_t N, int C, int again) {
+/* out (N,C) = (inp - mean) · rstd · w + b; mean (N) and rstd (N) are written, or read if known. */
+template <int V>
+__global__ void layernorm_forward_kernel(floatX *__restrict__ out, float *__restrict__ mean,
+                                         float *__restrict__ rstd, const floatX *__restrict__ inp,
+                                         const floatX *__restrict__ w, const floatX *__restrict__ b, size_t N,
+                                         int C, int known) {
     const size_t n = blockIdx.x * (size_t)ROW_WARPS + threadIdx.x / WARP;
     const int lane = threadIdx.x % WARP;
     if (n >= N) return;
     const floatX *x = inp + n * C;
     float m, s, v[V], scale[V], shift[V];
-    if (again) m = mean[n], s = rstd[n];
-    else {
+    if (known) {
+        m = mean[n];
+        s = rstd[n];
+    } else {
         float sum = 0, squares = 0;
         for (int c = lane * V; c < C; c += WARP * V) {
             load<V>(v, x + c);
@@ -274,7 +288,10 @@ template <int V> __global__ void layernorm_forward_kernel(floatX *out, float *me
             for (int i = 0; i < V; i++) squares += (v[i] - m) * (v[i] - m);
         }
         s = 1.0f / sqrtf(reduce<WARP, 0>(squares) / C + 1e-5f);
-        if (lane == 0) mean[n] = m, rstd[n] = s;
+        if (lane == 0) {
+            mean[n] = m;
+            rstd[n] = s;
+        }
     }
     for (int c = lane * V; c < C; c += WARP * V) {
         load<V>(v, x + c);
@@ -285,13 +302,14 @@ template <int V> __global__ void layernorm_forward_kernel(floatX *out, float *me
     }
 }
 
-/* With norm = (inp - mean) · rstd and g = w · dout: dinp = (or with `add`, the residual stream's gradient,
-   +=) rstd · (g - mean(g) - norm · mean(g · norm)). Σ dout and Σ dout · norm over the block's rows, of which
-   each warp has a part in shared memory, go to sums (blocks, 2, C): first db, then dw. */
-template <int V> __global__ void layernorm_backward_kernel(floatX *dinp, float *sums, const floatX *dout,
-                                                           const floatX *inp, const floatX *w,
-                                                           const float *mean, const float *rstd, size_t N,
-                                                           int C, int add) {
+/* With norm = (inp - mean) · rstd and g = w · dout: dinp = rstd · (g - mean(g) - norm · mean(g · norm)),
+   accumulated if `add`. sums (blocks, 2, C): db and dw over the block's rows, from parts of its warps in
+   shared memory. */
+template <int V>
+__global__ void layernorm_backward_kernel(floatX *__restrict__ dinp, float *__restrict__ sums,
+                                          const floatX *__restrict__ dout, const floatX *__restrict__ inp,
+                                          const floatX *__restrict__ w, const float *__restrict__ mean,
+                                          const float *__restrict__ rstd, size_t N, int C, int add) {
     SHARED(float, shared);                /* (warps, 2, C) */
     const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP, warp = threadIdx.x / WARP;
     float *db = shared + (size_t)warp * 2 * C, *dw = db + C;
@@ -337,9 +355,11 @@ template <int V> __global__ void layernorm_backward_kernel(floatX *dinp, float *
     }
 }
 
-/* sums (blocks of rows, OC) of the columns of dout (N,OC): a thread has V columns, and every so many rows. */
+/* sums (blocks of rows, OC) of the columns of dout (N,OC). */
 enum { COLUMN_THREADS = 32, COLUMN_ROWS = 8 };
-template <int V> __global__ void column_sums_kernel(float *sums, const floatX *dout, size_t N, int OC) {
+template <int V>
+__global__ void column_sums_kernel(float *__restrict__ sums, const floatX *__restrict__ dout, size_t N,
+                                   int OC) {
     __shared__ float shared[COLUMN_ROWS][COLUMN_THREADS * V];
     const int column = threadIdx.x, c = (blockIdx.x * COLUMN_THREADS + column) * V;
     float sum[V] = {0}, d[V];
@@ -356,8 +376,9 @@ template <int V> __global__ void column_sums_kernel(float *sums, const floatX *d
     store<V>(sums + (size_t)blockIdx.y * OC + c, sum);
 }
 
-/* The second stage: out (n) = (or +=) Σ over rows of sums (rows, stride), of its first n columns */
-__global__ void column_total_kernel(float *out, const float *sums, int rows, int n, int stride, int add) {
+/* The second stage: out (n) = Σ over rows of sums (rows, stride), accumulated if `add`. */
+__global__ void column_total_kernel(float *__restrict__ out, const float *__restrict__ sums, int rows, int n,
+                                    int stride, int add) {
     __shared__ float shared[COLUMN_ROWS][COLUMN_THREADS];
     const int c = blockIdx.x * COLUMN_THREADS + threadIdx.x;
     float sum = 0;
@@ -367,12 +388,12 @@ __global__ void column_total_kernel(float *out, const float *sums, int rows, int
     __syncthreads();
     if (threadIdx.y || c >= n) return;
     for (int k = 1; k < COLUMN_ROWS; k++) sum += shared[k][threadIdx.x];
-    out[c] = add ? out[c] + sum : sum;
+    if (add) sum += out[c];
+    out[c] = sum;
 }
 
-/* GELU in the tanh form: x σ(2u) with u = √(2/π) (x + 0.044715 x³), and its derivative σ + x σ (1 - σ) 2u';
-   for where cuBLASLt cannot do it, and for making the output again. out (n) = GELU of inp, or, with dx, dx
-   times the derivative there; out may be dx. */
+/* GELU as in train_gpt2.c, where cuBLASLt cannot fuse it, and for recomputation. out (n) = GELU(inp), or with
+   dx, dx times the derivative; out may be dx. */
 template <int V> __global__ void gelu_kernel(floatX *out, const floatX *dx, const floatX *inp, size_t n) {
     const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (at >= n) return;
@@ -383,15 +404,16 @@ template <int V> __global__ void gelu_kernel(floatX *out, const floatX *dx, cons
         const float twice_u = x[i] * (1.59576912f + 0.0713548163f * x[i] * x[i]);
         const float slope = 1.59576912f + 3 * 0.0713548163f * x[i] * x[i];
         const float sigma = 1.0f / (1.0f + expf(-twice_u));
-        x[i] = dx ? d[i] * (sigma + x[i] * sigma * (1.0f - sigma) * slope) : x[i] * sigma;
+        if (dx) x[i] = d[i] * (sigma + x[i] * sigma * (1.0f - sigma) * slope);
+        else x[i] *= sigma;
     }
     store<V>(out + at, x);
 }
 
-#define LOG2E 1.44269504f                 /* e^x = 2^(x log₂e), for which GPUs have an instruction */
+#define LOG2E 1.44269504f                 /* e^x = 2^(x log₂e), one instruction */
 
-/* losses (rows) = -log softmax(logits)[y]. Unless scale is 0, the rows of V logits, Vp apart, become their
-   gradient scale · (softmax - one-hot), and the padding 0. A block has a row, which it reads twice. */
+/* losses (rows) = -log softmax(logits)[y]. Unless scale is 0, rows of V logits, Vp apart, become scale ·
+   (softmax - one-hot), and the padding 0. One block per row, which it reads twice. */
 __global__ void crossentropy_kernel(float *losses, floatX *logits, const int32_t *y, int V, int Vp,
                                     float scale) {
     floatX *row = logits + blockIdx.x * (size_t)Vp;
@@ -401,14 +423,17 @@ __global__ void crossentropy_kernel(float *losses, floatX *logits, const int32_t
     for (int c = threadIdx.x * WIDTH; c < V; c += blockDim.x * WIDTH) {
         load<WIDTH>(v, row + c);
         if (c + WIDTH > V)
-            for (int i = 0; i < WIDTH; i++) v[i] = c + i < V ? v[i] : -INFINITY;
+            for (int i = 0; i < WIDTH; i++)
+                if (c + i >= V) v[i] = -INFINITY;
         float higher = top;
         for (int i = 0; i < WIDTH; i++) higher = fmaxf(higher, v[i]);
-        if (higher > top) sum *= exp2f((top - higher) * LOG2E), top = higher;
+        if (higher > top) sum *= exp2f((top - higher) * LOG2E);
+        top = higher;
         for (int i = 0; i < WIDTH; i++) sum += exp2f((v[i] - top) * LOG2E);
     }
     const float highest = block_reduce<1>(top);
-    sum = block_reduce<0>(top > -INFINITY ? sum * exp2f((top - highest) * LOG2E) : 0);
+    if (top > -INFINITY) sum *= exp2f((top - highest) * LOG2E);     /* else it is 0 */
+    sum = block_reduce<0>(sum);
     if (threadIdx.x == 0) losses[blockIdx.x] = highest + logf(sum) - target_logit;
     if (scale == 0) return;
     const float factor = scale / sum;
@@ -416,19 +441,21 @@ __global__ void crossentropy_kernel(float *losses, floatX *logits, const int32_t
         load<WIDTH>(v, row + c);
         for (int i = 0; i < WIDTH; i++) v[i] = exp2f((v[i] - highest) * LOG2E) * factor;
         if (c + WIDTH > V || (c <= target && target < c + WIDTH))
-            for (int i = 0; i < WIDTH; i++) v[i] = c + i < V ? v[i] - (c + i == target ? scale : 0) : 0;
+            for (int i = 0; i < WIDTH; i++) {
+                if (c + i == target) v[i] -= scale;
+                if (c + i >= V) v[i] = 0;
+            }
         store<WIDTH>(row + c, v);
     }
 }
 
 /* === 4. Attention =======================================================================================
-   out = softmax(q·kᵀ / √hs)·v for each head of hs = C / NH channels, where a query sees the keys up to its
-   own. qkv is (B,T,3,NH,hs). Scores are kept in base 2: with s = q·k log₂e / √hs the softmax is 2^s / Σ 2^s,
-   and lse (B,NH,T) = log₂ Σ 2^s is all that the backward pass needs to make p = 2^(s - lse) again. There,
-   with delta (B,NH,T) = Σ dout · out, ds = p · (dout·v - delta), dq = ds·k / √hs, dk = dsᵀ·q / √hs, dv =
-   pᵀ·dout. */
+   Causal: out = softmax(q·kᵀ / √hs)·v for each head of hs = C / NH channels; qkv is (B,T,3,NH,hs). In base 2,
+   with s = q·k log₂e / √hs, the softmax is 2^s / Σ 2^s, and the backward pass recomputes p = 2^(s - lse) from
+   lse (B,NH,T) = log₂ Σ 2^s. With delta (B,NH,T) = Σ dout · out: ds = p · (dout·v - delta), dq = ds·k / √hs,
+   dk = dsᵀ·q / √hs, dv = pᵀ·dout. */
 
-/* --- The plain kernels: any head size, fp32 or bf16; a warp has a query (or a key) and all its channels - */
+/* --- Plain kernels: any head size, fp32 or bf16; one warp per query (or key) ---------------------------- */
 enum { PLAIN_WARPS = 4 };
 static size_t plain_shared(int warps, int hs) {
     return (size_t)warps * (2 * (size_t)hs + 2 * WARP) * sizeof(float);
@@ -439,7 +466,7 @@ __device__ static inline float dot(const floatX *a, const floatX *b, int n) {
     if (n % WIDTH)
         for (int i = 0; i < n; i++) sum += to_float(a[i]) * to_float(b[i]);
     else
-        for (int i = 0; i < n; i += WIDTH) {     /* then all heads begin with a whole vector */
+        for (int i = 0; i < n; i += WIDTH) {     /* heads are aligned */
             load<WIDTH>(x, a + i);
             load<WIDTH>(y, b + i);
             for (int k = 0; k < WIDTH; k++) sum += x[k] * y[k];
@@ -447,8 +474,8 @@ __device__ static inline float dot(const floatX *a, const floatX *b, int n) {
     return sum;
 }
 
-/* out (B, T - first, C) of the queries from `first` on, and their lse. A lane scores a key; then the warp
-   adds 32 keys' values, a lane some channels, with an online softmax (Milakov & Gimelshein 2018). */
+/* out (B, T - first, C) and lse of the queries from `first` on. Each lane scores a key, then each lane adds
+   the values of 32 keys for some channels, with an online softmax (Milakov & Gimelshein 2018). */
 __global__ void attention_plain_forward_kernel(floatX *out, float *lse, const floatX *qkv, int first, int T,
                                                int C, int NH) {
     SHARED(float, shared);                /* (warps): sums of hs channels, 32 weights */
@@ -462,17 +489,18 @@ __global__ void attention_plain_forward_kernel(floatX *out, float *lse, const fl
     float top = -INFINITY, total = 0;
     for (int c = lane; c < hs; c += WARP) sums[c] = 0;
     for (int from = 0; from <= t; from += WARP) {
-        const int key = from + lane, keys = t + 1 - from < WARP ? t + 1 - from : WARP;
-        const float score = key <= t ? factor * dot(q, head + (size_t)key * 3 * C + C, hs) : -INFINITY;
-        const float higher = fmaxf(top, reduce<WARP, 1>(score)), fade = exp2f(top - higher);
+        const int key = from + lane, keys = min(t + 1 - from, (int)WARP);
+        float score = -INFINITY;
+        if (key <= t) score = factor * dot(q, head + (size_t)key * 3 * C + C, hs);
+        const float higher = fmaxf(top, reduce<WARP, 1>(score)), rescale = exp2f(top - higher);
         const float weight = exp2f(score - higher);
-        total = total * fade + reduce<WARP, 0>(weight);
+        total = total * rescale + reduce<WARP, 0>(weight);
         top = higher;
         weights[lane] = weight;
         __syncwarp();
         for (int c = lane; c < hs; c += WARP) {
             const floatX *v = head + (size_t)from * 3 * C + 2 * C + c;
-            float sum = sums[c] * fade;
+            float sum = sums[c] * rescale;
             for (int k = 0; k < keys; k++) sum += weights[k] * to_float(v[(size_t)k * 3 * C]);
             sums[c] = sum;
         }
@@ -483,9 +511,9 @@ __global__ void attention_plain_forward_kernel(floatX *out, float *lse, const fl
     if (lane == 0) lse[pair * T + t] = top + log2f(total);
 }
 
-/* delta (B,NH,T), for both of the plain backward kernels; a warp has a row of a head */
-__global__ void attention_delta_kernel(float *delta, const floatX *dout, const floatX *out, size_t rows,
-                                       int T, int C, int NH) {
+/* delta (B,NH,T), one warp per row of a head */
+__global__ void attention_delta_kernel(float *__restrict__ delta, const floatX *__restrict__ dout,
+                                       const floatX *__restrict__ out, size_t rows, int T, int C, int NH) {
     const size_t row = blockIdx.x * (size_t)ROW_WARPS + threadIdx.x / WARP;     /* of (B,T,NH) */
     if (row >= rows) return;
     const int hs = C / NH, h = row % NH, t = row / NH % T;
@@ -497,7 +525,7 @@ __global__ void attention_delta_kernel(float *delta, const floatX *dout, const f
     if (threadIdx.x % WARP == 0) delta[(b * NH + h) * T + t] = sum;
 }
 
-/* dq of a query: a lane has a key's ds, then the warp adds ds · k of 32 keys. */
+/* dq of a query: each lane computes ds of a key, then the warp adds ds · k of 32 keys. */
 __global__ void attention_plain_dq_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
                                           const float *lse, const float *delta, int T, int C, int NH) {
     SHARED(float, shared);                /* (warps): sums of hs channels, 32 ds */
@@ -511,10 +539,13 @@ __global__ void attention_plain_dq_kernel(floatX *dqkv, const floatX *dout, cons
     const float factor = 1 / sqrtf((float)hs);
     for (int c = lane; c < hs; c += WARP) sums[c] = 0;
     for (int from = 0; from <= t; from += WARP) {
-        const int key = from + lane, keys = t + 1 - from < WARP ? t + 1 - from : WARP;
+        const int key = from + lane, keys = min(t + 1 - from, (int)WARP);
         const floatX *k = head + (size_t)key * 3 * C + C;
-        ds[lane] = key > t ? 0 : exp2f(factor * LOG2E * dot(q, k, hs) - lse[row]) *
-                                 (dot(d, k + C, hs) - delta[row]) * factor;
+        ds[lane] = 0;
+        if (key <= t) {
+            const float p = exp2f(factor * LOG2E * dot(q, k, hs) - lse[row]);
+            ds[lane] = p * (dot(d, k + C, hs) - delta[row]) * factor;
+        }
         __syncwarp();
         for (int c = lane; c < hs; c += WARP) {
             float sum = sums[c];
@@ -526,7 +557,7 @@ __global__ void attention_plain_dq_kernel(floatX *dqkv, const floatX *dout, cons
     for (int c = lane; c < hs; c += WARP) from_float(dqkv + at + (size_t)t * 3 * C + c, sums[c]);
 }
 
-/* dk and dv of a key: a lane has a query's p and ds, then the warp adds p · dout and ds · q of 32 queries. */
+/* dk and dv of a key: each lane computes p and ds of a query, then the warp adds p · dout and ds · q. */
 __global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv,
                                             const float *lse, const float *delta, int T, int C, int NH) {
     SHARED(float, shared);                /* (warps): sums of 2 hs channels, 32 p, 32 ds */
@@ -540,7 +571,7 @@ __global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, co
     const float factor = 1 / sqrtf((float)hs);
     for (int c = lane; c < hs; c += WARP) dk[c] = dv[c] = 0;
     for (int from = t; from < T; from += WARP) {
-        const int query = from + lane, queries = T - from < WARP ? T - from : WARP;
+        const int query = from + lane, queries = min(T - from, (int)WARP);
         const size_t row = pair * T + query;
         p[lane] = ds[lane] = 0;
         if (query < T) {
@@ -554,7 +585,8 @@ __global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, co
                 sum_k += ds[i] * to_float(head[(size_t)(from + i) * 3 * C + c]);
                 sum_v += p[i] * to_float(d[(size_t)(from + i) * C + c]);
             }
-            dk[c] = sum_k, dv[c] = sum_v;
+            dk[c] = sum_k;
+            dv[c] = sum_v;
         }
         __syncwarp();
     }
@@ -566,31 +598,31 @@ __global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, co
 }
 
 /* --- Flash attention on tensor cores: bf16, heads of 64 channels (Dao 2023, "FlashAttention-2") -----------
-   A block has 128 queries (for dk and dv: keys) of a head, 32 a warp, and goes through tiles of 64 keys
-   (queries) in shared memory, of which the next one is on its way while one is worked on. Scores, P and the
-   sums stay in registers: the accumulators of a product have the layout that the next one's A wants. */
+   A block takes 128 queries (for dk and dv: keys) of a head, 32 per warp, and loops over tiles of 64 keys
+   (queries) in shared memory, prefetching the next tile. Scores, P and sums stay in registers: accumulators
+   of one product have the layout of the next one's A. */
 #ifndef GPT2_FP32
 enum { HS = 64, TILE = 64, STEPS = HS / 16, FLASH_WARPS = 4, FLASH_THREADS = FLASH_WARPS * WARP };
-enum { OWN = 2, OWN_ROWS = 16 * OWN, BLOCK_ROWS = OWN_ROWS * FLASH_WARPS };     /* of a warp, of a block */
+enum { WARP_TILES = 2, WARP_ROWS = 16 * WARP_TILES, BLOCK_ROWS = WARP_ROWS * FLASH_WARPS };
 enum { ROW_BYTES = HS * 2, BLOCK_BYTES = BLOCK_ROWS * ROW_BYTES, TILE_BYTES = TILE * ROW_BYTES };
 enum { STAGE_BYTES = 2 * TILE_BYTES, FORWARD_SHARED = BLOCK_BYTES + 2 * STAGE_BYTES };
 enum { DQ_SHARED = FORWARD_SHARED + 2 * BLOCK_BYTES, DKDV_SHARED = FORWARD_SHARED + BLOCK_BYTES + 16 * TILE };
 typedef __nv_bfloat16 bf16;
 #define FLASH_KERNEL __global__ __launch_bounds__(FLASH_THREADS) void
 
-#ifdef __CUDACC__                         /* the tests have these their own way, too */
+#ifdef __CUDACC__                         /* the emulated GPU has its own */
 typedef uint32_t Shared;                  /* an address in shared memory */
 __device__ static inline Shared shared_address(const void *p) { return (Shared)__cvta_generic_to_shared(p); }
-/* d (16,8) += a (16,16) · b (16,8). Of a, a thread has (row, 2 columns) at (g, 2t), (g + 8, 2t), (g, 2t + 8)
-   and (g + 8, 2t + 8), of b (2 rows, column) at (2t, g), (2t + 8, g), of d (g, 2t) and (g + 8, 2t): g = lane
-   / 4, t = lane % 4. */
+/* d (16,8) += a (16,16) · b (16,8). With g = lane / 4 and t = lane % 4, a thread has (row, 2 columns) of a at
+   (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); (2 rows, column) of b at (2t, g), (2t + 8, g); d at (g,
+   2t), (g + 8, 2t). */
 __device__ static inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
                  "{%0,%1,%2,%3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-/* Four 8 × 8 matrices: lanes 8 i … 8 i + 7 have the addresses of rows of the i-th, and each lane gets of row
-   lane / 4 (or column, of the transposed) the elements 2 (lane % 4) and the one after. */
+/* Loads four 8 × 8 matrices: lanes 8 i … 8 i + 7 give the row addresses of the i-th; each lane gets elements
+   2 (lane % 4) and the next of row (or, transposed, column) lane / 4. */
 __device__ static inline void ldmatrix_x4(uint32_t r[4], Shared row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
@@ -599,7 +631,7 @@ __device__ static inline void ldmatrix_x4_trans(uint32_t r[4], Shared row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
-/* 16 bytes to shared memory, past registers and the first-level cache; in groups, to be waited for. */
+/* Asynchronous copies of 16 bytes to shared memory, bypassing registers and L1, in groups. */
 __device__ static inline void copy_async_16(Shared to, const void *global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(global) : "memory");
 }
@@ -609,15 +641,14 @@ template <int N> __device__ static inline void copy_async_wait(void) {
 }
 #endif
 
-/* A tile has rows of 64 bf16: eight pieces of 16 bytes, which lie where piece ^ row % 8 says, so that eight
-   rows' pieces of the same number are in different banks. */
+/* A tile has rows of 64 bf16, eight pieces of 16 bytes, swizzled to piece ^ row % 8: the same piece of eight
+   rows is in different banks. */
 __device__ static inline bf16 *piece_at(bf16 *tile, int row, int piece) {
     return tile + row * HS + (piece ^ (row & 7)) * 8;
 }
 
-/* Rows first … of a head, stride elements apart in memory, begin their way to a tile. What lies behind row T
-   - 1 is that row again: of no account, but finite. A thread's rows are 16 apart, so that its pieces are all
-   in the same place of their row. */
+/* Starts copying ROWS rows of a head, from `first` on and stride elements apart, to a tile. Rows after T - 1
+   repeat it: unused, but finite. A thread's rows are 16 apart, so all its pieces have the same swizzle. */
 template <int ROWS> __device__ static inline void tile_load(bf16 *tile, const bf16 *head, unsigned stride,
                                                             int first, int T) {
     const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
@@ -628,7 +659,7 @@ template <int ROWS> __device__ static inline void tile_load(bf16 *tile, const bf
         copy_async_16(to + i * ROW_BYTES, head + (size_t)(unsigned)min(first + row + i, T - 1) * stride);
 }
 
-/* The same with tile number `tile` of two heads, for which there are two stages of two tiles. */
+/* The same for tile number `tile` of two heads, into one of two stages of two tiles. */
 __device__ static inline void stage_load(bf16 *stages, int tile, const bf16 *one, unsigned one_stride,
                                          const bf16 *other, unsigned other_stride, int T) {
     bf16 *stage = stages + tile % 2 * 2 * TILE * HS;
@@ -636,12 +667,11 @@ __device__ static inline void stage_load(bf16 *stages, int tile, const bf16 *one
     tile_load<TILE>(stage + TILE * HS, other, other_stride, tile * TILE, T);
 }
 
-/* Operands of a product: 16 × 16 of A, or two times 16 × 8 of B (k, n) side by side, given by rows n (as K in
-   q·kᵀ) or by rows k (as V in p·v). A lane finds the first one's address once; the next is ROW_BYTES a row
-   further, and a step, of 16 channels, flips two bits of it, as pieces are exchanged by XOR. (Found anew for
-   each operand, addresses were a third of all instructions; the shuffle, of a lane with itself, keeps the
-   compiler from doing so.) */
-__device__ static inline Shared lane_rows(bf16 *tile) {     /* of A; of B by rows k, which ldmatrix turns */
+/* Addresses of operands: 16 × 16 of A, or two 16 × 8 of B (k, n), stored by rows n (K in q·kᵀ) or by rows k
+   (V in p·v). Computed once per lane; a step of 16 channels flips two bits, because of the swizzle.
+   Recomputed for each operand they were a third of all instructions; the shuffle of a lane with itself
+   prevents that. */
+__device__ static inline Shared lane_rows(bf16 *tile) {     /* of A; of B by rows k */
     const int lane = threadIdx.x % WARP;
     return __shfl_sync(0xFFFFFFFFu, shared_address(piece_at(tile, lane % 16, lane / 16)), lane);
 }
@@ -651,25 +681,26 @@ __device__ static inline Shared lane_rows_n(bf16 *tile) {
 }
 __device__ static inline Shared at_step(Shared address, int step) { return address ^ step * 32; }
 
-/* A warp's OWN · 16 rows of 16 channels as A */
-__device__ static inline void load_a(uint32_t a[OWN][4], Shared rows) {
+/* Loads the 16 channels of a warp's rows as A. */
+__device__ static inline void load_a(uint32_t a[WARP_TILES][4], Shared rows) {
 #pragma unroll
-    for (int m = 0; m < OWN; m++) ldmatrix_x4(a[m], rows + m * 16 * ROW_BYTES);
+    for (int m = 0; m < WARP_TILES; m++) ldmatrix_x4(a[m], rows + m * 16 * ROW_BYTES);
 }
 
-/* Sums d (OWN · 16, 8 N), of columns 8 n … 8 n + 15, += a · B; B's lane address is by rows n or by rows k. */
-template <int N> __device__ static inline void multiply(float d[OWN][N][4], int n, const uint32_t a[OWN][4],
-                                                        Shared rows, int by_rows_k) {
+/* d (WARP_ROWS, 8 N), columns 8 n … 8 n + 15, += a · B, with B stored by rows n or by rows k. */
+template <int N> __device__ static inline
+void multiply(float d[WARP_TILES][N][4], int n, const uint32_t a[WARP_TILES][4], Shared rows, int by_rows_k) {
     uint32_t b[4];
-    by_rows_k ? ldmatrix_x4_trans(b, rows) : ldmatrix_x4(b, rows);
+    if (by_rows_k) ldmatrix_x4_trans(b, rows);
+    else ldmatrix_x4(b, rows);
 #pragma unroll
-    for (int m = 0; m < OWN; m++) {
+    for (int m = 0; m < WARP_TILES; m++) {
         mma_m16n8k16_bf16(d[m][n], a[m], b);
         mma_m16n8k16_bf16(d[m][n + 1], a[m], b + 2);
     }
 }
 
-/* Two floats rounded to bf16 in a word, and back; and some columns of sums as A of the next product */
+/* Two floats as bf16 in a word, and back; and 16 columns of sums as A of the next product. */
 __device__ static inline uint32_t pack(float low, float high) {
     const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
     uint32_t bits;
@@ -681,17 +712,18 @@ __device__ static inline float2 unpack(uint32_t bits) {
     memcpy(&both, &bits, sizeof bits);
     return __bfloat1622float2(both);
 }
-template <int N> __device__ static inline void pack_a(uint32_t a[OWN][4], const float d[OWN][N][4], int n) {
+template <int N> __device__ static inline
+void pack_a(uint32_t a[WARP_TILES][4], const float d[WARP_TILES][N][4], int n) {
 #pragma unroll
-    for (int i = 0; i < OWN * 4; i++) {
+    for (int i = 0; i < WARP_TILES * 4; i++) {
         const float *pair = d[i / 4][n + i / 2 % 2] + i % 2 * 2;
         a[i / 4][i % 4] = pack(pair[0], pair[1]);
     }
 }
 
-/* A warp's 16 × 64 sums, times a factor for each half, go through 16 rows of a tile, which are its own and
-   were read before, to rows first … of a head in memory. */
-__device__ static inline void sums_store(bf16 *head, size_t stride, int first, int T, bf16 *tile, int row,
+/* Writes 16 × 64 sums of a warp, times a factor for each half of the rows, to rows first … of a head; through
+   16 rows of a tile that only this warp uses, for whole 16-byte stores. */
+__device__ static inline void store_rows(bf16 *head, size_t stride, int first, int T, bf16 *tile, int row,
                                          const float sums[8][4], float upper, float lower) {
     const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -709,38 +741,38 @@ __device__ static inline void sums_store(bf16 *head, size_t stride, int first, i
                 *(uint4 *)piece_at(tile, row + i / 8, i % 8);
 }
 
-/* Of scores s (OWN · 16, 8 N), whose first column is `ahead` of the first row, those of a query and a later
-   key: behind the diagonal or, where keys are the rows (sign -1), before it. */
-template <int N> __device__ static inline void mask(float s[OWN][N][4], int ahead, int sign) {
+/* Masks scores s (WARP_ROWS, 8 N) of a query and a later key; the first column is `ahead` of the first row.
+   sign -1: keys are the rows. */
+template <int N> __device__ static inline void mask(float s[WARP_TILES][N][4], int ahead, int sign) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int i = 0; i < OWN * N * 4; i++) {
+    for (int i = 0; i < WARP_TILES * N * 4; i++) {
         const int row = i / (4 * N) * 16 + lane / 4 + i / 2 % 2 * 8;
         const int column = i / 4 % N * 8 + lane % 4 * 2 + i % 2;
         if ((ahead + column - row) * sign > 0) s[i / (4 * N)][i / 4 % N][i % 4] = -INFINITY;
     }
 }
 
-/* out (B,T,C), lse (B,NH,T). Blocks of later queries, which see more keys, come first. */
+/* out (B,T,C), lse (B,NH,T). Blocks of later queries, which have more keys, come first. */
 FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T, int C, int NH) {
     SHARED(bf16, shared);                 /* queries; two stages of keys, then values */
     bf16 *queries = shared, *stages = shared + BLOCK_ROWS * HS;
     const int blocks = (T + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int first = (blocks - 1 - blockIdx.x % blocks) * BLOCK_ROWS;
     const size_t pair = blockIdx.x / blocks, h = pair % NH, b = pair / NH;
-    const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * OWN_ROWS;
+    const int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * WARP_ROWS;
     const int last = (min(first + BLOCK_ROWS, T) - 1) / TILE;
     const unsigned stride = 3 * C;
     const bf16 *q = qkv + b * T * stride + h * HS, *k = q + C, *v = k + C;
-    const Shared own_queries = lane_rows(queries) + own * ROW_BYTES;
+    const Shared query_rows = lane_rows(queries) + warp_row * ROW_BYTES;
     const Shared stage_n = lane_rows_n(stages), stage_k = lane_rows(stages) + TILE_BYTES;
     const float factor = LOG2E / 8;       /* √HS is 8 */
     tile_load<BLOCK_ROWS>(queries, q, stride, first, T);
     stage_load(stages, 0, k, stride, v, stride, T);
     copy_async_commit();
-    float sums[OWN][8][4] = {}, top[OWN][2], total[OWN][2] = {};
-    uint32_t qs[STEPS][OWN][4];
-    for (int i = 0; i < OWN * 2; i++) top[i / 2][i % 2] = -INFINITY;
+    float sums[WARP_TILES][8][4] = {}, top[WARP_TILES][2], total[WARP_TILES][2] = {};
+    uint32_t qs[STEPS][WARP_TILES][4];
+    for (int i = 0; i < WARP_TILES * 2; i++) top[i / 2][i % 2] = -INFINITY;
     for (int tile = 0; tile <= last; tile++) {
         const Shared keys = stage_n + tile % 2 * STAGE_BYTES, values = stage_k + tile % 2 * STAGE_BYTES;
         if (tile < last) stage_load(stages, tile + 1, k, stride, v, stride, T);
@@ -749,13 +781,13 @@ FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
         __syncthreads();
         if (tile == 0)
 #pragma unroll
-            for (int step = 0; step < STEPS; step++) load_a(qs[step], at_step(own_queries, step));
-        const int ahead = tile * TILE - first - own;     /* of the first key to the first query */
-        if (ahead >= OWN_ROWS) {          /* no query of this warp sees these */
+            for (int step = 0; step < STEPS; step++) load_a(qs[step], at_step(query_rows, step));
+        const int ahead = tile * TILE - first - warp_row;     /* of the first key to the first query */
+        if (ahead >= WARP_ROWS) {          /* no query of this warp sees these */
             __syncthreads();
             continue;
         }
-        float s[OWN][8][4] = {};
+        float s[WARP_TILES][8][4] = {};
 #pragma unroll
         for (int step = 0; step < STEPS; step++)
 #pragma unroll
@@ -763,17 +795,17 @@ FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
                 multiply(s, n, qs[step], at_step(keys, step) + n * 8 * ROW_BYTES, 0);
         if (ahead + TILE > 0) mask(s, ahead, 1);
 #pragma unroll
-        for (int m = 0; m < OWN; m++) {
-            float fade[2];
+        for (int m = 0; m < WARP_TILES; m++) {
+            float rescale[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float highest = -INFINITY;
 #pragma unroll
                 for (int i = 0; i < 16; i++) highest = fmaxf(highest, s[m][i / 2][half * 2 + i % 2]);
                 const float higher = fmaxf(top[m][half], reduce<4, 1>(highest) * factor);
-                fade[half] = exp2f(top[m][half] - higher);
+                rescale[half] = exp2f(top[m][half] - higher);
                 top[m][half] = higher;
-                total[m][half] *= fade[half];
+                total[m][half] *= rescale[half];
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
                     float *score = &s[m][i / 2][half * 2 + i % 2];
@@ -781,33 +813,33 @@ FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
                     total[m][half] += *score;
                 }
             }
-            if (__any_sync(0xFFFFFFFFu, fade[0] * fade[1] < 1))     /* seldom, after the first tiles */
+            if (__any_sync(0xFFFFFFFFu, rescale[0] * rescale[1] < 1))     /* rarely, after the first tiles */
 #pragma unroll
-                for (int i = 0; i < 32; i++) sums[m][i / 4][i % 4] *= fade[i / 2 % 2];
+                for (int i = 0; i < 32; i++) sums[m][i / 4][i % 4] *= rescale[i / 2 % 2];
         }
 #pragma unroll
         for (int step = 0; step < TILE / 16; step++) {
-            uint32_t p[OWN][4];
+            uint32_t p[WARP_TILES][4];
             pack_a(p, s, step * 2);
 #pragma unroll
             for (int n = 0; n < 8; n += 2)
                 multiply(sums, n, p, at_step(values, n / 2) + step * 16 * ROW_BYTES, 1);
         }
-        __syncthreads();                  /* the stage is loaded again */
+        __syncthreads();                  /* before the stage is overwritten */
     }
 #pragma unroll
-    for (int m = 0; m < OWN; m++) {
-        const int row = first + own + m * 16, query = row + lane / 4;
+    for (int m = 0; m < WARP_TILES; m++) {
+        const int row = first + warp_row + m * 16, query = row + lane / 4;
         const float upper = reduce<4, 0>(total[m][0]), lower = reduce<4, 0>(total[m][1]);
         float *row_lse = lse + pair * T;
         if (lane % 4 == 0 && query < T) row_lse[query] = top[m][0] + log2f(upper);
         if (lane % 4 == 0 && query + 8 < T) row_lse[query + 8] = top[m][1] + log2f(lower);
-        sums_store(out + b * T * C + h * HS, C, row, T, queries, own + m * 16, sums[m], 1 / upper, 1 / lower);
+        store_rows(out + b * T * C + h * HS, C, row, T, queries, warp_row + m * 16, sums[m], 1 / upper,
+                   1 / lower);
     }
 }
 
-/* dq and, before it, delta. The blocks and tiles are the forward pass's. Scores are made 16 keys at a time,
-   and used at once. */
+/* dq and, before it, delta, with blocks and tiles as in the forward pass; 16 keys at a time. */
 FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, float *delta, const bf16 *dout, const bf16 *out, const bf16 *qkv,
                              const float *lse, int T, int C, int NH) {
     SHARED(bf16, shared);                 /* queries, dout, out; two stages of keys, then values */
@@ -816,21 +848,21 @@ FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, float *delta, const bf16 *dout, const b
     const int blocks = (T + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int first = (blocks - 1 - blockIdx.x % blocks) * BLOCK_ROWS;
     const size_t pair = blockIdx.x / blocks, h = pair % NH, b = pair / NH;
-    const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * OWN_ROWS;
+    const int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * WARP_ROWS;
     const int last = (min(first + BLOCK_ROWS, T) - 1) / TILE;
     const unsigned stride = 3 * C;
-    const size_t head = b * T * stride + h * HS, narrow = b * T * C + h * HS;
+    const size_t head = b * T * stride + h * HS, out_head = b * T * C + h * HS;
     const bf16 *k = qkv + head + C, *v = k + C;
-    const Shared own_queries = lane_rows(queries) + own * ROW_BYTES;
+    const Shared query_rows = lane_rows(queries) + warp_row * ROW_BYTES;
     const Shared stage_n = lane_rows_n(stages), stage_k = lane_rows(stages);
     const float factor = LOG2E / 8;
     tile_load<BLOCK_ROWS>(queries, qkv + head, stride, first, T);
-    tile_load<BLOCK_ROWS>(douts, dout + narrow, C, first, T);
-    tile_load<BLOCK_ROWS>(outs, out + narrow, C, first, T);
+    tile_load<BLOCK_ROWS>(douts, dout + out_head, C, first, T);
+    tile_load<BLOCK_ROWS>(outs, out + out_head, C, first, T);
     stage_load(stages, 0, k, stride, v, stride, T);
     copy_async_commit();
-    float sums[OWN][8][4] = {}, row_lse[OWN][2], row_delta[OWN][2] = {};
-    uint32_t qs[STEPS][OWN][4], ds_out[STEPS][OWN][4];
+    float sums[WARP_TILES][8][4] = {}, row_lse[WARP_TILES][2], row_delta[WARP_TILES][2] = {};
+    uint32_t qs[STEPS][WARP_TILES][4], ds_out[STEPS][WARP_TILES][4];
     for (int tile = 0; tile <= last; tile++) {
         if (tile < last) stage_load(stages, tile + 1, k, stride, v, stride, T);
         copy_async_commit();
@@ -839,19 +871,19 @@ FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, float *delta, const bf16 *dout, const b
         if (tile == 0) {                  /* delta first; where there is no query, p becomes 0 */
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
-                uint32_t o[OWN][4];
-                load_a(qs[step], at_step(own_queries, step));
-                load_a(ds_out[step], at_step(own_queries, step) + BLOCK_BYTES);
-                load_a(o, at_step(own_queries, step) + 2 * BLOCK_BYTES);
+                uint32_t o[WARP_TILES][4];
+                load_a(qs[step], at_step(query_rows, step));
+                load_a(ds_out[step], at_step(query_rows, step) + BLOCK_BYTES);
+                load_a(o, at_step(query_rows, step) + 2 * BLOCK_BYTES);
 #pragma unroll
-                for (int i = 0; i < OWN * 4; i++) {     /* i % 2 is the half */
+                for (int i = 0; i < WARP_TILES * 4; i++) {     /* i % 2 is the half */
                     const float2 x = unpack(o[i / 4][i % 4]), dx = unpack(ds_out[step][i / 4][i % 4]);
                     row_delta[i / 4][i % 2] += x.x * dx.x + x.y * dx.y;
                 }
             }
 #pragma unroll
-            for (int i = 0; i < OWN * 2; i++) {
-                const int query = first + own + i / 2 * 16 + lane / 4 + i % 2 * 8;
+            for (int i = 0; i < WARP_TILES * 2; i++) {
+                const int query = first + warp_row + i / 2 * 16 + lane / 4 + i % 2 * 8;
                 const size_t row = pair * T + query;
                 row_lse[i / 2][i % 2] = query < T ? lse[row] : INFINITY;
                 row_delta[i / 2][i % 2] = reduce<4, 0>(row_delta[i / 2][i % 2]);
@@ -859,12 +891,12 @@ FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, float *delta, const bf16 *dout, const b
             }
         }
 #pragma unroll 1
-        for (int part = 0; part < TILE; part += 16) {     /* unrolled, it would not fit in registers */
-            const int ahead = tile * TILE + part - first - own;
-            if (ahead >= OWN_ROWS) break;     /* no query sees what follows */
+        for (int part = 0; part < TILE; part += 16) {     /* unrolled, it would spill registers */
+            const int ahead = tile * TILE + part - first - warp_row;
+            if (ahead >= WARP_ROWS) break;     /* only later keys follow */
             const Shared at = tile % 2 * STAGE_BYTES + part * ROW_BYTES, keys = stage_n + at;
-            float s[OWN][2][4] = {}, dp[OWN][2][4] = {};
-            uint32_t ds[OWN][4];
+            float s[WARP_TILES][2][4] = {}, dp[WARP_TILES][2][4] = {};
+            uint32_t ds[WARP_TILES][4];
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
                 multiply(s, 0, qs[step], at_step(keys, step), 0);
@@ -872,7 +904,7 @@ FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, float *delta, const bf16 *dout, const b
             }
             if (ahead + 16 > 0) mask(s, ahead, 1);
 #pragma unroll
-            for (int i = 0; i < OWN * 8; i++) {
+            for (int i = 0; i < WARP_TILES * 8; i++) {
                 const int m = i / 8, n = i / 4 % 2, half = i / 2 % 2;
                 const float p = exp2f(s[m][n][i % 4] * factor - row_lse[m][half]);
                 s[m][n][i % 4] = p * (dp[m][n][i % 4] - row_delta[m][half]);
@@ -884,14 +916,14 @@ FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, float *delta, const bf16 *dout, const b
         __syncthreads();
     }
 #pragma unroll
-    for (int m = 0; m < OWN; m++)
-        sums_store(dqkv + head, stride, first + own + m * 16, T, queries, own + m * 16, sums[m], 0.125f,
-                   0.125f);
+    for (int m = 0; m < WARP_TILES; m++)
+        store_rows(dqkv + head, stride, first + warp_row + m * 16, T, queries, warp_row + m * 16, sums[m],
+                   0.125f, 0.125f);
 }
 
-/* dk and dv, from all queries that see the keys, 32 at a time. Here the scores are transposed (keys by
-   queries), so that they are A of both products as they are. Registers have no room for a warp's keys and
-   values beside its sums; they come from shared memory each time. */
+/* dk and dv, from all queries that attend to the keys, 32 at a time. The scores are transposed (keys by
+   queries), so they are A of both products. Keys and values are reloaded from shared memory each time:
+   registers are full. */
 FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse,
                                const float *delta, int T, int C, int NH) {
     SHARED(bf16, shared);                 /* keys, values; two stages of queries, dout; of lse, delta */
@@ -899,41 +931,41 @@ FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, co
     float *rows = (float *)(stages + 4 * TILE * HS);
     const int blocks = (T + BLOCK_ROWS - 1) / BLOCK_ROWS, first = blockIdx.x % blocks * BLOCK_ROWS;
     const size_t pair = blockIdx.x / blocks, h = pair % NH, b = pair / NH;
-    const int thread = threadIdx.x, lane = thread % WARP, own = thread / WARP * OWN_ROWS;
+    const int thread = threadIdx.x, lane = thread % WARP, warp_row = thread / WARP * WARP_ROWS;
     const int first_tile = first / TILE, last = (T - 1) / TILE;
     const unsigned stride = 3 * C;
     const size_t head = b * T * stride + h * HS;
     const bf16 *q = qkv + head, *o = dout + b * T * C + h * HS;
     const Shared stage_n = lane_rows_n(stages), stage_k = lane_rows(stages);
-    const Shared own_keys = stage_k + (own - 2 * BLOCK_ROWS) * ROW_BYTES;     /* before the stages */
+    const Shared key_rows = stage_k + (warp_row - 2 * BLOCK_ROWS) * ROW_BYTES;     /* before the stages */
     const float factor = LOG2E / 8, *row_source = (thread < TILE ? lse : delta) + pair * T;
     const float row_none = thread < TILE ? INFINITY : 0;     /* where there is no query, p becomes 0 */
-    const int own_query = thread % TILE, begin = first_tile * TILE + own_query;
+    const int stage_query = thread % TILE, begin = first_tile * TILE + stage_query;
     tile_load<BLOCK_ROWS>(keys, q + C, stride, first, T);
     tile_load<BLOCK_ROWS>(values, q + 2 * C, stride, first, T);
     stage_load(stages, first_tile, q, stride, o, C, T);
     copy_async_commit();
     rows[first_tile % 2 * 2 * TILE + thread] = begin < T ? row_source[begin] : row_none;
-    float dk[OWN][8][4] = {}, dv[OWN][8][4] = {};
+    float dk[WARP_TILES][8][4] = {}, dv[WARP_TILES][8][4] = {};
     for (int tile = first_tile; tile <= last; tile++) {
         if (tile < last) stage_load(stages, tile + 1, q, stride, o, C, T);
         copy_async_commit();
-        const int query = (tile + 1) * TILE + own_query;
+        const int query = (tile + 1) * TILE + stage_query;
         const float next_row = query < T ? row_source[query] : row_none;
         copy_async_wait<1>();
         __syncthreads();
 #pragma unroll 1
         for (int part = 0; part < TILE; part += 32) {
-            const int ahead = tile * TILE + part - first - own;     /* of the first query to the first key */
-            if (ahead + 32 <= 0) continue;     /* none of these queries sees a key */
+            const int ahead = tile * TILE + part - first - warp_row;     /* of queries to keys */
+            if (ahead + 32 <= 0) continue;     /* all keys are later than these queries */
             const Shared at = tile % 2 * STAGE_BYTES + part * ROW_BYTES;
             const float *part_lse = rows + tile % 2 * 2 * TILE + part, *part_delta = part_lse + TILE;
-            float s[OWN][4][4] = {}, dp[OWN][4][4] = {};
-            uint32_t p_a[OWN][4], ds_a[OWN][4];
+            float s[WARP_TILES][4][4] = {}, dp[WARP_TILES][4][4] = {};
+            uint32_t p_a[WARP_TILES][4], ds_a[WARP_TILES][4];
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
-                load_a(p_a, at_step(own_keys, step));
-                load_a(ds_a, at_step(own_keys, step) + BLOCK_BYTES);
+                load_a(p_a, at_step(key_rows, step));
+                load_a(ds_a, at_step(key_rows, step) + BLOCK_BYTES);
 #pragma unroll
                 for (int n = 0; n < 4; n += 2) {
                     const Shared queries = at_step(stage_n + at, step) + n * 8 * ROW_BYTES;
@@ -941,9 +973,9 @@ FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, co
                     multiply(dp, n, ds_a, queries + TILE_BYTES, 0);     /* dout */
                 }
             }
-            if (ahead < OWN_ROWS) mask(s, ahead, -1);
+            if (ahead < WARP_ROWS) mask(s, ahead, -1);
 #pragma unroll
-            for (int i = 0; i < OWN * 16; i++) {
+            for (int i = 0; i < WARP_TILES * 16; i++) {
                 const int m = i / 16, n = i / 4 % 4, column = n * 8 + lane % 4 * 2 + i % 2;
                 const float p = exp2f(s[m][n][i % 4] * factor - part_lse[column]);
                 s[m][n][i % 4] = p;
@@ -965,10 +997,10 @@ FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, co
         __syncthreads();
     }
 #pragma unroll
-    for (int m = 0; m < OWN; m++) {
-        const int row = own + m * 16;
-        sums_store(dqkv + head + C, stride, first + row, T, keys, row, dk[m], 0.125f, 0.125f);
-        sums_store(dqkv + head + 2 * C, stride, first + row, T, values, row, dv[m], 1, 1);
+    for (int m = 0; m < WARP_TILES; m++) {
+        const int row = warp_row + m * 16;
+        store_rows(dqkv + head + C, stride, first + row, T, keys, row, dk[m], 0.125f, 0.125f);
+        store_rows(dqkv + head + 2 * C, stride, first + row, T, values, row, dv[m], 1, 1);
     }
 }
 #endif
@@ -977,7 +1009,7 @@ FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, co
 template <typename X> union TensorsOf {
     struct {
         X *wte, *wpe;                     /* (Vp, C), also the classifier's weights; (max_T, C) */
-        X *ln1w, *ln1b;                   /* (L, C) from here to fcprojb: a layer after another */
+        X *ln1w, *ln1b;                   /* (L, C) from here to fcprojb: stacked over layers */
         X *qkvw, *qkvb;                   /* (L, 3C, C), (L, 3C) */
         X *attprojw, *attprojb;           /* (L, C, C), (L, C) */
         X *ln2w, *ln2b;                   /* (L, C) */
@@ -988,7 +1020,7 @@ template <typename X> union TensorsOf {
     X *all[GPT2_TENSORS];
 };
 
-/* Each activation is there once for all layers, or once for each; residual1 after the last layer, too. */
+/* Each activation exists once for all layers, or once per layer; residual1 also after the last layer. */
 enum Purpose { EVALUATE, GENERATE, TRAIN };
 enum { ACTIVATIONS = 24 };
 typedef union {
@@ -996,18 +1028,20 @@ typedef union {
         int32_t *batch;                   /* what the host sends: see Batch */
         float *losses, *meanf, *rstdf;    /* (B,T) */
         floatX *lnf, *logits;             /* (B,T,C) output of the last layer norm; (chunk, Vp) */
-        floatX *dresidual, *dln, *dwide;  /* gradients: (B,T,C); (B,T,C) of ln, att; (B,T,4C) of fc, qkv */
-        float *delta, *sums;              /* (B,NH,T) see attention; what blocks leave for a second stage */
+        floatX *dresidual, *dln, *dhidden;  /* gradients: (B,T,C); (B,T,C) of ln, att; (B,T,4C) of fc, qkv */
+        float *delta, *sums;              /* (B,NH,T), see attention; partial sums of blocks */
         floatX *residual1, *residual2;    /* (B,T,C) the residual stream before attention, before MLP */
-        floatX *ln1, *ln2, *gelu;         /* (B,T,C), (B,T,C), (B,T,4C): kept or made again */
+        floatX *ln1, *ln2, *gelu;         /* (B,T,C), (B,T,C), (B,T,4C): stored or recomputed */
         floatX *qkv, *att, *fc;           /* (B,T,3C), (B,T,C), (B,T,4C) before GELU */
         float *mean1, *rstd1, *mean2, *rstd2;     /* (B,T) */
         float *lse;                       /* (B,NH,T) */
     };
     char *all[ACTIVATIONS];
 } Activations;
+static_assert(sizeof(Activations) == ACTIVATIONS * sizeof(char *), "ACTIVATIONS is their number");
+#define INDEX_OF(activation) (offsetof(Activations, activation) / sizeof(char *))
 
-/* A batch as it goes to the GPU, N = B T elements each: x, y, then what the embedding's gradient needs. */
+/* A batch on its way to the GPU, N = B T elements each; the last four are for the embedding's gradient. */
 typedef struct {
     int32_t *x, *y;
     int32_t *order;                       /* positions, sorted by token */
@@ -1020,12 +1054,12 @@ static Batch batch_at(int32_t *p, size_t N) {
     return Batch{p, p + N, p + 2 * N, p + 3 * N, p + 4 * N + 1, p + 5 * N + 1};
 }
 
-/* A pass as a CUDA graph: one launch instead of hundreds. It holds for what it was made with. */
+/* A pass as a CUDA graph: one launch instead of hundreds, valid for the same key. */
 typedef struct {
     void (*pass)(GPT2 *model);
     size_t B, T;
     const void *act_memory, *grads, *params;
-    int train, grads_empty, recompute;
+    int train, grads_zero, recompute;
     float scale;
 } GraphKey;
 typedef struct { GraphKey key; cudaGraphExec_t made; } Graph;
@@ -1034,34 +1068,34 @@ enum { GRAPHS = 6 };
 struct GPT2 {
     GPT2Config config;
     size_t C, NH, L, V, Vp;
-    floatX *params;                       /* what kernels use; with fp32, memory[GPT2_PARAM] itself */
-    float *memory[4];                     /* of each kind, fp32; NULL until needed; of the first, masters */
+    floatX *params;                       /* as kernels read them; in fp32, memory[GPT2_PARAM] */
+    float *memory[4];                     /* of each kind, fp32; NULL until needed; [0]: masters */
     size_t start[GPT2_TENSORS + 1];       /* of each tensor in a memory, aligned, and the end */
     int64_t updates;
-    int grads_empty;                      /* gradients count as 0: the next backward pass overwrites them */
+    int grads_zero;                      /* gradients count as 0: the next backward pass overwrites them */
     int backward_due;                     /* gpt2_forward has added the classifier's part of a gradient */
-    float norm;                           /* of the gradients, NaN if not known */
+    float norm;                           /* of the gradients, NaN if unknown */
     int recompute;                        /* 0: nothing, 1: GELU, 2: GELU and layer norm */
-    int no_masters;                       /* parameters are bf16 only, rounded at random */
-    int gelu_separate;                    /* cuBLASLt has refused to do it */
-    int train;                            /* is the forward pass for a gradient? Of scale · loss */
+    int bf16_only;                       /* no masters: bf16 with stochastic rounding */
+    int gelu_unfused;                    /* cuBLASLt does not support the fusion */
+    int train;                            /* the forward pass is for the gradient of scale · loss */
     float scale;
-    size_t B, T, chunk;                   /* of the last forward pass; chunk rows at a time are classified */
-    size_t cached;                        /* tokens in host.x whose keys and values are in qkv */
-    size_t act_start[ACTIVATIONS], act_step[ACTIVATIONS];     /* in bytes; to the next layer's */
+    size_t B, T, chunk;                   /* of the last forward pass; chunk: rows of logits at a time */
+    size_t cached;                        /* leading tokens of host.x with keys and values in qkv */
+    size_t act_start[ACTIVATIONS], act_stride[ACTIVATIONS];     /* in bytes; to the next layer's */
     char *act_memory;
     size_t act_bytes;
     Batch host;                           /* pinned */
     int32_t *host_memory;
     float *host_losses;                   /* pinned */
-    size_t host_rows;                     /* tokens that these, and staging, have room for */
-    int32_t *staging;                     /* on the GPU, where a batch arrives while one is in use */
+    size_t host_rows;                     /* capacity of these and of staging, in tokens */
+    int32_t *staging;                     /* on the GPU: the next batch, while one is in use */
     int segments, tokens;                 /* of the batch, see Batch */
     int32_t *token_counts;                /* (V) */
     Graph graphs[GRAPHS];
     int next_graph;
     int sms;                              /* the GPU's multiprocessors */
-    size_t shared_most;                   /* bytes of shared memory that a block can have */
+    size_t max_shared;                   /* bytes of shared memory that a block can have */
     cudaStream_t stream, upload;
     cudaEvent_t uploaded, classified;
     Blas blas;
@@ -1070,9 +1104,10 @@ struct GPT2 {
 /* --- Memory --------------------------------------------------------------------------------------------- */
 static void *device_memory(size_t bytes, cudaStream_t stream) {      /* 0 */
     void *p = NULL;
-    if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess) {
+    if (cudaMalloc(&p, bytes + !bytes) != cudaSuccess) {     /* at least 1 */
         cudaGetLastError();
-        gpt2_fail("no memory for %.0f MB; use a smaller model, batch or sequence", (double)bytes * 1e-6);
+        gpt2_fail("no memory for %.0f MB; reduce the model, the batch size or the sequence length",
+                  (double)bytes * 1e-6);
         return NULL;
     }
     if (gpu_ok(cudaMemsetAsync(p, 0, bytes, stream))) return p;
@@ -1080,92 +1115,107 @@ static void *device_memory(size_t bytes, cudaStream_t stream) {      /* 0 */
     return NULL;
 }
 
-static float *memory_of(GPT2 *m, int kind) {     /* made when it is first asked for */
+static float *memory_of(GPT2 *m, int kind) {     /* allocated on first use */
     if (!m->memory[kind]) m->memory[kind] = (float *)device_memory(m->start[GPT2_TENSORS] * 4, m->stream);
     return m->memory[kind];
 }
 
-/* The tensors of a memory; of those that each layer has, layer l's. */
+/* The tensors in a memory, of stacked ones layer l's. */
 template <typename X> static TensorsOf<X> tensors(const GPT2 *m, X *memory, size_t l) {
     TensorsOf<X> t;
     for (int i = 0; i < GPT2_TENSORS; i++) {
-        const size_t step = i < 2 || i > 13 ? 0 : (size_t)gpt2_tensor(&m->config, i, NULL, NULL) / m->L;
-        t.all[i] = memory + m->start[i] + l * step;
+        t.all[i] = memory + m->start[i];
+        if (gpt2_is_stacked(i)) t.all[i] += l * ((size_t)gpt2_tensor(&m->config, i, NULL, NULL) / m->L);
     }
     return t;
 }
-static Activations acts(const GPT2 *m, size_t l) {
+static Activations activations(const GPT2 *m, size_t l) {
     Activations a;
-    for (int i = 0; i < ACTIVATIONS; i++) a.all[i] = m->act_memory + m->act_start[i] + l * m->act_step[i];
+    for (int i = 0; i < ACTIVATIONS; i++) a.all[i] = m->act_memory + m->act_start[i] + l * m->act_stride[i];
     return a;
 }
 
-/* Rows of logits that are made at a time, and how many of them: even pieces, of about this many bytes. */
+/* Rows of logits per chunk: even chunks of about this many bytes. */
 #ifndef GPT2_LOGITS_BYTES
 #define GPT2_LOGITS_BYTES (2.0 * (1 << 30))
 #endif
 static size_t chunk_rows(size_t N, size_t row_bytes) {
     const size_t most = (size_t)(GPT2_LOGITS_BYTES / (double)row_bytes) + 1;
-    return min_of(N, round_to(pieces(N, pieces(N, most)), 16));
+    return min_of(N, round_to(ceil_div(N, ceil_div(N, most)), 16));
 }
 
-/* Where activations lie for B × T tokens; returns the bytes of all. */
-static size_t acts_place(GPT2 *m, size_t B, size_t T, Purpose purpose) {
+/* Places the activations for B × T tokens. Returns their bytes. */
+static size_t place_activations(GPT2 *m, size_t B, size_t T, Purpose purpose) {
     const size_t N = B * T, BTC = N * m->C * sizeof(floatX), BT = N * sizeof(float), heads = BT * m->NH;
-    const size_t train = purpose == TRAIN, L = m->L, each = train ? L : 1;
-    const size_t ln = m->recompute < 2 ? each : 1, gelu = m->recompute < 1 ? each : 1;
+    const size_t train = purpose == TRAIN, L = m->L;
+    size_t each = 1, ln = 1, gelu = 1, qkv_layers = L, stream_layers = 1;     /* copies of activations */
+    if (train) {
+        each = L;
+        stream_layers = L + 1;
+    }
+    if (m->recompute < 2) ln = each;
+    if (m->recompute < 1) gelu = each;
+    if (purpose == EVALUATE) qkv_layers = 1;
     const size_t sums = (4 * (size_t)m->sms + 1) * 4 * m->C * sizeof(float);
-    const size_t logit = train ? sizeof(floatX) : sizeof(float);     /* gpt2_logits makes them in fp32 */
-    m->chunk = purpose == GENERATE ? 1 : chunk_rows(N, m->Vp * logit);
-    const struct { size_t bytes, layers; } sizes[] = {
-        {batch_bytes(N), 1}, {BT, 1}, {BT, 1}, {BT, 1},                               /* batch … rstdf */
-        {BTC, 1}, {m->chunk * m->Vp * logit, 1},                                      /* lnf, logits */
-        {train * BTC, 1}, {train * BTC, 1}, {train * 4 * BTC, 1},                     /* dresidual … dwide */
-        {train * heads, 1}, {train * sums, 1},                                        /* delta, sums */
-        {BTC, train ? L + 1 : 1}, {BTC, each}, {BTC, ln}, {BTC, ln}, {4 * BTC, gelu}, /* residual1 … gelu */
-        {3 * BTC, purpose == EVALUATE ? 1 : L}, {BTC, each}, {4 * BTC, each},         /* qkv, att, fc */
-        {BT, each}, {BT, each}, {BT, each}, {BT, each}, {heads, each},                /* mean1 … lse */
+    size_t logit = sizeof(float);         /* fp32 for gpt2_logits */
+    if (train) logit = sizeof(floatX);
+    m->chunk = 1;
+    if (purpose != GENERATE) m->chunk = chunk_rows(N, m->Vp * logit);
+    const struct { size_t activation, bytes, layers; } sizes[] = {
+        {INDEX_OF(batch), batch_bytes(N), 1}, {INDEX_OF(losses), BT, 1},
+        {INDEX_OF(meanf), BT, 1}, {INDEX_OF(rstdf), BT, 1}, {INDEX_OF(lnf), BTC, 1},
+        {INDEX_OF(logits), m->chunk * m->Vp * logit, 1},
+        {INDEX_OF(dresidual), train * BTC, 1}, {INDEX_OF(dln), train * BTC, 1},
+        {INDEX_OF(dhidden), train * 4 * BTC, 1},
+        {INDEX_OF(delta), train * heads, 1}, {INDEX_OF(sums), train * sums, 1},
+        {INDEX_OF(residual1), BTC, stream_layers}, {INDEX_OF(residual2), BTC, each},
+        {INDEX_OF(ln1), BTC, ln}, {INDEX_OF(ln2), BTC, ln}, {INDEX_OF(gelu), 4 * BTC, gelu},
+        {INDEX_OF(qkv), 3 * BTC, qkv_layers}, {INDEX_OF(att), BTC, each}, {INDEX_OF(fc), 4 * BTC, each},
+        {INDEX_OF(mean1), BT, each}, {INDEX_OF(rstd1), BT, each},
+        {INDEX_OF(mean2), BT, each}, {INDEX_OF(rstd2), BT, each}, {INDEX_OF(lse), heads, each},
     };
     static_assert(sizeof sizes / sizeof *sizes == ACTIVATIONS, "a size for each activation");
-    static_assert(sizeof(Activations) == ACTIVATIONS * sizeof(char *), "a pointer for each activation");
     size_t at = 0;
-    for (int i = 0; i < ACTIVATIONS; i++) {
-        const size_t bytes = round_to(sizes[i].bytes, 256), layers = sizes[i].layers;
-        m->act_start[i] = at;
-        m->act_step[i] = layers > 1 ? bytes : 0;
-        at += bytes * layers;
+    for (const auto &size : sizes) {
+        const size_t bytes = round_to(size.bytes, 256);
+        m->act_start[size.activation] = at;
+        m->act_stride[size.activation] = bytes * (size.layers > 1);
+        at += bytes * size.layers;
     }
     return at;
 }
 
-/* Lays out the activations, and makes again in the backward pass what does not fit otherwise. */
-static int acts_layout(GPT2 *m, size_t B, size_t T, Purpose purpose) {
+/* Allocates the activations; increases recomputation until they fit. */
+static int layout_activations(GPT2 *m, size_t B, size_t T, Purpose purpose) {
     if ((double)B * (double)T * (double)m->C * (double)m->L > 1e15)
-        return gpt2_fail("a batch of %zu x %zu tokens fits no memory; use a smaller one", B, T);
-    size_t free_bytes = 0, gpu_bytes, total = acts_place(m, B, T, purpose);
-    const size_t moments = !m->memory[GPT2_MOMENT1] + !m->memory[GPT2_MOMENT2];     /* that are to come */
-    const size_t later = purpose == TRAIN ? moments * m->start[GPT2_TENSORS] * sizeof(float) : 0;
+        return gpt2_fail("a batch of %zu x %zu tokens does not fit into memory; reduce it", B, T);
+    size_t free_bytes = 0, gpu_bytes, total = place_activations(m, B, T, purpose);
+    const size_t moments = !m->memory[GPT2_MOMENT1] + !m->memory[GPT2_MOMENT2];     /* not yet allocated */
+    const size_t later = (purpose == TRAIN) * moments * m->start[GPT2_TENSORS] * sizeof(float);
     if (total > m->act_bytes) {
         cudaFree(m->act_memory);
-        m->act_memory = NULL, m->act_bytes = 0;
+        m->act_memory = NULL;
+        m->act_bytes = 0;
         if (!gpu_ok(cudaMemGetInfo(&free_bytes, &gpu_bytes))) return -1;
-        for (;; m->recompute++) {         /* kernels and graphs take some memory when they are first used */
+        for (;; m->recompute++) {         /* kernels and graphs need some memory on first use */
             const int last = purpose != TRAIN || m->recompute == 2;
-            total = acts_place(m, B, T, purpose);
+            total = place_activations(m, B, T, purpose);
             if (last || total + later + min_of(free_bytes / 16, 512 << 20) <= free_bytes)
                 m->act_memory = (char *)device_memory(total, m->stream);
             if (m->act_memory || last) break;
         }
-        m->act_bytes = m->act_memory ? total : 0;
+        if (m->act_memory) m->act_bytes = total;
     }
     if (!m->act_memory) return -1;
     if (B * T <= m->host_rows) return 0;
     cudaFree(m->staging);
     cudaFreeHost(m->host_memory);
     cudaFreeHost(m->host_losses);
-    m->host_memory = NULL, m->host_losses = NULL, m->host_rows = 0;
+    m->host_memory = NULL;
+    m->host_losses = NULL;
+    m->host_rows = 0;
     m->staging = (int32_t *)device_memory(batch_bytes(B * T), m->stream);
-    if (!m->staging || !gpu_ok(cudaStreamSynchronize(m->stream)) ||     /* it is 0, before the upload */
+    if (!m->staging || !gpu_ok(cudaStreamSynchronize(m->stream)) ||     /* zeroed before the upload */
         !gpu_ok(cudaMallocHost((void **)&m->host_memory, batch_bytes(B * T))) ||
         !gpu_ok(cudaMallocHost((void **)&m->host_losses, B * T * sizeof(float)))) return -1;
     memset(m->host_losses, 0, B * T * sizeof(float));
@@ -1183,19 +1233,19 @@ static int device_open(GPT2 *m) {
     const cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0) {
         cudaGetLastError();
-        return gpt2_fail("no GPU is there: %s; use the CPU's library",
-                         error ? cudaGetErrorString(error) : "the driver knows of none");
+        return gpt2_fail("no GPU found (%s); use the CPU library",
+                         error ? cudaGetErrorString(error) : "the CUDA driver has none");
     }
     if (!gpu_ok(cudaGetDevice(&device)) || !gpu_ok(cudaGetDeviceProperties(&properties, device))) return -1;
     if (properties.major < 8)
         return gpt2_fail("the GPU '%s' has compute capability %d.%d, expected 8.0 or more", properties.name,
                          properties.major, properties.minor);
     m->sms = properties.multiProcessorCount;
-    m->shared_most = properties.sharedMemPerBlockOptin;
-    if (plain_shared(1, (int)m->C) > m->shared_most)
-        return gpt2_fail("model has C %zu, this GPU's shared memory has room for %zu at most", m->C,
-                         (m->shared_most / sizeof(float) - 2 * WARP) / 2);
-    const void *kernels[] = {             /* that may want more than 48 KB of it */
+    m->max_shared = properties.sharedMemPerBlockOptin;
+    if (plain_shared(1, (int)m->C) > m->max_shared)
+        return gpt2_fail("model has C %zu, expected at most %zu, which this GPU's shared memory allows", m->C,
+                         (m->max_shared / sizeof(float) - 2 * WARP) / 2);
+    const void *kernels[] = {             /* may use more than 48 KB of shared memory */
         (const void *)layernorm_backward_kernel<1>, (const void *)layernorm_backward_kernel<WIDTH>,
         (const void *)attention_plain_forward_kernel, (const void *)attention_plain_dq_kernel,
         (const void *)attention_plain_dkdv_kernel,
@@ -1205,22 +1255,23 @@ static int device_open(GPT2 *m) {
     };
     for (const void *kernel : kernels)
         if (!gpu_ok(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         (int)m->shared_most))) return -1;
+                                         (int)m->max_shared))) return -1;
     if (!gpu_ok(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking)) ||
         !gpu_ok(cudaStreamCreateWithFlags(&m->upload, cudaStreamNonBlocking)) ||
         !gpu_ok(cudaEventCreate(&m->uploaded)) || !gpu_ok(cudaEventCreate(&m->classified)) ||
         !blas_ok(cublasLtCreate(&m->blas.handle))) return -1;
     m->blas.stream = m->stream;
     m->blas.workspace = device_memory(WORKSPACE, m->stream);
-    return m->blas.workspace ? 0 : -1;
+    return -!m->blas.workspace;
 }
 
-/* The parameters in an open file, 1024 bytes from its beginning. */
+/* Reads the parameters of an open model file. */
 static int params_read(GPT2 *m, int file) {
     const size_t most = 1 << 20;
     float *piece = new (std::nothrow) float[most];
     off_t at = 1024;
-    int failed = piece ? 0 : gpt2_fail("no memory for %zu bytes", most * sizeof *piece);
+    if (!piece) return gpt2_fail("no memory for %zu bytes", most * sizeof *piece);
+    int failed = 0;
     for (int t = 0; t < GPT2_TENSORS; t++) {
         const int64_t size = gpt2_tensor(&m->config, t, NULL, NULL);
         for (int64_t first = 0, count; first < size && !failed; first += count) {
@@ -1237,25 +1288,31 @@ static int params_read(GPT2 *m, int file) {
 }
 
 GPT2 *gpt2_create_mapped(const GPT2Config *config, int file) {
-    begun();
+    api_begin();
     if (gpt2_config_check(config)) return NULL;
     GPT2 *m = new (std::nothrow) GPT2();
-    int32_t *counts = m ? new (std::nothrow) int32_t[(size_t)config->V] : NULL;
-    if (!counts) {
+    int32_t *counts = new (std::nothrow) int32_t[(size_t)config->V];
+    if (!m || !counts) {
         gpt2_fail("no memory for a model");
+        delete[] counts;
         delete m;
         return NULL;
     }
     m->config = *config;
-    m->C = (size_t)config->C, m->NH = (size_t)config->NH, m->L = (size_t)config->L, m->V = (size_t)config->V;
+    m->C = (size_t)config->C;
+    m->NH = (size_t)config->NH;
+    m->L = (size_t)config->L;
+    m->V = (size_t)config->V;
     m->Vp = round_to(m->V, 128);
-    m->grads_empty = 1, m->norm = NAN;
+    m->grads_zero = 1;
+    m->norm = NAN;
     m->token_counts = counts;
     for (int i = 0; i < GPT2_TENSORS; i++)
         m->start[i + 1] = m->start[i] + round_to((size_t)gpt2_tensor(config, i, NULL, NULL), 64);
     if (!device_open(m) && memory_of(m, GPT2_PARAM)) {
-        m->params = sizeof(floatX) == sizeof(float) ? (floatX *)m->memory[GPT2_PARAM]
-                        : (floatX *)device_memory(m->start[GPT2_TENSORS] * sizeof(floatX), m->stream);
+        m->params = (floatX *)m->memory[GPT2_PARAM];
+        if (sizeof(floatX) != sizeof(float))
+            m->params = (floatX *)device_memory(m->start[GPT2_TENSORS] * sizeof(floatX), m->stream);
         if (m->params && (file < 0 || !params_read(m, file))) return m;
     }
     gpt2_free(m);
@@ -1287,11 +1344,16 @@ void gpt2_free(GPT2 *m) {
 
 GPT2Config gpt2_config(const GPT2 *m) { return m->config; }
 int64_t *gpt2_updates(GPT2 *m) { return &m->updates; }
-void gpt2_zero_grad(GPT2 *m) { m->grads_empty = 1, m->backward_due = 0, m->norm = NAN; }
+void gpt2_zero_grad(GPT2 *m) {
+    m->grads_zero = 1;
+    m->backward_due = 0;
+    m->norm = NAN;
+}
 const float *gpt2_losses(GPT2 *m) { return m->host_losses; }
 
 /* --- Tensors in and out --------------------------------------------------------------------------------- */
-template <typename To, typename From> __global__ void convert_kernel(To *out, const From *in, size_t n) {
+template <typename To, typename From>
+__global__ void convert_kernel(To *__restrict__ out, const From *__restrict__ in, size_t n) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) from_float(out + i, to_float(in[i]));
 }
@@ -1299,18 +1361,20 @@ template <typename To, typename From> static void convert(GPT2 *m, To *out, cons
     if (n) LAUNCH((convert_kernel<To, From>), blocks(n, 256), 256, 0, m->stream, out, in, n);
 }
 
-/* The memory of a kind to look into: not while gradients are half made, and those that count as 0 are 0. */
-static float *whole_memory(GPT2 *m, int kind) {
+/* The memory of a kind with its true values; NULL while gradients are incomplete. */
+static float *readable_memory(GPT2 *m, int kind) {
     const int grads = kind == GPT2_GRAD;
-    if (grads && m->backward_due)
-        return gpt2_fail("the gradients are half made: call gpt2_backward after gpt2_forward"), (float *)NULL;
+    if (grads && m->backward_due) {
+        gpt2_fail("the gradients are incomplete: call gpt2_backward after gpt2_forward");
+        return NULL;
+    }
     float *memory = memory_of(m, kind);
-    if (memory && grads && m->grads_empty &&
+    if (memory && grads && m->grads_zero &&
         !gpu_ok(cudaMemsetAsync(memory, 0, m->start[GPT2_TENSORS] * sizeof *memory, m->stream))) return NULL;
     return memory;
 }
 
-/* Parameters that are bf16 only go in and out through a piece of fp32. */
+/* Copies bf16-only parameters through a piece of fp32. */
 static int bf16_copy(GPT2 *m, size_t at, size_t count, float *out, const float *in) {
     const size_t most = min_of(count, 1 << 20);
     float *piece = (float *)device_memory(most * sizeof *piece, m->stream);
@@ -1323,56 +1387,63 @@ static int bf16_copy(GPT2 *m, size_t at, size_t count, float *out, const float *
         gpu_ok(cudaStreamSynchronize(m->stream));
     }
     cudaFree(piece);
-    return piece ? ended() : -1;
+    if (!piece) return -1;
+    return api_status();
 }
 
-/* Whether there are fp32 master weights, which begin as the parameters that are there. */
-static int masters_set(GPT2 *m, int wanted) {
+/* Adds fp32 master weights, initialized from the parameters, or removes them. */
+static int set_masters(GPT2 *m, int wanted) {
     const size_t count = m->start[GPT2_TENSORS];
-    if (sizeof(floatX) == sizeof(float) || wanted != m->no_masters) return 0;
-    m->no_masters = 0;
-    if (wanted && !memory_of(m, GPT2_PARAM)) m->no_masters = 1;
-    if (wanted && !m->no_masters)
+    if (sizeof(floatX) == sizeof(float) || wanted != m->bf16_only) return 0;
+    m->bf16_only = 0;
+    if (wanted && !memory_of(m, GPT2_PARAM)) m->bf16_only = 1;
+    if (wanted && !m->bf16_only)
         convert(m, m->memory[GPT2_PARAM], m->params, count);
-    if (wanted) return m->no_masters ? -1 : ended();
+    if (wanted && m->bf16_only) return -1;
+    if (wanted) return api_status();
     gpu_ok(cudaStreamSynchronize(m->stream));
     gpu_ok(cudaFree(m->memory[GPT2_PARAM]));
-    m->memory[GPT2_PARAM] = NULL, m->no_masters = 1;
-    return ended();
+    m->memory[GPT2_PARAM] = NULL;
+    m->bf16_only = 1;
+    return api_status();
 }
 
 int gpt2_option(GPT2 *m, const char *name, int value) {
-    const int recompute = !strcmp(name, "-r"), most = recompute ? 2 : 1;
-    begun();
+    const int recompute = !strcmp(name, "-r"), most = 1 + recompute;
+    api_begin();
     if (!recompute && strcmp(name, "-w")) return gpt2_fail("%s has no effect with this program", name);
     if (value < 0 || value > most) return gpt2_fail("%s is %d, expected 0 to %d", name, value, most);
     if (m->backward_due) return gpt2_fail("%s cannot change between gpt2_forward and gpt2_backward", name);
     m->cached = 0;
-    if (!recompute) return masters_set(m, value);
+    if (!recompute) return set_masters(m, value);
     m->recompute = value;
     return 0;
 }
 
 /* Copies a part of a tensor to `out`, or from `in`; the other is NULL. */
 static int tensor_copy(GPT2 *m, int t, int kind, int64_t first, int64_t count, float *out, const float *in) {
-    begun();
+    api_begin();
     const int64_t size = gpt2_tensor(&m->config, t, NULL, NULL);
     if (size < 0) return -1;
     if (kind < GPT2_PARAM || kind > GPT2_MOMENT2 || first < 0 || count < 0 || first > size - count)
-        return gpt2_fail("tensor %d, kind %d: elements %lld + %lld asked for, it has %lld, in kinds 0 to 3",
-                         t, kind, (long long)first, (long long)count, (long long)size);
+        return gpt2_fail("elements %lld + %lld of kind %d of tensor %d requested, expected %lld elements in "
+                         "kinds 0 to 3", (long long)first, (long long)count, kind, t, (long long)size);
     if (in && kind == GPT2_PARAM) m->cached = 0;
     const size_t at = m->start[t] + (size_t)first, n = (size_t)count;
-    if (kind == GPT2_PARAM && m->no_masters) return bf16_copy(m, at, n, out, in);
-    float *memory = whole_memory(m, kind), *part = memory ? memory + at : NULL;
-    if (!part) return -1;
+    if (kind == GPT2_PARAM && m->bf16_only) return bf16_copy(m, at, n, out, in);
+    float *memory = readable_memory(m, kind);
+    if (!memory) return -1;
+    float *part = memory + at;
     if (out) gpu_ok(cudaMemcpyAsync(out, part, n * sizeof *out, cudaMemcpyDeviceToHost, m->stream));
     if (in) gpu_ok(cudaMemcpyAsync(part, in, n * sizeof *in, cudaMemcpyHostToDevice, m->stream));
     if (in && kind == GPT2_PARAM && (void *)m->params != (void *)memory)
         convert(m, m->params + at, part, n);
-    if (in && kind == GPT2_GRAD) m->grads_empty = 0, m->norm = NAN;
+    if (in && kind == GPT2_GRAD) {
+        m->grads_zero = 0;
+        m->norm = NAN;
+    }
     gpu_ok(cudaStreamSynchronize(m->stream));
-    return ended();
+    return api_status();
 }
 
 int gpt2_get(GPT2 *m, int tensor, int kind, int64_t first, int64_t count, float *out) {
@@ -1383,12 +1454,12 @@ int gpt2_set(GPT2 *m, int tensor, int kind, int64_t first, int64_t count, const 
 }
 
 /* --- Layers, launched ----------------------------------------------------------------------------------- */
-static int whole_vectors(size_t C) { return C % WIDTH == 0; }
+static int is_vectorized(size_t C) { return C % WIDTH == 0; }
 
 static void layernorm_forward(GPT2 *m, floatX *out, float *mean, float *rstd, const floatX *inp,
-                              const floatX *w, const floatX *b, size_t N, int again) {
-    LAUNCH_WIDE(whole_vectors(m->C), layernorm_forward_kernel, blocks(N, ROW_WARPS), ROW_WARPS * WARP, 0,
-                m->stream, out, mean, rstd, inp, w, b, N, (int)m->C, again);
+                              const floatX *w, const floatX *b, size_t N, int known) {
+    LAUNCH_VECTORIZED(is_vectorized(m->C), layernorm_forward_kernel, blocks(N, ROW_WARPS), ROW_WARPS * WARP,
+                      0, m->stream, out, mean, rstd, inp, w, b, N, (int)m->C, known);
 }
 
 static void column_total(GPT2 *m, float *out, const float *sums, size_t rows, size_t n, size_t stride,
@@ -1402,17 +1473,17 @@ static void layernorm_backward(GPT2 *m, floatX *dx, float *dw, float *db, const 
                                const floatX *inp, const floatX *w, const float *mean, const float *rstd,
                                size_t N, int add_dx) {
     const size_t C = m->C, warp_bytes = 2 * C * sizeof(float);
-    const size_t warps = min_of(ROW_WARPS, m->shared_most / warp_bytes);
+    const size_t warps = min_of(ROW_WARPS, m->max_shared / warp_bytes);
     const size_t grid = min_of(blocks(N, warps), 4 * (size_t)m->sms);
-    float *sums = acts(m, 0).sums;
-    LAUNCH_WIDE(whole_vectors(C), layernorm_backward_kernel, (unsigned)grid, (unsigned)warps * WARP,
+    float *sums = activations(m, 0).sums;
+    LAUNCH_VECTORIZED(is_vectorized(C), layernorm_backward_kernel, (unsigned)grid, (unsigned)warps * WARP,
                 warps * warp_bytes, m->stream, dx, sums, dout, inp, w, mean, rstd, N, (int)C, add_dx);
-    column_total(m, db, sums, grid, C, 2 * C, !m->grads_empty);
-    column_total(m, dw, sums + C, grid, C, 2 * C, !m->grads_empty);
+    column_total(m, db, sums, grid, C, 2 * C, !m->grads_zero);
+    column_total(m, dw, sums + C, grid, C, 2 * C, !m->grads_zero);
 }
 
-/* With w (OC,C): out (N,OC) = inp (N,C) · wᵀ + b, plus the residual stream before (N,OC) unless NULL.
-   Backward: dinp (N,C) = dout (N,OC) · w, dw (OC,C) = doutᵀ · inp, db (OC) = Σ dout over rows. */
+/* With w (OC,C): out (N,OC) = inp (N,C) · wᵀ + b + residual, unless that is NULL. Backward: dinp = dout · w,
+   dw = doutᵀ · inp, db = Σ dout over rows. */
 static void linear_forward(GPT2 *m, floatX *out, const floatX *inp, const floatX *w, const floatX *b,
                            const floatX *residual, size_t N, size_t C, size_t OC) {
     gemm(&m->blas, out, OC, Matrix{inp, C, 0}, Matrix{w, C, 1}, N, OC, C,
@@ -1424,23 +1495,24 @@ static void linear_backward_input(GPT2 *m, floatX *dinp, const floatX *dout, con
 }
 static void linear_backward_weight(GPT2 *m, float *dw, float *db, const floatX *dout, const floatX *inp,
                                    size_t N, size_t C, size_t OC) {
-    const int wide = whole_vectors(OC), add = !m->grads_empty;
-    const unsigned across = blocks(OC, COLUMN_THREADS * (wide ? WIDTH : 1));
+    const int vectorized = is_vectorized(OC), add = !m->grads_zero;
+    const unsigned across = blocks(OC, COLUMN_THREADS * (vectorized ? WIDTH : 1));
     const unsigned down = (unsigned)min_of(blocks(N, COLUMN_ROWS), 1 + 8 * (size_t)m->sms / (across + 2));
-    float *sums = acts(m, 0).sums;
+    float *sums = activations(m, 0).sums;
     gemm(&m->blas, dw, C, Matrix{dout, OC, 1}, Matrix{inp, C, 0}, OC, C, N,
          After{CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, add ? dw : NULL});
-    LAUNCH_WIDE(wide, column_sums_kernel, dim3(across, down), dim3(COLUMN_THREADS, COLUMN_ROWS), 0, m->stream,
-                sums, dout, N, (int)OC);
+    LAUNCH_VECTORIZED(vectorized, column_sums_kernel, dim3(across, down), dim3(COLUMN_THREADS, COLUMN_ROWS),
+                      0, m->stream, sums, dout, N, (int)OC);
     column_total(m, db, sums, down, OC, OC, add);
 }
 
-/* Can cuBLASLt do the GELU at a product's end? It wants whole vectors, and does not do it in fp32. */
-static int gelu_fused(const GPT2 *m) { return sizeof(floatX) == 2 && m->C % 8 == 0 && !m->gelu_separate; }
+/* Whether cuBLASLt can fuse GELU: only for whole vectors, not in fp32. */
+static int gelu_fused(const GPT2 *m) { return sizeof(floatX) == 2 && m->C % 8 == 0 && !m->gelu_unfused; }
 
 static void gelu(GPT2 *m, floatX *out, const floatX *dx, const floatX *inp, size_t n) {
-    const int wide = whole_vectors(n);
-    LAUNCH_WIDE(wide, gelu_kernel, blocks(n, 256 * (wide ? WIDTH : 1)), 256, 0, m->stream, out, dx, inp, n);
+    const int vectorized = is_vectorized(n);
+    LAUNCH_VECTORIZED(vectorized, gelu_kernel, blocks(n, 256 * (vectorized ? WIDTH : 1)), 256, 0, m->stream,
+                      out, dx, inp, n);
 }
 
 /* fc (N,4C) = ln (N,C) · fcwᵀ + fcb and its GELU; backward, dfc (N,4C) = dout (N,C) · fcprojw · GELU'(fc) */
@@ -1449,7 +1521,7 @@ static void fc_forward(GPT2 *m, floatX *out, floatX *fc, const floatX *ln, const
     const size_t C = m->C;
     if (gelu_fused(m) && gemm(&m->blas, out, 4 * C, Matrix{ln, C, 0}, Matrix{w, C, 1}, N, 4 * C, C,
                               After{CUBLASLT_EPILOGUE_GELU_AUX_BIAS, b, fc, NULL})) return;
-    m->gelu_separate = 1;
+    m->gelu_unfused = 1;
     linear_forward(m, fc, ln, w, b, NULL, N, C, 4 * C);
     gelu(m, out, NULL, fc, N * 4 * C);
 }
@@ -1458,13 +1530,14 @@ static void fcproj_backward_input(GPT2 *m, floatX *dfc, const floatX *dout, cons
     const size_t C = m->C;
     if (gelu_fused(m) && gemm(&m->blas, dfc, 4 * C, Matrix{dout, C, 0}, Matrix{w, 4 * C, 0}, N, 4 * C, C,
                               After{CUBLASLT_EPILOGUE_DGELU, NULL, fc, NULL})) return;
-    m->gelu_separate = 1;
+    m->gelu_unfused = 1;
     linear_backward_input(m, dfc, dout, w, N, 4 * C, C);
     gelu(m, dfc, dfc, fc, N * 4 * C);
 }
 
 static int plain_warps(const GPT2 *m, int hs) {
-    return plain_shared(PLAIN_WARPS, hs) <= m->shared_most ? PLAIN_WARPS : 1;
+    if (plain_shared(PLAIN_WARPS, hs) <= m->max_shared) return PLAIN_WARPS;
+    return 1;
 }
 static void attention_forward(GPT2 *m, floatX *out, float *lse, const floatX *qkv, size_t first) {
     const int T = (int)m->T, C = (int)m->C, NH = (int)m->NH, warps = plain_warps(m, C / NH);
@@ -1503,17 +1576,24 @@ static void attention_backward(GPT2 *m, floatX *dqkv, float *delta, const floatX
 }
 
 /* --- Passes --------------------------------------------------------------------------------------------- */
-/* Launches a pass: the first time kernel by kernel, the second time into a graph, and then that. Where a
-   graph is refused, or plans that it needs are gone, kernel by kernel again. */
+/* Launches a pass: the first time kernel by kernel, the second time captured into a graph, then as that
+   graph. Kernel by kernel again if capturing fails or its plans were replaced. */
 static void run(GPT2 *m, void (*pass)(GPT2 *)) {
     GraphKey key;
     memset(&key, 0, sizeof key);          /* the padding too: keys are compared by their bytes */
-    key.pass = pass, key.B = m->B, key.T = m->T, key.act_memory = m->act_memory, key.params = m->params;
-    key.grads = m->memory[GPT2_GRAD], key.train = m->train, key.grads_empty = m->grads_empty;
-    key.recompute = m->recompute, key.scale = m->scale;
+    key.pass = pass;
+    key.B = m->B;
+    key.T = m->T;
+    key.act_memory = m->act_memory;
+    key.grads = m->memory[GPT2_GRAD];
+    key.params = m->params;
+    key.train = m->train;
+    key.grads_zero = m->grads_zero;
+    key.recompute = m->recompute;
+    key.scale = m->scale;
     Graph *graph = m->graphs;
     while (graph < m->graphs + GRAPHS && memcmp(&graph->key, &key, sizeof key)) graph++;
-    if (graph == m->graphs + GRAPHS) {    /* not seen before */
+    if (graph == m->graphs + GRAPHS) {    /* a new key */
         graph = &m->graphs[m->next_graph++ % GRAPHS];
         if (graph->made) cudaGraphExecDestroy(graph->made);
         graph->made = NULL;
@@ -1522,7 +1602,7 @@ static void run(GPT2 *m, void (*pass)(GPT2 *)) {
         return;
     }
     cudaGraph_t captured = NULL;
-    const int separate = m->gelu_separate;
+    const int unfused = m->gelu_unfused;
     if (!graph->made && !gpu_failed && !cudaStreamBeginCapture(m->stream, cudaStreamCaptureModeThreadLocal)) {
         m->blas.capturing = 1;
         pass(m);
@@ -1531,10 +1611,17 @@ static void run(GPT2 *m, void (*pass)(GPT2 *)) {
             if (gpu_failed || cudaGraphInstantiate(&graph->made, captured, 0)) graph->made = NULL;
             cudaGraphDestroy(captured);
         }
-        if (!graph->made) gpu_failed = 0, m->gelu_separate = separate;     /* kernel by kernel it may work */
+        if (!graph->made) {               /* kernel by kernel it may work */
+            gpu_failed = 0;
+            m->gelu_unfused = unfused;
+        }
     }
-    if (graph->made) gpu_ok(cudaGraphLaunch(graph->made, m->stream));
-    else cudaGetLastError(), pass(m);
+    if (graph->made) {
+        gpu_ok(cudaGraphLaunch(graph->made, m->stream));
+    } else {
+        cudaGetLastError();
+        pass(m);
+    }
 }
 
 static int tokens_check(const GPT2 *m, const char *what, const int32_t *tokens, size_t n) {
@@ -1544,7 +1631,7 @@ static int tokens_check(const GPT2 *m, const char *what, const int32_t *tokens, 
     return 0;
 }
 
-/* Sorts the positions of a batch by token, and cuts each token's into segments; see dwte_parts_kernel. */
+/* Sorts the positions of a batch by token and cuts them into segments, see dwte_parts_kernel. */
 static void batch_sort(GPT2 *m, size_t N) {
     const Batch b = m->host;
     int32_t *next = m->token_counts;
@@ -1558,7 +1645,7 @@ static void batch_sort(GPT2 *m, size_t N) {
         if (end == at) continue;
         b.tokens[m->tokens] = (int32_t)v;
         b.first_segment[m->tokens++] = m->segments;
-        for (; at < end; at += SEGMENT) b.segments[m->segments++] = at;
+        for (; at < end; at += SEGMENT_ROWS) b.segments[m->segments++] = at;
         at = end;
     }
     b.segments[m->segments] = (int32_t)N;
@@ -1566,64 +1653,68 @@ static void batch_sort(GPT2 *m, size_t N) {
     for (size_t n = 0; n < N; n++) b.order[next[b.x[n]]++] = (int32_t)n;
 }
 
-/* Brings a batch to the GPU, while it may still be busy with the one before: that one's x is in a.batch until
-   its backward pass is done, so what follows on the stream waits, and not this. y NULL: only x. */
+/* Uploads a batch while the GPU may still use the previous one in a.batch: only the stream waits. y NULL:
+   only x. */
 static void batch_send(GPT2 *m, const int32_t *x, const int32_t *y, size_t N) {
     m->host = batch_at(m->host_memory, N);
     memcpy(m->host.x, x, N * sizeof *x);
     if (y) memcpy(m->host.y, y, N * sizeof *y);
     if (m->train) batch_sort(m, N);
-    const size_t bytes = m->train ? batch_bytes(N) : (y ? 2 : 1) * N * sizeof *x;
+    size_t bytes = N * sizeof *x;
+    if (y) bytes *= 2;
+    if (m->train) bytes = batch_bytes(N);
     gpu_ok(cudaMemcpyAsync(m->staging, m->host_memory, bytes, cudaMemcpyHostToDevice, m->upload));
     gpu_ok(cudaEventRecord(m->uploaded, m->upload));
     gpu_ok(cudaStreamWaitEvent(m->stream, m->uploaded, 0));
-    gpu_ok(cudaMemcpyAsync(acts(m, 0).batch, m->staging, bytes, cudaMemcpyDeviceToDevice, m->stream));
+    gpu_ok(cudaMemcpyAsync(activations(m, 0).batch, m->staging, bytes, cudaMemcpyDeviceToDevice, m->stream));
 }
 
-/* Embedding, blocks and the last layer norm, of the positions from `first` on, the keys and values of those
-   before being kept. */
+/* Embedding, blocks and the last layer norm of the positions from `first` on; earlier keys and values are
+   cached. */
 static void forward_blocks(GPT2 *m, size_t first) {
     const size_t C = m->C, N = m->B * m->T - first;
-    Activations a = acts(m, 0);
+    Activations a = activations(m, 0);
     TensorsOf<floatX> p = tensors(m, m->params, 0);
-    LAUNCH_WIDE(whole_vectors(C), encoder_forward_kernel, blocks(N, ROW_WARPS), ROW_WARPS * WARP, 0,
+    LAUNCH_VECTORIZED(is_vectorized(C), encoder_forward_kernel, blocks(N, ROW_WARPS), ROW_WARPS * WARP, 0,
                 m->stream, a.residual1, a.batch + first, p.wte, p.wpe + first * C, N, (int)m->T, (int)C);
     for (size_t l = 0; l < m->L; l++) {
-        p = tensors(m, m->params, l), a = acts(m, l);
+        p = tensors(m, m->params, l);
+        a = activations(m, l);
         layernorm_forward(m, a.ln1, a.mean1, a.rstd1, a.residual1, p.ln1w, p.ln1b, N, 0);
         linear_forward(m, a.qkv + first * 3 * C, a.ln1, p.qkvw, p.qkvb, NULL, N, C, 3 * C);
         attention_forward(m, a.att, a.lse, a.qkv, first);
         linear_forward(m, a.residual2, a.att, p.attprojw, p.attprojb, a.residual1, N, C, C);
         layernorm_forward(m, a.ln2, a.mean2, a.rstd2, a.residual2, p.ln2w, p.ln2b, N, 0);
         fc_forward(m, a.gelu, a.fc, a.ln2, p.fcw, p.fcb, N);
-        linear_forward(m, acts(m, l + 1).residual1, a.gelu, p.fcprojw, p.fcprojb, a.residual2, N, 4 * C, C);
+        floatX *next_residual = activations(m, l + 1).residual1;
+        linear_forward(m, next_residual, a.gelu, p.fcprojw, p.fcprojb, a.residual2, N, 4 * C, C);
     }
-    layernorm_forward(m, a.lnf, a.meanf, a.rstdf, acts(m, m->L).residual1, p.lnfw, p.lnfb, N, 0);
+    layernorm_forward(m, a.lnf, a.meanf, a.rstdf, activations(m, m->L).residual1, p.lnfw, p.lnfb, N, 0);
 }
 
-/* Rows n … of the logits, and their losses; for a gradient the logits become it. */
+/* Logits of a chunk of rows, from n on, and their losses; in training the logits become their gradient. */
 static void classify(GPT2 *m, size_t n) {
     const size_t C = m->C, Vp = m->Vp, rows = min_of(m->chunk, m->B * m->T - n);
-    const Activations a = acts(m, 0);
-    /* As many as can be: then the rows in work, two a multiprocessor, are read again from its own cache. */
+    const Activations a = activations(m, 0);
+    /* The maximum: then the two rows resident on an SM are read a second time from its L1. */
     const unsigned threads = (unsigned)min_of(1024, round_to(Vp / WIDTH, WARP));
     gemm(&m->blas, a.logits, Vp, Matrix{a.lnf + n * C, C, 0}, Matrix{m->params, C, 1}, rows, Vp, C);
     LAUNCH(crossentropy_kernel, (unsigned)rows, threads, 0, m->stream, a.losses + n, a.logits,
            batch_at(a.batch, m->B * m->T).y + n, (int)m->V, (int)Vp, m->train ? m->scale : 0);
 }
-/* The gradient of the last layer norm's output and wte, from that of rows n … of the logits. */
+/* dln and dwte from the gradient of a chunk of logits. */
 static void classify_backward(GPT2 *m, size_t n) {
     const size_t C = m->C, Vp = m->Vp, rows = min_of(m->chunk, m->B * m->T - n);
-    const Activations a = acts(m, 0);
+    const Activations a = activations(m, 0);
     float *dwte = m->memory[GPT2_GRAD];
     gemm(&m->blas, a.dln + n * C, C, Matrix{a.logits, Vp, 0}, Matrix{m->params, C, 0}, rows, C, Vp);
     gemm(&m->blas, dwte, C, Matrix{a.logits, Vp, 1}, Matrix{a.lnf + n * C, C, 0}, Vp, C, rows,
-         After{CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, n || !m->grads_empty ? dwte : NULL});
+         After{CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, n || !m->grads_zero ? dwte : NULL});
 }
 
 static size_t last_chunk(const GPT2 *m) { return (m->B * m->T - 1) / m->chunk * m->chunk; }
 
-/* The forward pass up to the losses; the last chunk's gradient is left to be queued behind their copy. */
+/* The forward pass up to the losses; the last chunk's gradient is queued after their copy. */
 static void forward_pass(GPT2 *m) {
     forward_blocks(m, 0);
     for (size_t n = 0; n < m->B * m->T; n += m->chunk) {
@@ -1632,37 +1723,40 @@ static void forward_pass(GPT2 *m) {
     }
 }
 
-/* What every pass begins with: is the batch right, is there room for it? */
+/* Checks the batch and makes room for its activations. */
 static int pass_begin(GPT2 *m, const int32_t *x, const int32_t *y, int batch, int length, Purpose purpose) {
     if (batch < 1 || length < 1 || length > m->config.max_T)
         return gpt2_fail("batch is %d x %d tokens, expected sequences of 1 to %d, the model's context", batch,
                          length, m->config.max_T);
-    if (m->backward_due && !m->grads_empty)
-        return gpt2_fail("a gradient is half added; call gpt2_backward after gpt2_forward");
+    if (m->backward_due && !m->grads_zero)
+        return gpt2_fail("the gradients are incomplete: call gpt2_backward after gpt2_forward");
     const size_t B = (size_t)batch, T = (size_t)length;
     m->backward_due = 0;
-    m->B = B, m->T = T;
+    m->B = B;
+    m->T = T;
     m->train = purpose == TRAIN;
     if (purpose != GENERATE) m->cached = 0;
     if (tokens_check(m, "x", x, B * T) || (y && tokens_check(m, "y", y, B * T))) return -1;
     if (m->cached) return 0;
-    return acts_layout(m, B, purpose == GENERATE ? (size_t)m->config.max_T : T, purpose);
+    size_t room = T;
+    if (purpose == GENERATE) room = (size_t)m->config.max_T;
+    return layout_activations(m, B, room, purpose);
 }
 
 int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, float grad_scale, float *loss) {
     const int train = grad_scale != 0;
-    begun();
+    api_begin();
     if ((train && !memory_of(m, GPT2_GRAD)) || pass_begin(m, x, y, B, T, train ? TRAIN : EVALUATE)) return -1;
     const size_t N = m->B * m->T;
     m->scale = grad_scale / (float)N;
     batch_send(m, x, y, N);
     run(m, forward_pass);
-    gpu_ok(cudaMemcpyAsync(m->host_losses, acts(m, 0).losses, N * sizeof(float), cudaMemcpyDeviceToHost,
-                           m->stream));
+    gpu_ok(cudaMemcpyAsync(m->host_losses, activations(m, 0).losses, N * sizeof(float),
+                           cudaMemcpyDeviceToHost, m->stream));
     gpu_ok(cudaEventRecord(m->classified, m->stream));
-    if (train) classify_backward(m, last_chunk(m));     /* while the host wakes up */
+    if (train) classify_backward(m, last_chunk(m));     /* while the losses are copied */
     gpu_ok(cudaEventSynchronize(m->classified));
-    if (ended()) return -1;
+    if (api_status()) return -1;
     double sum = 0;
     for (size_t n = 0; n < N; n++) sum += m->host_losses[n];
     *loss = (float)(sum / (double)N);
@@ -1673,92 +1767,96 @@ int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, floa
 
 static void backward_pass(GPT2 *m) {
     const size_t N = m->B * m->T, C = m->C;
-    Activations a = acts(m, m->L);
+    Activations a = activations(m, m->L);
     TensorsOf<floatX> p = tensors(m, m->params, 0);
     TensorsOf<float> g = tensors(m, m->memory[GPT2_GRAD], 0);
-    floatX *dx = a.dresidual, *dln = a.dln, *dwide = a.dwide;
+    floatX *dx = a.dresidual, *dln = a.dln, *dhidden = a.dhidden;
     layernorm_backward(m, dx, g.lnfw, g.lnfb, dln, a.residual1, p.lnfw, a.meanf, a.rstdf, N, 0);
     for (size_t l = m->L; l-- > 0;) {
-        p = tensors(m, m->params, l), g = tensors(m, m->memory[GPT2_GRAD], l), a = acts(m, l);
+        p = tensors(m, m->params, l);
+        g = tensors(m, m->memory[GPT2_GRAD], l);
+        a = activations(m, l);
         if (m->recompute >= 1) gelu(m, a.gelu, NULL, a.fc, N * 4 * C);
         linear_backward_weight(m, g.fcprojw, g.fcprojb, dx, a.gelu, N, 4 * C, C);
-        fcproj_backward_input(m, dwide, dx, p.fcprojw, a.fc, N);
+        fcproj_backward_input(m, dhidden, dx, p.fcprojw, a.fc, N);
         if (m->recompute >= 2)
             layernorm_forward(m, a.ln2, a.mean2, a.rstd2, a.residual2, p.ln2w, p.ln2b, N, 1);
-        linear_backward_weight(m, g.fcw, g.fcb, dwide, a.ln2, N, C, 4 * C);
-        linear_backward_input(m, dln, dwide, p.fcw, N, C, 4 * C);
+        linear_backward_weight(m, g.fcw, g.fcb, dhidden, a.ln2, N, C, 4 * C);
+        linear_backward_input(m, dln, dhidden, p.fcw, N, C, 4 * C);
         layernorm_backward(m, dx, g.ln2w, g.ln2b, dln, a.residual2, p.ln2w, a.mean2, a.rstd2, N, 1);
 
         linear_backward_weight(m, g.attprojw, g.attprojb, dx, a.att, N, C, C);
         linear_backward_input(m, dln, dx, p.attprojw, N, C, C);
-        attention_backward(m, dwide, a.delta, dln, a.att, a.qkv, a.lse);
+        attention_backward(m, dhidden, a.delta, dln, a.att, a.qkv, a.lse);
         if (m->recompute >= 2)
             layernorm_forward(m, a.ln1, a.mean1, a.rstd1, a.residual1, p.ln1w, p.ln1b, N, 1);
-        linear_backward_weight(m, g.qkvw, g.qkvb, dwide, a.ln1, N, C, 3 * C);
-        linear_backward_input(m, dln, dwide, p.qkvw, N, C, 3 * C);
+        linear_backward_weight(m, g.qkvw, g.qkvb, dhidden, a.ln1, N, C, 3 * C);
+        linear_backward_input(m, dln, dhidden, p.qkvw, N, C, 3 * C);
         layernorm_backward(m, dx, g.ln1w, g.ln1b, dln, a.residual1, p.ln1w, a.mean1, a.rstd1, N, 1);
     }
 }
 
-/* The embedding's gradients; not in the graph, for how many blocks they take depends on the tokens. dwide is
-   free by now, and holds the segments' sums. */
+/* The embedding's gradients; not in the graph, since their grids depend on the tokens. dhidden is free by now
+   and holds the sums of segments. */
 static void encoder_backward(GPT2 *m) {
-    const size_t C = m->C, T = m->T, N = m->B * T, V = whole_vectors(C) ? WIDTH : 1;
-    const Activations a = acts(m, 0);
+    const size_t C = m->C, T = m->T, N = m->B * T, V = is_vectorized(C) ? WIDTH : 1;
+    const Activations a = activations(m, 0);
     const TensorsOf<float> g = tensors(m, m->memory[GPT2_GRAD], 0);
     const Batch b = batch_at(a.batch, N);
-    const unsigned threads = (unsigned)min_of(128, round_to(pieces(C, V), WARP));
-    float *parts = (float *)a.dwide;
+    const unsigned threads = (unsigned)min_of(128, round_to(ceil_div(C, V), WARP));
+    float *parts = (float *)a.dhidden;
     const size_t rest = ((size_t)m->config.max_T - T) * C * sizeof(float);
-    if (m->grads_empty && rest) gpu_ok(cudaMemsetAsync(g.wpe + T * C, 0, rest, m->stream));
-    LAUNCH_WIDE(V > 1, dwpe_kernel, blocks(T * C, 128 * V), 128, 0, m->stream, g.wpe, a.dresidual, (int)m->B,
-                (int)T, (int)C, !m->grads_empty);
-    LAUNCH_WIDE(V > 1, dwte_parts_kernel, (unsigned)m->segments, threads, 0, m->stream, parts, a.dresidual,
-                b.order, b.segments, (int)C);
-    LAUNCH_WIDE(V > 1, dwte_kernel, (unsigned)m->tokens, threads, 0, m->stream, g.wte, parts, b.tokens,
+    if (m->grads_zero && rest) gpu_ok(cudaMemsetAsync(g.wpe + T * C, 0, rest, m->stream));
+    LAUNCH_VECTORIZED(V > 1, dwpe_kernel, blocks(T * C, 128 * V), 128, 0, m->stream, g.wpe, a.dresidual,
+                      (int)m->B, (int)T, (int)C, !m->grads_zero);
+    LAUNCH_VECTORIZED(V > 1, dwte_parts_kernel, (unsigned)m->segments, threads, 0, m->stream, parts,
+                      a.dresidual, b.order, b.segments, (int)C);
+    LAUNCH_VECTORIZED(V > 1, dwte_kernel, (unsigned)m->tokens, threads, 0, m->stream, g.wte, parts, b.tokens,
                 b.first_segment, (int)C);
 }
 
 int gpt2_backward(GPT2 *m) {
     if (!m->backward_due)
-        return gpt2_fail("gpt2_backward needs a gpt2_forward with a gradient scale before it, one for each");
-    begun();
+        return gpt2_fail("gpt2_backward must follow a gpt2_forward with a gradient scale, once for each");
+    api_begin();
     run(m, backward_pass);
     encoder_backward(m);
-    m->grads_empty = m->backward_due = 0;
-    return ended();
+    m->grads_zero = m->backward_due = 0;
+    return api_status();
 }
 
 int gpt2_logits(GPT2 *m, const int32_t *x, int B, int T, int last_only, float *out) {
     const int generate = last_only && B == 1;
-    begun();
+    api_begin();
     if (pass_begin(m, x, NULL, B, T, generate ? GENERATE : EVALUATE)) return -1;
-    const size_t N = m->B * m->T, C = m->C, V = m->V, every = last_only ? m->T : 1;
-    size_t first = 0;
+    const size_t N = m->B * m->T, C = m->C, V = m->V;
+    size_t first = 0, every = 1;          /* of the rows: all, or the last of each sequence */
+    if (last_only) every = m->T;
     while (first + 1 < m->T && first < m->cached && x[first] == m->host.x[first]) first++;
-    m->cached = 0;                        /* should this fail */
+    m->cached = 0;                        /* in case of failure */
     batch_send(m, x, NULL, N);
     forward_blocks(m, first);
-    const Activations a = acts(m, 0);
+    const Activations a = activations(m, 0);
     for (size_t n = 0, rows; n < N / every && !gpu_failed; n += rows) {
         rows = min_of(m->chunk, N / every - n);
         const floatX *ln = a.lnf + ((n + 1) * every - 1 - first) * C;
-        const size_t apart = rows > 1 ? every * C : C;     /* the same plan for a token after any number */
+        size_t apart = C;                 /* of one row: the same plan at every position */
+        if (rows > 1) apart = every * C;
         gemm(&m->blas, (float *)a.logits, V, Matrix{ln, apart, 0}, Matrix{m->params, C, 1}, rows, V, C);
         gpu_ok(cudaMemcpyAsync(out + n * V, a.logits, rows * V * sizeof *out, cudaMemcpyDeviceToHost,
                                m->stream));
     }
     gpu_ok(cudaStreamSynchronize(m->stream));
-    if (ended()) return -1;
-    m->cached = generate ? m->T : 0;
+    if (api_status()) return -1;
+    if (generate) m->cached = m->T;
     return 0;
 }
 
 /* === 6. AdamW =========================================================================================== */
 enum { NORM_BLOCKS = 1024, NORM_THREADS = 256 };
 
-/* squares (blocks): of what a block finds at its places among n numbers */
-__global__ void norm_kernel(double *squares, const float *g, size_t n) {
+/* squares (blocks): the sum of squares of a block's elements */
+__global__ void norm_kernel(double *__restrict__ squares, const float *__restrict__ g, size_t n) {
     __shared__ double shared[NORM_THREADS];
     double sum = 0;
     const size_t step = (size_t)gridDim.x * NORM_THREADS * 4;
@@ -1776,46 +1874,51 @@ __global__ void norm_kernel(double *squares, const float *g, size_t n) {
 }
 
 float gpt2_grad_norm(GPT2 *m) {
-    begun();
-    const float *g = isnan(m->norm) ? whole_memory(m, GPT2_GRAD) : NULL;
-    const size_t count = m->start[GPT2_TENSORS], grid = min_of(NORM_BLOCKS, pieces(count, 4 * NORM_THREADS));
+    api_begin();
+    if (!isnan(m->norm)) return m->norm;
+    const float *g = readable_memory(m, GPT2_GRAD);
+    const size_t count = m->start[GPT2_TENSORS];
+    const size_t grid = min_of(NORM_BLOCKS, ceil_div(count, 4 * NORM_THREADS));
     double squares[NORM_BLOCKS], sum = 0;
-    if (!g) return m->norm;
-    double *parts = (double *)m->blas.workspace;     /* no product runs beside this */
+    if (!g) return NAN;
+    double *parts = (double *)m->blas.workspace;     /* free: no product is running */
     LAUNCH(norm_kernel, (unsigned)grid, NORM_THREADS, 0, m->stream, parts, g, count);
     gpu_ok(cudaMemcpyAsync(squares, parts, grid * sizeof *squares, cudaMemcpyDeviceToHost, m->stream));
     gpu_ok(cudaStreamSynchronize(m->stream));
-    if (ended()) return NAN;
+    if (api_status()) return NAN;
     for (size_t i = 0; i < grid; i++) sum += squares[i];
-    return m->norm = (float)sqrt(sum);
+    m->norm = (float)sqrt(sum);
+    return m->norm;
 }
 
 typedef struct {
-    size_t start[GPT2_TENSORS + 1];       /* of the tensors, of which those in GPT2_DECAYED decay by keep */
+    size_t start[GPT2_TENSORS + 1];       /* of the tensors; those in GPT2_DECAYED are multiplied by keep */
     float clip, keep, keep1, add1, keep2, add2, rate, scale2, epsilon;
     uint32_t seed;
 } Step;
 
-/* A number for each place and seed: a step of a counter and two rounds of mixing (Wellons' "lowbias32"). */
+/* A random number for each x (Wellons' "lowbias32"). */
 __device__ static inline uint32_t hash(uint32_t x) {
     x = (x ^ x >> 16) * 0x7FEB352Du;
     x = (x ^ x >> 15) * 0x846CA68Bu;
     return x ^ x >> 16;
 }
 
-/* bf16 is the upper half of a float: adding a random lower half rounds up as often as the lower half says. */
-__device__ static inline float round_at_random(float x, uint32_t random) {
+/* Stochastic rounding to bf16: adds a random number to the lower half of the bits. */
+__device__ static inline float round_stochastically(float x, uint32_t random) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
-    bits = (bits & 0x7F800000) == 0x7F800000 ? bits : bits + (random & 0xFFFF);
+    const int finite = (bits & 0x7F800000) != 0x7F800000;
+    if (finite) bits += random & 0xFFFF;
     bits &= 0xFFFF0000;
     memcpy(&x, &bits, sizeof x);
     return x;
 }
 
-/* All tensors at once, four elements a thread: 16 bytes of each array. masters or params may be NULL. */
-__global__ void adamw_kernel(float *masters, floatX *params, float *moment1, float *moment2,
-                             const float *grads, Step s) {
+/* All tensors at once, four elements per thread. masters or params may be NULL. */
+__global__ void adamw_kernel(float *__restrict__ masters, floatX *__restrict__ params,
+                             float *__restrict__ moment1, float *__restrict__ moment2,
+                             const float *__restrict__ grads, Step s) {
     const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (at >= s.start[GPT2_TENSORS]) return;
     int decayed = 0;
@@ -1833,8 +1936,9 @@ __global__ void adamw_kernel(float *masters, floatX *params, float *moment1, flo
         const float grad = g[i] * s.clip;
         m1[i] = s.keep1 * m1[i] + s.add1 * grad;
         m2[i] = s.keep2 * m2[i] + s.add2 * grad * grad;
-        p[i] = (decayed ? s.keep : 1) * p[i] - s.rate * m1[i] / (sqrtf(m2[i] * s.scale2) + s.epsilon);
-        if (!masters) p[i] = round_at_random(p[i], hash(hash((uint32_t)(at + i)) ^ seed));
+        if (decayed) p[i] *= s.keep;
+        p[i] -= s.rate * m1[i] / (sqrtf(m2[i] * s.scale2) + s.epsilon);
+        if (!masters) p[i] = round_stochastically(p[i], hash(hash((uint32_t)(at + i)) ^ seed));
     }
     store<4>(moment1 + at, m1);
     store<4>(moment2 + at, m2);
@@ -1843,29 +1947,38 @@ __global__ void adamw_kernel(float *masters, floatX *params, float *moment1, flo
 }
 
 int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, double decay, double max_norm) {
-    begun();
-    const float *g = whole_memory(m, GPT2_GRAD);
-    float *m1 = g ? memory_of(m, GPT2_MOMENT1) : NULL, *m2 = m1 ? memory_of(m, GPT2_MOMENT2) : NULL;
-    if (!m2) return -1;
+    api_begin();
+    const float *g = readable_memory(m, GPT2_GRAD);
+    if (!g) return -1;
+    float *m1 = memory_of(m, GPT2_MOMENT1), *m2 = memory_of(m, GPT2_MOMENT2);
+    if (!m1 || !m2) return -1;
     const double norm = gpt2_grad_norm(m), n = (double)m->updates + 1;
-    if (ended()) return -1;
+    if (api_status()) return -1;
     if (!(isfinite(norm) && fabs(lr) < 1e10))
-        return gpt2_fail("gradient norm %f, learning rate %g: it diverged; use a lower one", norm, lr);
+        return gpt2_fail("gradient norm %f, learning rate %g: training diverged; lower the learning rate",
+                         norm, lr);
     m->updates++;
     Step s = {};
     memcpy(s.start, m->start, sizeof s.start);
-    s.clip = (float)(max_norm > 0 && norm > max_norm ? max_norm / norm : 1);
+    s.clip = 1;
+    if (max_norm > 0 && norm > max_norm) s.clip = (float)(max_norm / norm);
     s.keep = (float)(1 - lr * decay);
-    s.keep1 = (float)beta1, s.add1 = (float)(1 - beta1), s.rate = (float)(lr / (1 - pow(beta1, n)));
-    s.keep2 = (float)beta2, s.add2 = (float)(1 - beta2), s.scale2 = (float)(1 / (1 - pow(beta2, n)));
+    s.keep1 = (float)beta1;
+    s.add1 = (float)(1 - beta1);
+    s.rate = (float)(lr / (1 - pow(beta1, n)));
+    s.keep2 = (float)beta2;
+    s.add2 = (float)(1 - beta2);
+    s.scale2 = (float)(1 / (1 - pow(beta2, n)));
     s.epsilon = (float)eps;
     s.seed = (uint32_t)m->updates * 0x9E3779B9u;
     float *masters = m->memory[GPT2_PARAM];
-    LAUNCH(adamw_kernel, blocks(m->start[GPT2_TENSORS], 4 * 256), 256, 0, m->stream, masters,
-           (void *)m->params == (void *)masters ? (floatX *)NULL : m->params, m1, m2, g, s);
+    floatX *params = m->params;
+    if ((void *)params == (void *)masters) params = NULL;
+    LAUNCH(adamw_kernel, blocks(m->start[GPT2_TENSORS], 4 * 256), 256, 0, m->stream, masters, params, m1, m2,
+           g, s);
     gpt2_zero_grad(m);
     m->cached = 0;
-    return ended();
+    return api_status();
 }
 
 /* --- The machine ---------------------------------------------------------------------------------------- */
@@ -1878,7 +1991,7 @@ const char *gpt2_device(void) {
         cudaGetLastError();
         return "no GPU";
     }
-    snprintf(text, sizeof text, "%s, %d multiprocessors, %s", gpu.name, gpu.multiProcessorCount, FLOATX_NAME);
+    snprintf(text, sizeof text, "%s, %d SMs, %s", gpu.name, gpu.multiProcessorCount, FLOATX_NAME);
     return text;
 }
 
@@ -1887,12 +2000,12 @@ __global__ void noise_kernel(floatX *out, size_t n) {
     if (i < n) from_float(out + i, (float)hash((uint32_t)i) * 0x1p-31f - 1);
 }
 
-/* The best rate of square products, each size twice the one before, up to the first that takes long. */
+/* The best rate of square products of growing size. */
 double gpt2_ceiling(void) {
     enum { SMALLEST = 128, LARGEST = 8192, RUNS = 16 };
     double best = 0;
     float took = 0;                       /* ms */
-    begun();
+    api_begin();
     GPT2 *m = new (std::nothrow) GPT2();
     if (m && !device_open(m))
         for (size_t n = SMALLEST; n <= LARGEST && took < 20 && !gpu_failed; n *= 2) {
@@ -1900,7 +2013,7 @@ double gpt2_ceiling(void) {
             floatX *d = b + n * n;
             if (!a) break;
             LAUNCH(noise_kernel, blocks(2 * n * n, 256), 256, 0, m->stream, a, 2 * n * n);
-            for (int run = -1; run < RUNS; run++) {     /* the first finds an algorithm, and warms up */
+            for (int run = -1; run < RUNS; run++) {     /* the first one finds an algorithm */
                 if (run == 0) gpu_ok(cudaEventRecord(m->uploaded, m->stream));
                 gemm(&m->blas, d, n, Matrix{a, n, 0}, Matrix{b, n, 1}, n, n, n);
             }
@@ -1928,13 +2041,13 @@ static void plan_free(Plan *plan) {
     blas_ok(cublasLtMatmulDescSetAttribute((plan)->operation, CUBLASLT_MATMUL_DESC_##what, &(value), \
                                            sizeof(value)))
 
-/* What a product's end reads or writes besides D; NULL for none. */
+/* Sets what the epilogue reads or writes besides D; NULL for none. */
 static int plan_point(Plan *plan, const floatX *bias, const floatX *aux) {
     return (!bias || SET_OPERATION(plan, BIAS_POINTER, bias)) &&
            (!aux || SET_OPERATION(plan, EPILOGUE_AUX_POINTER, aux));
 }
 
-/* Describes the product, and asks for the best algorithm. Returns 0 if there is none. */
+/* Describes the product, and finds the best algorithm. Returns 0 if there is none. */
 static int plan_make(Blas *blas, Plan *plan, const Shape *s, const floatX *bias, const floatX *aux) {
     const cublasOperation_t ops[] = {CUBLAS_OP_N, CUBLAS_OP_T};
     const cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)s->epilogue;
@@ -1948,12 +2061,12 @@ static int plan_make(Blas *blas, Plan *plan, const Shape *s, const floatX *bias,
              SET_OPERATION(plan, TRANSB, ops[s->transposed_a]) && SET_OPERATION(plan, EPILOGUE, epilogue);
     ok = ok && (!aux || SET_OPERATION(plan, EPILOGUE_AUX_LD, s->ld_d)) &&
          (!bias || SET_OPERATION(plan, BIAS_DATA_TYPE, FLOATX_TYPE)) && plan_point(plan, bias, aux);
-    const uint64_t M = s->M, N = s->N, K = s->K;
-    ok = ok && blas_ok(cublasLtMatrixLayoutCreate(&plan->a, FLOATX_TYPE, s->transposed_b ? K : N,
-                                                  s->transposed_b ? N : K, s->ld_b)) &&
-         blas_ok(cublasLtMatrixLayoutCreate(&plan->b, FLOATX_TYPE, s->transposed_a ? M : K,
-                                            s->transposed_a ? K : M, s->ld_a)) &&
-         blas_ok(cublasLtMatrixLayoutCreate(&plan->d, type_d, N, M, s->ld_d));
+    uint64_t a[] = {(uint64_t)s->N, (uint64_t)s->K}, b[] = {(uint64_t)s->K, (uint64_t)s->M};
+    if (s->transposed_b) std::swap(a[0], a[1]);
+    if (s->transposed_a) std::swap(b[0], b[1]);
+    ok = ok && blas_ok(cublasLtMatrixLayoutCreate(&plan->a, FLOATX_TYPE, a[0], a[1], s->ld_b)) &&
+         blas_ok(cublasLtMatrixLayoutCreate(&plan->b, FLOATX_TYPE, b[0], b[1], s->ld_a)) &&
+         blas_ok(cublasLtMatrixLayoutCreate(&plan->d, type_d, s->N, s->M, s->ld_d));
     cublasLtMatmulPreference_t preference = NULL;
     ok = ok && blas_ok(cublasLtMatmulPreferenceCreate(&preference)) &&
          blas_ok(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
@@ -1973,7 +2086,7 @@ static int plan_make(Blas *blas, Plan *plan, const Shape *s, const floatX *bias,
     return 0;
 }
 
-/* The plan of a product, made when it is first needed; NULL if there is none, or no time to make it. */
+/* The plan of a product, created on first use; NULL if there is none, or a graph is being captured. */
 static Plan *plan_find(Blas *blas, const Shape *shape, const floatX *bias, const floatX *aux) {
     for (int i = 0; i < PLANS && i < blas->count; i++)
         if (!memcmp(&blas->plans[i].shape, shape, sizeof *shape)) return &blas->plans[i];
@@ -1985,22 +2098,32 @@ static Plan *plan_find(Blas *blas, const Shape *shape, const floatX *bias, const
 
 template <typename D> static int gemm(Blas *blas, D *d, size_t ld_d, Matrix a, Matrix b, size_t M, size_t N,
                                       size_t K, After after) {
-    const void *c = after.add ? after.add : d;
+    const void *c = d;
+    if (after.add) c = after.add;
     const uintptr_t pointers = (uintptr_t)d | (uintptr_t)a.data | (uintptr_t)b.data | (uintptr_t)c |
                                (uintptr_t)after.bias;
-    const float one = 1, beta = after.add ? 1 : 0;
+    const float one = 1, beta = after.add != NULL;
     Shape shape;
     memset(&shape, 0, sizeof shape);      /* the padding too: shapes are compared by their bytes */
-    shape.M = (int64_t)M, shape.N = (int64_t)N, shape.K = (int64_t)K;
-    shape.ld_a = (int64_t)a.ld, shape.ld_b = (int64_t)b.ld, shape.ld_d = (int64_t)ld_d;
-    shape.transposed_a = a.transposed, shape.transposed_b = b.transposed;
-    shape.epilogue = after.epilogue, shape.alignment = pointers % 16 ? (int)sizeof(floatX) : 16;
-    shape.type_d = sizeof(D) == 4 ? CUDA_R_32F : FLOATX_TYPE, shape.add = after.add != NULL;
+    shape.M = (int64_t)M;
+    shape.N = (int64_t)N;
+    shape.K = (int64_t)K;
+    shape.ld_a = (int64_t)a.ld;
+    shape.ld_b = (int64_t)b.ld;
+    shape.ld_d = (int64_t)ld_d;
+    shape.transposed_a = a.transposed;
+    shape.transposed_b = b.transposed;
+    shape.epilogue = after.epilogue;
+    shape.alignment = pointers % 16 ? (int)sizeof(floatX) : 16;
+    shape.type_d = sizeof(D) == 4 ? CUDA_R_32F : FLOATX_TYPE;
+    shape.add = after.add != NULL;
     Plan *plan = plan_find(blas, &shape, after.bias, after.aux);
-    if (!plan) return after.aux ? 0 : blas_ok(CUBLAS_STATUS_NOT_SUPPORTED);
+    if (!plan && after.aux) return 0;
+    if (!plan) return blas_ok(CUBLAS_STATUS_NOT_SUPPORTED);
     if (!plan_point(plan, after.bias, after.aux)) return 0;
     const cublasStatus_t status = cublasLtMatmul(
         blas->handle, plan->operation, &one, b.data, plan->a, a.data, plan->b, &beta, c, plan->d, d, plan->d,
         &plan->algorithm, blas->workspace, WORKSPACE, blas->stream);
-    return after.aux ? status == CUBLAS_STATUS_SUCCESS : blas_ok(status);
+    if (after.aux) return status == CUBLAS_STATUS_SUCCESS;
+    return blas_ok(status);
 }

@@ -83,7 +83,7 @@ static std::map<std::string, Bound> kernel_bounds(const GPT2 *m) {
     const double P = (double)m->start[GPT2_TENSORS], Vp = (double)m->Vp, fp32 = sizeof(float);
     const double scores = N * ((double)m->T + 1) * C * L;     /* FLOPs of one product, half of T × T seen */
     const double parts = (double)m->segments * C * fp32, rows = (double)m->tokens * C * fp32;
-    const double norms = 2 * L + 1, ln_blocks = fmin(pieces(m->B * m->T, ROW_WARPS), 4.0 * m->sms);
+    const double norms = 2 * L + 1, ln_blocks = fmin(ceil_div(m->B * m->T, ROW_WARPS), 4.0 * m->sms);
     const double gelus = (gelu_fused(m) ? 0 : 20) + (m->recompute >= 1 ? 8 : 0);
     const double again = m->recompute >= 2 ? 2 * L : 0;
     return {
