@@ -103,6 +103,7 @@ $(BUILD)/libgpt2.so: train_gpt2.c Makefile
 
 # The CUDA source as C++ for the CPU, in both precisions, and the tests of the layer that makes this possible. Its
 # host half is train_gpt2.c's, as in the real build.
+EMULATE_HEADERS = dev/cuda/emulate.h $(wildcard dev/cuda/emulate/*.h)
 EMULATED_FLAGS = -O2 -std=c++17 -march=$(MARCH) -fno-math-errno -fPIC -fvisibility=hidden $(WARNINGS) \
 	-Wno-unknown-pragmas $(EXTRA) -DGPT2_EMULATE -Idev/cuda/include -DGPT2_LOGITS_BYTES=30000
 ifeq ($(SANITIZE),1)
@@ -114,7 +115,7 @@ endif
 
 emulated: $(addprefix $(EMULATED)/,selftest profile libgpt2cu.so libgpt2cu_fp32.so train_gpt2cu train_gpt2cu_fp32)
 
-$(EMULATED)/model.o $(EMULATED)/model_fp32.o: train_gpt2.cu train_gpt2.c dev/cuda/emulate.h Makefile
+$(EMULATED)/model.o $(EMULATED)/model_fp32.o: train_gpt2.cu train_gpt2.c $(EMULATE_HEADERS) Makefile
 	mkdir -p $(EMULATED)
 	$(CXX) $(EMULATED_FLAGS) $(if $(findstring fp32,$@),-DGPT2_FP32) -c -o $@ -x c++ train_gpt2.cu
 
@@ -127,11 +128,11 @@ $(EMULATED)/train_gpt2cu: $(EMULATED)/model.o $(EMULATED)/main.o
 $(EMULATED)/train_gpt2cu_fp32: $(EMULATED)/model_fp32.o $(EMULATED)/main.o
 	$(CXX) $(EMULATED_FLAGS) -o $@ $^ $(filter -fopenmp,$(CFLAGS)) -lpthread -lm
 
-$(EMULATED)/selftest: dev/cuda/selftest.cu dev/cuda/emulate.h Makefile
+$(EMULATED)/selftest: dev/cuda/selftest.cu $(EMULATE_HEADERS) Makefile
 	mkdir -p $(EMULATED)
 	$(CXX) $(EMULATED_FLAGS) -o $@ -x c++ dev/cuda/selftest.cu -lpthread -lm
 
-$(EMULATED)/profile: dev/cuda/profile.cu train_gpt2.cu dev/cuda/emulate.h $(EMULATED)/host.o
+$(EMULATED)/profile: dev/cuda/profile.cu train_gpt2.cu $(EMULATE_HEADERS) $(EMULATED)/host.o
 	$(CXX) $(EMULATED_FLAGS) -o $@ $(EMULATED)/host.o -x c++ dev/cuda/profile.cu $(filter -fopenmp,$(CFLAGS)) -lpthread -lm
 
 # pytest is all that the tests need; those that hold us against torch, transformers or tiktoken skip without them.

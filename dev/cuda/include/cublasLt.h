@@ -1,2 +1,2 @@
-/* Stands in for cuBLASLt's header where train_gpt2.cu is compiled for the CPU: see ../emulate.h. */
+/* Replaces cuBLASLt's header when train_gpt2.cu is compiled for the emulated GPU, see ../emulate.h. */
 #include "../emulate.h"

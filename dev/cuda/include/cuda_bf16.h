@@ -1,2 +1,2 @@
-/* Stands in for bf16's header where train_gpt2.cu is compiled for the CPU, as a test: see ../emulate.h. */
+/* Replaces bf16's header when train_gpt2.cu is compiled for the emulated GPU, see ../emulate.h. */
 #include "../emulate.h"
