@@ -1,15 +1,13 @@
-"""Tests of the trainer, through what its users have: the C API, the GPT2 class, and both command lines.
+"""Tests of the model, the C API, the files of a run, and both command lines.
 
-    make test                                        sets up pytest, then runs them
+    make test                                        sets up pytest and runs all tests, also those in dev/test/
     python -m pytest test_gpt2.py -k resume          those with "resume" in their names
     GPT2_QUICK=1 python -m pytest test_gpt2.py       all but the 124M model
-    GPT2_BUILD=DIR python -m pytest test_gpt2.py     with another build of binary and library (make BUILD=DIR)
+    GPT2_BUILD=DIR python -m pytest test_gpt2.py     with another build (make BUILD=DIR)
 
-They need pytest and the standard library. Those that hold us against torch, transformers, tiktoken or gguf
-are skipped where these are missing. What they refuse to be: a benchmark (no timing decides), a user of the
-network, or a look inside (nothing here knows how the library does what it promises).
-
-Python itself is not built with sanitizers, so a SANITIZE=1 build needs these in the environment:
+They need pytest and the standard library; those that compare with torch, transformers, tiktoken or gguf are
+skipped where these are missing. No test needs the network, and no timing decides a test. A SANITIZE=1 build
+needs these in the environment, since Python itself is not built with sanitizers:
 
     LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0
 """

@@ -1,16 +1,13 @@
-"""Times training steps: this project beside PyTorch, where that is installed, in one run.
+"""Times training steps of this project and of PyTorch, where that is installed, in one run.
 
     make bench                                        every shape, five steps each
     python3 dev/bench/bench.py --shape small --steps 9
     python3 dev/bench/bench.py --torch /path/to/python     another interpreter, one that has torch
 
-Each side runs in a process of its own, and they take turns, a step each, so that a machine whose speed drifts
-drifts for both; what is compared is the median of the ratios. FLOPs of a step are B T (6 P + 6 L T C), P the
-parameters without padding, attention counted causally, for both sides. The ceiling is what the processor does
-in multiply-adds alone, measured before every step. dev/bench/kernels.c then times each kernel against its
-bound.
-
-What it refuses to be: a test. Nothing here passes or fails.
+Each side runs in its own process, and they alternate step by step, so that drift of the machine affects both;
+the median of the ratios is compared. FLOPs of a step are B T (6 P + 6 L T C) for both sides, with P
+parameters without padding and attention counted causally. The peak is that of multiply-adds alone, measured
+before every step. dev/bench/kernels.c then times each kernel against its bound. Nothing here passes or fails.
 """
 import argparse
 import json

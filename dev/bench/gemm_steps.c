@@ -1,13 +1,12 @@
-/* From three loops to gemm(): C (M,N) = A (M,K) · Wᵀ with W (N,K), the forward pass of a linear layer, after
-   each step of the way. dev/doc/gemm.md tells why the steps are there.
+/* From three loops to gemm(): C (M,N) = A (M,K) · Wᵀ with W (N,K), the forward pass of a linear layer, in
+   steps. dev/doc/gemm.md explains them.
 
      gcc -O3 -march=native -fno-math-errno -fopenmp -std=gnu11 -o gemm_steps dev/bench/gemm_steps.c -lm
-     ./gemm_steps [M N K]     256 2304 768 if not given: GPT-2 124M's qkv layer with 256 rows
+     ./gemm_steps [M N K]     default 256 2304 768: GPT-2 124M's qkv layer with 256 rows
 
-   The steps take turns; a figure is the median of its turns, and the ceiling of its threads is measured after
-   each. Threads are awake and no matrix is in a cache when a step begins, as in training, where the rest of a
-   model passes between two uses of W. Each result is held against a product in double: the exit code is 1 if
-   one is wrong. What it refuses to be: a library. */
+   The steps alternate; a figure is the median of its rounds, and the peak of its threads is measured after
+   each. Threads are awake and no matrix is cached when a step starts, as in training. Each result is compared
+   with a product in double: the exit status is 1 if one is wrong. */
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.c"
 #ifndef _OPENMP

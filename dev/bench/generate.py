@@ -1,14 +1,13 @@
-"""Times generation, token by token: this project beside transformers' generate, on the CPU, in one run.
+"""Times generation, token by token, of this project and of transformers' generate, on the CPU, in one run.
 
-    python3 dev/bench/generate.py                                 ours alone, beside the memory's speed
-    python3 dev/bench/generate.py --torch /path/to/python         beside transformers in that Python
+    python3 dev/bench/generate.py                                 this project and the speed of memory
+    python3 dev/bench/generate.py --torch /path/to/python         and transformers in that Python
     python3 dev/bench/generate.py --prompt 900 --tokens 60        after a long prompt
 
-GPT-2 124M with random weights, greedy, one sequence, keys and values kept by both. Each new token needs every
-weight once, so that it cannot come faster than memory is read: that speed is measured beside, by the norm of
-a gradient of the model's size. Both sides run in processes of their own and take turns, a text each.
-
-What it refuses to be: a test. Nothing here passes or fails.
+GPT-2 124M with random weights, greedy, one sequence, keys and values cached by both. Each new token reads
+every weight once, so memory bandwidth is the limit; it is measured in the same run, by the norm of a gradient
+of the model's size. Both sides run in their own processes and alternate text by text. Nothing here passes or
+fails.
 """
 import argparse
 import os

@@ -1,11 +1,10 @@
-/* Times each kernel of train_gpt2.c against what bounds it: multiply-adds, or bytes to and from memory.
+/* Times each kernel of train_gpt2.c against its bound: multiply-adds, or bytes to and from memory.
 
      make bench          builds and runs it after the comparison of whole steps
-     ./kernels [B T]     at other sizes than 4 x 64; the model is GPT-2 124M's shape
+     ./kernels [B T]     default 4 64; the model has GPT-2 124M's shape
 
-   What it refuses to be: a test. It includes train_gpt2.c, to call the functions that the library keeps to
-   itself, runs each seven times after one run for nothing, and shows the median. Both ceilings are measured
-   here. */
+   Includes train_gpt2.c to call static functions, runs each seven times after a warm-up, and prints the
+   median. Both peaks are measured here. Nothing passes or fails. */
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.c"
 

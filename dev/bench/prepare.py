@@ -1,15 +1,13 @@
-"""Times `prepare --tokenizer gpt2` beside tiktoken's own encode_batch, in one run.
+"""Times `prepare --tokenizer gpt2` and tiktoken's own encode_batch, in one run.
 
     python3 dev/bench/prepare.py corpus.txt                    a text, repeated to 40 MB; five rounds
     python3 dev/bench/prepare.py corpus.txt --mb 100 --rounds 7
 
 `prepare` is timed as a whole: reading the file, encoding it, writing shards, their sha256 and the manifest.
-encode_batch gets the same text in memory, in pieces of 64 KB to 1 MB (whichever is fastest in a trial), with
-a thread for each core, and only makes its lists of tokens. They take turns, in a process of its own each, so
-that a machine whose speed drifts drifts for both; what is compared is the median of the ratios, of seconds by
-the clock and of processor seconds, which other programs on the machine disturb less.
-
-What it refuses to be: a test. It needs tiktoken with GPT-2's vocabulary (dev/data/gpt2_vocab.py).
+encode_batch gets the same text in memory, in pieces of 64 KB to 1 MB (the fastest in a trial) with a thread
+per core, and only makes lists of tokens. They alternate, each in its own process; the medians of the ratios
+of wall clock and of processor time are compared. Needs tiktoken with GPT-2's vocabulary
+(dev/data/gpt2_vocab.py). Nothing here passes or fails.
 """
 import argparse
 import concurrent.futures

@@ -1,16 +1,14 @@
-"""Times training steps on a GPU: this project beside PyTorch, where that is installed.
+"""Times training steps on a GPU, of this project and of PyTorch, where that is installed.
 
     make cuda && python3 dev/cuda/bench_cuda.py                     every shape, PyTorch for the first two
     python3 dev/cuda/bench_cuda.py --shape d12 --seconds 600        more time: PyTorch for the others too
 
-A side of a shape is a process of its own, so that each has the whole memory; with several batch sizes the
-largest one that fits counts. PyTorch is what its users write today: torch.compile, autocast to bf16,
-scaled_dot_product_attention, fused AdamW, a vocabulary padded to 50304. FLOPs of a token are 6 P + 6 L T C
-for both, P the parameters without padding; MFU is the share of the GPU's dense bf16 peak. Time is that of
-whole steps, from tokens in host memory to updated parameters, the median of 3 groups of steps. Where in a
-step the time goes is for dev/cuda/profile.cu to say.
-
-What it refuses to be: a test. Nothing here passes or fails.
+Each side of a shape runs in its own process, with all memory; of several batch sizes the largest that fits
+counts. PyTorch as its users write it: torch.compile, autocast to bf16, scaled_dot_product_attention, fused
+AdamW, a vocabulary padded to 50304. FLOPs per token are 6 P + 6 L T C for both, with P parameters without
+padding; MFU is the fraction of the GPU's dense bf16 peak. Times are of whole steps, from tokens in host
+memory to updated parameters, the median of 3 groups of steps. dev/cuda/profile.cu shows where in a step the
+time goes. Nothing here passes or fails.
 """
 import argparse
 import json

@@ -1,15 +1,13 @@
-"""Measures how far PyTorch in bf16 is from the references in float64: what the bf16 build is held against.
+"""Measures how far PyTorch in bf16 is from the references in float64: the tolerance of the bf16 build.
 
     pip install torch
     python dev/cuda/bf16_errors.py                  writes bf16_errors.json beside this, and prints a table
 
 The model is that of dev/reference/make_reference.py with parameters, activations and their gradients in bf16,
 PyTorch's fused attention, and the loss of fp32 logits: usual mixed precision. AdamW works on fp32 masters, of
-which the bf16 parameters are rounded copies. So PyTorch makes the roundings that train_gpt2.cu makes, at
-places of its own; errors of the same size are rounding, and larger ones a mistake. test_gpu.py allows FACTOR
-times PyTorch's error, for a loss (a single number, whose error may be small by chance) the largest of all.
-
-What it refuses to be: a test, or a benchmark.
+which the bf16 parameters are rounded copies. PyTorch thus rounds as often as train_gpt2.cu does, at other
+places: errors of the same size are rounding, larger ones are mistakes. test_gpu.py allows FACTOR times
+PyTorch's error, and for a loss (a single number, whose error may be small by chance) the largest of all.
 """
 import copy
 import json

@@ -1,15 +1,16 @@
-"""Counts the instructions in kernels' loops, as nvcc makes them: of speed, what takes no GPU to know.
+"""Counts the instructions in loops of kernels, as nvcc compiles them: what can be known of speed without a
+GPU.
 
-    python3 dev/cuda/instructions.py --cublas DIR                  flash attention's, for sm_90
+    python3 dev/cuda/instructions.py --cublas DIR                  flash attention, for sm_90
     python3 dev/cuda/instructions.py --kernel layernorm --arch 80
 
-A scheduler, of which a multiprocessor has four, issues an instruction of one warp a cycle at most, so that
-what a loop has besides its products (HMMA) can be what bounds it. For each loop of 50 instructions or more:
-all of them, how many for each HMMA, and the commonest. A loop's count includes the loops in it once, and both
-sides of branches, such as the masks that only tiles on the diagonal take.
+Each of an SM's four schedulers issues at most one instruction per cycle, so the instructions of a loop other
+than its products (HMMA) can be its bound. For each loop of 50 instructions or more: their number, their
+number per HMMA, and the most frequent ones. A loop's count includes inner loops once, and both sides of
+branches, such as the masks that only tiles on the diagonal take.
 
-The exit status is 1 if a kernel spills registers. It takes nvcc, and nvdisasm from the CUDA toolkit or from
-the Python package nvidia-cuda-nvdisasm. What it refuses to be: a measurement of time.
+The exit status is 1 if a kernel spills registers. Needs nvcc, and nvdisasm from the CUDA toolkit or from the
+Python package nvidia-cuda-nvdisasm.
 """
 import argparse
 import collections

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Everything that takes a GPU to know, on a machine that has one; results in $OUT if set, else in build/on_gpu.
+# Everything that needs a GPU, on a machine that has one; results in $OUT if set, else in build/on_gpu.
 #
-#     dev/cuda/on_gpu.sh                                      all, twenty minutes at most
-#     dev/cuda/on_gpu.sh build tests sanitize repeat profile  in two calls of ten minutes at most,
-#     dev/cuda/on_gpu.sh build bench                          where a call may not take longer
+#     dev/cuda/on_gpu.sh                                      everything, at most twenty minutes
+#     dev/cuda/on_gpu.sh build tests sanitize repeat profile  in two calls of at most ten minutes
+#     dev/cuda/on_gpu.sh build bench
 #
-#   build      make cuda, in both precisions, and the self-test of the emulation's meaning of mma and ldmatrix
-#   tests      dev/test/test_gpu.py, here on the real one
+#   build      make cuda, in both precisions, and the emulation's self-test of mma and ldmatrix
+#   tests      dev/test/test_gpu.py on the real GPU
 #   sanitize   compute-sanitizer's memcheck and racecheck over two references and two steps of training
 #   repeat     three runs of ten steps of a small model: the same bytes
 #   profile    time of each kernel of a step against its bound, at 124M and B 64 and 4, by dev/cuda/profile.cu
 #   bench      tokens/s, MFU, memory, beside PyTorch where python3 has it
 #
-# Each part has a time limit and a file NAME.txt; a line for each is printed at the end, and the status is 1 if
-# one failed. What it refuses to be: a way to train, or something that installs anything.
+# Each part has a time limit and writes NAME.txt; a line for each is printed at the end, and the status is 1 if
+# one failed. Nothing is installed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${OUT:-build/on_gpu}
@@ -21,13 +21,13 @@ parts=${*:-build tests sanitize repeat profile bench}
 mkdir -p "$out"
 
 if ! nvidia-smi -L >/dev/null 2>&1; then
-    echo "on_gpu.sh: nvidia-smi finds no GPU here; make emulated, then dev/test/test_gpu.py, is what can be done without"
+    echo "on_gpu.sh: nvidia-smi finds no GPU; without one, run make emulated and dev/test/test_gpu.py"
     exit 1
 fi
 nvidia-smi -L | tee "$out/gpu.txt"
 export PATH=$PATH:/usr/local/cuda/bin
 
-# cuBLASLt: the toolkit's, or that of a Python package (nvidia-cublas, which PyTorch brings along).
+# cuBLASLt: the toolkit's, or that of a Python package (nvidia-cublas, which comes with PyTorch).
 if [ -z "${CUBLAS:-}" ] && [ ! -e "$(dirname "$(command -v nvcc)")/../include/cublasLt.h" ]; then
     CUBLAS=$(python3 - <<'PYTHON'
 import glob, os, sys
@@ -44,7 +44,7 @@ libraries=${CUBLAS:+$CUBLAS/lib}
 export LD_LIBRARY_PATH=${libraries:+$libraries:}${LD_LIBRARY_PATH:-}
 
 summary=()
-part() {       # part NAME SECONDS FUNCTION: runs it unless it was not asked for
+part() {       # part NAME SECONDS FUNCTION: runs it if it was selected
     [[ " $parts " == *" $1 "* ]] || return 0
     local begin=$SECONDS status=0
     export -f "$3"

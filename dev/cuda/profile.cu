@@ -1,15 +1,13 @@
-/* Times each kernel of a training step on a GPU against what bounds it: FLOPs, or bytes to and from memory.
+/* Times each kernel of a training step on a GPU against its bound: FLOPs, or bytes to and from memory.
 
      make bench                                     where there is a GPU, after whole steps
      make build/cuda/profile && build/cuda/profile d12 64 1024      a descriptor or a model file, B, T
 
-   It includes train_gpt2.cu and puts an event before and behind all that this launches: what is timed is the
-   step itself, and no tool (nsys, ncu) needs to be there. Both ceilings are measured here; they are those of
-   a large copy and of square products. Medians of five steps.
-
-   What it refuses to be: a test, or a profiler of anything else. Steps are launched kernel by kernel here,
-   without CUDA graphs, and an event takes about a microsecond: of a real step with a small batch the sum says
-   little. dev/doc/cuda.md has the bounds, and where they come from. */
+   Includes train_gpt2.cu and records an event before and after every launch: what is timed is the step
+   itself, without tools such as nsys or ncu. Both peaks are measured here, by a large copy and by square
+   products. Medians of five steps. Steps are launched kernel by kernel, without CUDA graphs, and an event
+   takes about a microsecond: with small batches the sum exceeds a real step. dev/doc/cuda.md derives the
+   bounds. */
 #include <cublasLt.h>
 #include <cuda_runtime.h>
 #include <algorithm>

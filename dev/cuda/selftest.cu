@@ -1,10 +1,9 @@
-/* Tests of emulate.h, by small kernels with known results, and by mistakes that it has to find.
+/* Tests of the emulated GPU: small kernels with known results, and mistakes that it must detect.
 
-     build/emulated/selftest NAME        prints "ok", or what was found,
-         in a sentence; test_gpu.py runs them all
+     build/emulated/selftest NAME        prints "ok", or one sentence; test_gpu.py runs them all
 
-   Compiled with nvcc (dev/cuda/on_gpu.sh does), those of `results` run on a GPU: what emulate.h takes mma and
-   ldmatrix to mean is then held against the hardware. What it refuses to be: a test of train_gpt2.cu. */
+   Compiled with nvcc (dev/cuda/on_gpu.sh does), those of `results` run on a GPU and compare the emulation of
+   mma and ldmatrix with the hardware. */
 #ifdef __CUDACC__
 #include "../../train_gpt2.cu"            /* for mma and the other instructions, and LAUNCH */
 #endif

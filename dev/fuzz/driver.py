@@ -1,25 +1,23 @@
 #!/usr/bin/env python3
-"""Hands damaged and lying files to every reader of train_gpt2.py, with hypothesis.
+"""Fuzzes every reader of train_gpt2.py with malformed files, by hypothesis.
 
-    make && python3 dev/fuzz/driver.py                  500 examples of each reader: two minutes
-    python3 dev/fuzz/driver.py -n 20000 jsonl gz        so many, of these readers
-    python3 dev/fuzz/driver.py --seed 7                 other examples; the same number, the same examples
+    make && python3 dev/fuzz/driver.py                  500 examples per reader: two minutes
+    python3 dev/fuzz/driver.py -n 20000 jsonl gz        more examples, of these readers
+    python3 dev/fuzz/driver.py --seed 7                 other examples, reproducible by the seed
 
-An example is a good file, written by the driver itself, with lies in it (of a JSON text: values of any type
-and size, names such as ../x, keys twice, nesting that no stack holds, text that is no UTF-8; of its numbers:
-sizes and places beyond the file, negative, overlapping) or bytes changed, cut off, put in. A command of the
-driver reads it in this process. It has to end with status 0 and a result that is right in itself, or with
-status 1 and one printable sentence that names the file (of run.json, what is wrong with the run); and it must
-not
+An example is a valid file, written by the driver itself, with malformed values (in JSON: any type and size,
+names such as ../x, duplicate keys, deep nesting, invalid UTF-8; in numbers: sizes and offsets beyond the
+file, negative, overlapping) or with bytes changed, removed or inserted. A command of the driver reads it in
+this process. It must end with status 0 and a valid result, or with status 1 and one printable sentence that
+names the file (for run.json, what is wrong with the run). It must not
 
-- raise anything, or take more than a second of processor time (an alarm ends what waits);
-- take more Python memory than 16 MB and 48 times what the files have, by tracemalloc;
-- open a file for writing, or make, rename or delete one, outside of its output folder, start a program, or
+- raise anything, or take more than a second of processor time (an alarm ends it);
+- use more Python memory than 16 MB and 48 times the size of the files, by tracemalloc;
+- open a file for writing, or create, rename or delete one outside of its output folder, start a program, or
   connect to anything, by Python's audit events.
 
-The files that broke something stay in build/fuzz/driver-READER (with --shrink, after minutes, the smallest),
-and the status is 1. What it refuses to be: a fuzzer of the C readers (readers.c is), or random noise only:
-most of it is well-formed and wrong. It needs `pip install hypothesis`.
+Files that fail stay in build/fuzz/driver-READER (with --shrink, after minutes, the smallest ones), and the
+status is 1. The C readers are fuzzed by readers.c. Needs `pip install hypothesis`.
 """
 import argparse
 import collections
@@ -51,7 +49,7 @@ except ImportError:
 import train_gpt2  # noqa: E402
 from train_gpt2 import GPT2, GPT2Config  # noqa: E402
 
-# --- Lies ---------------------------------------------------------------------------------------------------
+# --- Malformed values ---------------------------------------------------------------------------------------
 RAW = [b"[" * 100_000, b'{"a":' * 60_000, b"[" * 900 + b"]" * 900, b"1" * 5000, b"-" + b"9" * 400, b"NaN",
        b"-Infinity", b"1e999", b"1e-999", b'"\xff\xfe"', b'"\\ud800"', b"", b"}", b'"a\0b"',
        b"[" + b"[]," * 9000 + b"1]", b'"' + b"x" * 70_000 + b'"', b"tru", b"-",
@@ -71,7 +69,7 @@ places = st.integers(0, 10**6)               # taken modulo what there is
 
 
 def spell(document, twice=None):
-    """JSON with the raw bytes in their places; the entry `twice` of the outermost object is there twice."""
+    """JSON with the raw bytes inserted; the entry `twice` of the outermost object occurs twice."""
     text = json.dumps(document).encode()
     if twice is not None and isinstance(document, dict) and document and text[:1] == b"{":
         name = list(document)[twice % len(document)]
@@ -82,7 +80,7 @@ def spell(document, twice=None):
 
 
 def branches(document, path=()):
-    """The paths to all that is in a JSON document."""
+    """The paths of all values in a JSON document."""
     yield path
     inner = document.items() if isinstance(document, dict) else enumerate(document) \
         if isinstance(document, list) else ()
@@ -91,8 +89,8 @@ def branches(document, path=()):
 
 
 @st.composite
-def lies(draw, document, most=3):
-    """A JSON document with changes in it, spelled out."""
+def malformed(draw, document, most=3):
+    """A JSON document with malformed values, as bytes."""
     document = json.loads(json.dumps(document))
     for _ in range(draw(st.integers(0, most))):
         paths = list(branches(document))
@@ -118,7 +116,7 @@ def lies(draw, document, most=3):
 
 @st.composite
 def damage(draw, contents, reach=None, most=4):
-    """Bytes with a few changed, put in, or cut off, the first `reach` of them above all."""
+    """Bytes with a few changed, inserted or removed, mostly among the first `reach`."""
     contents = bytearray(contents)
     for _ in range(draw(st.integers(0, most))):
         at = draw(places) % (min(reach or len(contents), len(contents)) + 1)
@@ -131,7 +129,7 @@ def damage(draw, contents, reach=None, most=4):
 
 # --- Good files ---------------------------------------------------------------------------------------------
 class Good:
-    """What the examples begin from, made once: models, texts, a run."""
+    """The valid files that examples start from: models, texts, a run."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -164,7 +162,7 @@ def silently(*words):
             sys.exit(f"{words} failed")
 
 
-# --- The readers: each writes an example into the folder, and returns a command and what is right then --
+# --- The readers: each writes an example into the folder, and returns a command and a check of its result -
 READERS = {}
 
 
@@ -178,7 +176,7 @@ def safetensors(header, data, length=None):
 
 
 def imported(out):
-    """A model came out that can be read."""
+    """The imported model is readable."""
     with GPT2.load(str(out / "model.bin"), "cpu") as model:
         assert model.num_parameters > 0
 
@@ -197,7 +195,7 @@ def weights(draw, good, folder):
         else:
             ends = st.sampled_from([*INTS, len(data), len(data) + 1])
             one["data_offsets"][draw(st.integers(0, 1))] = draw(ends)
-    text = spell(header) if kind == 0 else draw(lies(header))
+    text = spell(header) if kind == 0 else draw(malformed(header))
     length = draw(st.one_of(st.none(), st.none(), st.none(), st.sampled_from(INTS)))
     if draw(st.integers(0, 5)) == 0:
         cut = draw(places) % len(data)
@@ -215,7 +213,7 @@ def weights(draw, good, folder):
 def config(draw, good, folder):
     """config.json"""
     shutil.copy(good.folder / "F32" / "model.safetensors", folder)
-    text = draw(lies(good.config))
+    text = draw(malformed(good.config))
     (folder / "config.json").write_bytes(draw(damage(text)) if draw(st.integers(0, 3)) == 0 else text)
     return ["import", folder, "--out", "out/model.bin"], imported
 
@@ -244,7 +242,7 @@ def index(draw, good, folder):
                                           ("/etc/passwd", folder / "x.safetensors")])))
         text = spell(document)
     else:
-        text = draw(lies(document, most=2))
+        text = draw(malformed(document, most=2))
     (folder / "model.safetensors.index.json").write_bytes(text)
     (folder / "config.json").write_text(json.dumps(good.config))
     return ["import", folder, "--out", "out/model.bin"], imported
@@ -261,7 +259,7 @@ def metrics(draw, good, folder):
                 line = b" ".join(b"%s:%s" % (pair.split(b":")[0], repr(draw(numbers)).encode())
                                  if draw(st.booleans()) else pair for pair in line.split())
             elif draw(st.booleans()):
-                line = draw(lies(json.loads(line)))
+                line = draw(malformed(json.loads(line)))
             contents.append(line)
         joined = b"\n".join(contents)
         if draw(st.integers(0, 3)):
@@ -275,7 +273,7 @@ def metrics(draw, good, folder):
 
 
 def prepared(out):
-    """The manifest names what is there, and nothing else is."""
+    """The manifest names exactly the files that exist."""
     manifest = json.loads((out / "shards" / "manifest.json").read_bytes())
     names = [shard["name"] for shard in manifest["shards"]]
     assert sorted([*names, "manifest.json", "tokenizer.bin"]) == sorted(os.listdir(out / "shards"))
@@ -290,7 +288,7 @@ def jsonl(draw, good, folder):
     lines = []
     for _ in range(draw(st.integers(1, 4))):
         document = {"id": 1, "text": draw(st.text(max_size=40)), "more": {"a": [1]}}
-        text = spell(document) if draw(st.booleans()) else draw(lies(document))
+        text = spell(document) if draw(st.booleans()) else draw(malformed(document))
         lines.append(draw(damage(text)) if draw(st.integers(0, 4)) == 0 else text)
     contents = draw(st.sampled_from([b"\n", b"\r\n", b"\n\n"])).join(lines)
     name = draw(st.sampled_from(["a.jsonl", "a.jsonl.gz"]))
@@ -319,7 +317,7 @@ def hellaswag(draw, good, folder):
     lines = []
     for _ in range(draw(st.integers(1, 3))):
         document = {"ind": 4, "ctx": "A man", "label": 1, "endings": ["a", "b", "", "d"]}
-        text = spell(document) if draw(st.booleans()) else draw(lies(document))
+        text = spell(document) if draw(st.booleans()) else draw(malformed(document))
         lines.append(draw(damage(text)) if draw(st.integers(0, 4)) == 0 else text)
     (folder / "a.jsonl").write_bytes(b"\n".join(lines))
     return ["eval", good.folder / "ours" / "model.bin", "--hellaswag", folder / "a.jsonl"], lambda out: None
@@ -350,9 +348,9 @@ def table(draw, good, folder):
 
 @reader
 def settings(draw, good, folder):
-    """run.json of a run that goes on"""
+    """run.json of a run that is resumed"""
     shutil.copytree(good.folder / "run", "out/run")
-    text = draw(lies(good.run))
+    text = draw(malformed(good.run))
     pathlib.Path("out/run/run.json").write_bytes(
         draw(damage(text)) if draw(st.integers(0, 3)) == 0 else text)
     return ["--resume", "--out", "out/run", "--steps", 4, "--sample-tokens", 0], lambda out: None
@@ -360,7 +358,7 @@ def settings(draw, good, folder):
 
 @reader
 def places_of(draw, good, folder):
-    """A folder, a pipe, a loop, a link to nothing, a file that cannot be read, in a file's place"""
+    """A folder, a pipe, a link loop, a dangling link or an unreadable file in place of a file"""
     commands = {
         "model.safetensors": ["import", folder, "--out", "out/model.bin"],
         "model.safetensors.index.json": ["import", folder, "--out", "out/model.bin"],
@@ -387,9 +385,9 @@ def places_of(draw, good, folder):
     return commands[name], lambda out: None
 
 
-# --- What has to hold ---------------------------------------------------------------------------------------
+# --- What must hold ---------------------------------------------------------------------------------------
 class Watch:
-    """What the process may do to files, while it is on."""
+    """Restricts what the process may do to files, while it is on."""
     events = {"os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.mkdir": (0,), "os.link": (1,),
               "os.symlink": (1,), "os.chmod": (0,), "os.truncate": (0,), "shutil.rmtree": (0,)}
 
@@ -422,7 +420,7 @@ class Watch:
 
 
 def check(command, right, folder, watch, counts):
-    """Runs a command of the driver on an example, and looks at what happened."""
+    """Runs a command of the driver on an example, and verifies the result."""
     size = sum(path.lstat().st_size for path in [*folder.rglob("*"), *pathlib.Path("out").rglob("*")])
     told, shown = io.StringIO(), io.StringIO()
     scratch = os.path.realpath("scratch")
@@ -486,7 +484,7 @@ def fuzz(name, examples, seed, shrink, good, base, watch):
 
 
 def keep(source, target):
-    """A file for whoever wants to see it; not a pipe, which would wait."""
+    """Keeps a file for inspection; not a pipe, which would block."""
     if os.path.isfile(source):
         shutil.copyfile(source, target)
 
@@ -494,12 +492,12 @@ def keep(source, target):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("readers", nargs="*", metavar="READER", help=f"{', '.join(READERS)} (all)")
-    parser.add_argument("-n", type=int, default=500, help="examples of each (500)")
-    parser.add_argument("--seed", type=int, default=1, help="of the examples (1)")
-    parser.add_argument("--shrink", action="store_true", help="look for the smallest that breaks something")
+    parser.add_argument("-n", type=int, default=500, help="examples per reader (500)")
+    parser.add_argument("--seed", type=int, default=1, help="random seed (1)")
+    parser.add_argument("--shrink", action="store_true", help="look for the smallest failing example")
     args = parser.parse_args()
     for name in set(args.readers) - set(READERS):
-        parser.error(f"there is no reader {name!r}")
+        parser.error(f"unknown reader {name!r}")
     os.environ.update(GPT2_OFFLINE="1", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     failed = []
@@ -510,10 +508,10 @@ def main():
     train_gpt2.default_text = no_text
 
     def too_long(*_):
-        raise AssertionError("it waits")
+        raise AssertionError("it blocks")
 
     signal.signal(signal.SIGALRM, too_long)
-    print("| reader | examples | accepted | refused with a sentence | longest | most memory |")
+    print("| reader | examples | accepted | rejected with a sentence | longest | most memory |")
     print("|---|---:|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory(prefix="driver-", dir=memory) as folder:
         base = pathlib.Path(folder).resolve()
@@ -539,7 +537,7 @@ def main():
                   f" {c['memory'] / 1e6:.1f} MB |", flush=True)
         os.chdir("/")
     if failed:
-        print(f"a promise was broken by: {', '.join(failed)}")
+        print(f"a guarantee was violated by: {', '.join(failed)}")
     return 1 if failed else 0
 
 

@@ -5,13 +5,12 @@
      ./faults FOLDER order                    what a checkpoint flushes and renames, in order
      ./faults FOLDER threads                  two models on two threads (for ThreadSanitizer)
 
-   A scenario is a use of the library. It runs again and again with the n-th call failed, n = 1, 2, 3, … until
-   it makes no n-th call; then, unless `once`, so with all calls failed from the n-th on. A function may fail
-   with a sentence, and must then succeed when it is called again, now without a fault; in the end the results
-   must be those of a run without faults, bit for bit, and as much memory allocated as before. Anything else
-   ends the program with status 1.
-   What it refuses to be: portable. The calls are caught by defining them here, which needs glibc. No OpenMP:
-   its library ends the process itself when it finds no memory for a thread. */
+   A scenario is a use of the library. It is repeated with the n-th call failing, n = 1, 2, 3, … until there
+   is no n-th call; then, unless `once`, with all calls failing from the n-th on. A function may fail with a
+   sentence, and must succeed when called again without a fault; in the end the results must have the bits of
+   a run without faults, and as much memory must be allocated as before. Anything else ends the program with
+   status 1. The calls are intercepted by defining them here, which needs glibc; without OpenMP, whose library
+   ends the process when it has no memory for a thread. */
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.c"
 #include <dlfcn.h>

@@ -1,19 +1,18 @@
 #!/usr/bin/env python3
-"""Breaks training runs and the library on purpose, and looks at what is left.
+"""Injects faults into training runs and the library, and verifies what remains.
 
-    make && python3 dev/fuzz/faults.py             all of it, with the full counts: about a quarter of an hour
+    make && python3 dev/fuzz/faults.py             everything, with full counts: about a quarter of an hour
     python3 dev/fuzz/faults.py --quick             a few of each, in seconds
     python3 dev/fuzz/faults.py kill disk           these parts only
     python3 dev/fuzz/faults.py --build DIR         with another build of binary and library
 
-Each row of the table says what was tried, how often, and what happened; the program ends with status 1 if a
-promise was broken. The promises: whatever ends a run, each checkpoint that counts as whole holds the bytes
-that an undisturbed run wrote at that step; resuming ends with the bytes of an undisturbed run; what fails
-says so in one sentence; no function of the library crashes, leaks, or cannot be called again after a fault.
+Each row of the table says what was tried, how often, and what happened; the status is 1 if a guarantee was
+violated. The guarantees: whatever ends a run, each complete checkpoint has the bytes that an undisturbed run
+writes at that step; a resumed run ends with the bytes of an undisturbed one; failures are reported in one
+sentence; no function of the library crashes, leaks, or cannot be called again after a fault.
 
-What it refuses to be: a test of the disk (SIGKILL loses nothing that was written; a power cut may, and only
-the order of flushes and renames is looked at), or a fuzzer of files (those are its neighbours). It needs
-Linux, Python and a C compiler; with root, the part "disk" also fills a small tmpfs.
+Power cuts are not simulated: only the order of flushes and renames is verified. Needs Linux, Python and a C
+compiler; as root, the part "disk" also fills a small tmpfs.
 """
 import argparse
 import array
@@ -368,12 +367,12 @@ class Faults:
                 for path in (*out.glob("model_*"), *out.glob("state_*"), *out.glob("best*")):
                     begin = 1024 + (0 if "state" not in path.name else 2120)
                     values = array.array("f", path.read_bytes()[begin:])
-                    self.check(all(map(math.isfinite, values)), f"{what_by}: {path.name} is not finite")
+                    self.check(all(map(math.isfinite, values)), f"{what_by}: {path.name} is NaN or infinite")
                 whole = all((out / name.format(step)).exists() for step in self.steps(out) for name in FILES)
                 self.check(whole, f"{what_by}: a file of a checkpoint is missing")
                 tries += 1
         self.row("nan", "a loss or gradient that is NaN or infinite, learning rates of 1e3 to 1e300", tries,
-                 f"{stopped} stopped with a sentence; no saved file has a value that is not finite")
+                 f"{stopped} stopped with a sentence; no saved file has a NaN or infinite value")
 
     def built(self, *sanitizers):
         """faults.c as a program, or None if no compiler can. Clang's UBSan knows more than GCC's."""

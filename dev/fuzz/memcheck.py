@@ -1,18 +1,15 @@
 #!/usr/bin/env python3
-"""Runs the tests of the library, and the binary's runs, under valgrind's memcheck.
+"""Runs tests of the library, and runs of the binary, under valgrind's memcheck.
 
-    make memcheck                                      builds without AVX and OpenMP, then all: 5 minutes
-    python3 dev/fuzz/memcheck.py --build DIR binary    of that build the runs of the binary only
+    make memcheck                                      builds without AVX and OpenMP, then everything: 5 minutes
+    python3 dev/fuzz/memcheck.py --build DIR binary    only the runs of the binary, of that build
 
-"tests" are the files of tests that mostly call the library or the binary; both run under valgrind, a
-driver that a test starts does not. What counts is a record of valgrind's that names train_gpt2.c in one of
-its stacks: a wrong access, a jump by memory that nobody wrote, a block that is lost. "binary"
-trains, saves, resumes, validates, samples, checks a reference and evaluates HellaSwag, with files that are
-damaged too; a run that ends well has to give back each block. Ends with status 1 if there was such a record.
-
-What it refuses to be: a judge of Python, whose own records (it leaves memory to the system when it ends) are
-counted and nothing more; or quick, for a step takes some fifty times as long. It needs valgrind, and of the
-library a build with -g and without AVX-512, which valgrind 3.19 has not: make ARCH=x86-64 OPENMP=0 EXTRA=-g.
+"tests" are the files of tests that call the library or the binary most; a driver that a test starts does not
+run under valgrind. A record counts if it names train_gpt2.c in a stack: an invalid access, a jump that
+depends on uninitialized memory, a lost block. "binary" trains, saves, resumes, validates, samples, checks a
+reference and evaluates HellaSwag, also with damaged files; a successful run must free each block. The status
+is 1 if there was such a record. Python's own records are only counted. Needs valgrind, and a build with -g
+and without AVX-512, which valgrind 3.19 does not support: make ARCH=x86-64 OPENMP=0 EXTRA=-g.
 """
 import argparse
 import os
@@ -45,7 +42,7 @@ def row(part, what, times, happened):
 
 
 def tests(build, folder):
-    """The sections under valgrind. Returns whether there was nothing of ours."""
+    """Runs the tests under valgrind. Returns whether no record names the library."""
     command = [*MEMCHECK, "--show-leak-kinds=definite", f"--log-file={folder}/tests.%p.log", sys.executable,
                "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-k", f"not ({TOO_SLOW})"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace",
@@ -63,7 +60,7 @@ def tests(build, folder):
 
 
 def binary(build, folder):
-    """The binary's runs. Returns whether there was nothing of ours."""
+    """Runs the binary under valgrind. Returns whether no record names it."""
     os.environ["GPT2_LIBRARY"] = str(build / "libgpt2.so")
     sys.path.insert(0, str(HERE))
     import faults

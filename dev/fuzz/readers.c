@@ -1,16 +1,15 @@
 /* Coverage-guided fuzzing of everything in train_gpt2.c that reads a file: libFuzzer with ASan and UBSan.
 
      make fuzz                                  all readers, FUZZ_SECONDS=60 in all; needs clang
-     build/fuzz/readers FILE                    one input again, such as a crash that was found
+     build/fuzz/readers FILE                    repeats one input, such as a crash
 
-   An input is 4 bytes and a file: the reader's number, three bytes of options, then what it is given to read.
-   Whatever the file, a reader has to end within a second, without a wrong access, undefined arithmetic, a
-   leak, or an allocation that the file's size does not justify; a file that it refuses must be named by its
-   message, and what it accepts must be usable. What this refuses to be: a test of what is computed, which
-   dev/test/test_faults.py is.
+   An input is 4 bytes and a file: the reader's number, three bytes of options, then the content. A reader
+   must end within a second, without an invalid access, undefined arithmetic, a leak, or an allocation that
+   the size of the file does not justify; the message about a rejected file must name it, and what is accepted
+   must be usable.
 
-   Random bytes hardly ever have a magic number, and a size that fits the header: the mutator below changes a
-   part and then, mostly, mends these two. dev/fuzz/seeds.py makes the first inputs. */
+   Random bytes rarely have a magic number and a size that matches the header: the mutator below changes a
+   part and then, mostly, repairs these two. dev/fuzz/seeds.py writes the seeds. */
 
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.c"

@@ -1,9 +1,8 @@
-"""First inputs for dev/fuzz/readers.c, from the project's own writers.
+"""Writes seed inputs for dev/fuzz/readers.c, by the project's own writers.
 
     python3 dev/fuzz/seeds.py FOLDER        FOLDER/model/..., FOLDER/state/... and so on
 
-What it refuses to be: a collection. Small files of every kind that a reader accepts, made anew each time, are
-enough; the fuzzer finds the others. The sizes here are those of readers.c's `shape` and loader.
+Small valid files of every kind that a reader accepts. Their sizes match `shape` and the loader in readers.c.
 """
 import ctypes
 import json

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Uses the library where the sizes of a model or a batch are beyond 2^31, and looks at the results.
+"""Uses the library with models and batches of more than 2^31 elements or bytes, and verifies the results.
 
-    make && python3 dev/fuzz/sizes.py              all that memory allows: a few minutes
-    python3 dev/fuzz/sizes.py xl                   a model of GPT-2 XL's shape, in a file of holes
+    make && python3 dev/fuzz/sizes.py              everything that memory allows: a few minutes
+    python3 dev/fuzz/sizes.py xl                   a model of GPT-2 XL's shape, in a sparse file
     python3 dev/fuzz/sizes.py logits batch         more than 2^31 logits; more than 2^31 activations
 
-A product of sizes that wraps round reads or writes elsewhere: results then differ from those of a small part,
-which are computed beside them, or from a formula. Ends with status 1 if they do. With traps that end the
-process at the first signed overflow:
+A product of sizes that overflows accesses the wrong memory: results then differ from those of a small part,
+which are computed in the same run, or from a formula. The status is 1 if they do. With traps on signed
+overflow:
 
     F="-fsanitize=signed-integer-overflow,pointer-overflow,shift,float-cast-overflow,bounds"
     mkdir -p build/trap && make BUILD=build/trap CC=clang OPENMP=0 EXTRA="$F -fsanitize-trap=all"
     GPT2_LIBRARY=build/trap/libgpt2.so python3 dev/fuzz/sizes.py
 
-What it refuses to be: a part of the tests, which have the sizes themselves and XL's file; this takes memory.
+Needs 12 GB of memory; the tests verify the sizes themselves and XL's file.
 """
 import argparse
 import ctypes

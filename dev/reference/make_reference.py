@@ -1,4 +1,4 @@
-"""Makes the saved references that the C model is held against: GPT-2 in PyTorch, computed in float64.
+"""Writes the saved references that the C model is compared with: GPT-2 in PyTorch, computed in float64.
 
     python dev/reference/make_reference.py                    writes every reference of the table, beside this
     python dev/reference/make_reference.py tiny --out DIR     writes one of them, elsewhere
@@ -6,16 +6,15 @@
     python dev/reference/make_reference.py --large --out DIR  a 124M model: 1 GB of files, 9 GB of memory
 
 Per reference NAME: NAME_model.bin (weights), NAME_reference.bin (tokens, logits, loss, gradients) and
-NAME_losses.json (the losses of ten AdamW steps on that batch, with the settings that they were made with).
+NAME_losses.json (the losses of ten AdamW steps on that batch, with their settings).
 
-What it is: a second, independent GPT-2 (Radford et al. 2019), as short as PyTorch allows, that shares nothing
-with the C code but the file formats. Before it writes anything it checks itself against GPT2LMHeadModel of
-Hugging Face transformers. What it refuses to be: a way to train; and it needs PyTorch, which the project
-itself never does.
+A second, independent GPT-2 (Radford et al. 2019), as short as PyTorch allows, that shares nothing with the C
+code but the file formats. It first compares itself with GPT2LMHeadModel of Hugging Face transformers. Needs
+PyTorch, which the project itself never does.
 
 The weights are rounded to the precision of the model file first, and float64 starts from the rounded values,
-so that a reader of the file has exactly the numbers that were computed from. The same PyTorch on the same
-machine writes the same bytes again.
+so the file has exactly the numbers that were used. The same PyTorch on the same machine writes the same
+bytes.
 """
 import argparse
 import copy

@@ -1,12 +1,12 @@
 #!/bin/sh
 # Trains GPT-2 124M from scratch on 10 billion tokens of FineWeb: the run with which karpathy/llm.c reproduces
-# GPT-2, flag for flag. It checkpoints, and started again it goes on with its newest checkpoint.
+# GPT-2, flag for flag. Started again, it resumes from its newest checkpoint.
 #
-#   dev/scripts/gpt2_124M.sh                 the whole: 103 shards (20 GB), 19,560 steps of 524,288 tokens
-#   SHARDS=1 STEPS=20 dev/scripts/gpt2_124M.sh      a first look; any other flag of ./train_gpt2 may follow
+#   dev/scripts/gpt2_124M.sh                 the full run: 103 shards (20 GB), 19,560 steps of 524,288 tokens
+#   SHARDS=1 STEPS=20 dev/scripts/gpt2_124M.sh      a first look; other flags of ./train_gpt2 may follow
 #
-# What it refuses to be: quick on a CPU. The binary says after the first step how long the rest will take; at
-# 1,000 tokens a second 10 billion are four months. ./train_gpt2cu is taken where it was built.
+# The binary prints the remaining time after each step; on a CPU with 1,000 tokens/s, 10 billion take four
+# months. ./train_gpt2cu is used if it has been built.
 set -eu
 cd "$(dirname "$0")/../.."
 python3 dev/data/fetch.py fineweb --shards "${SHARDS:-103}"

@@ -245,10 +245,10 @@ def test_hellaswag_gives_llmcs_file(datasets, capsys):
         longest = max(longest, size)
     assert (folder / "hellaswag_val.bin").read_bytes() == header(20240522, 1, 3, longest) + expected
     wrong_label, too_long = lines[0].replace("3,", "99999,"), lines[0].replace("aa", "a" * 40000)
-    lies = ['{"ctx": 3, "label": 0, "endings": ["a", "b", "c", "d"]}', "[" * 100_000,
+    malformed = ['{"ctx": 3, "label": 0, "endings": ["a", "b", "c", "d"]}', "[" * 100_000,
             '{"ctx": "a", "label": 0, "endings": "abcd"}', '{"ctx": "a", "label": 0, "endings": ["a"]}',
             '{"ctx": "a", "label": 4, "endings": ["a", "b", "c", "d"]}']
-    for line in ("{", "[]", '{"ctx": "a"}', wrong_label, too_long, *lies):
+    for line in ("{", "[]", '{"ctx": "a"}', wrong_label, too_long, *malformed):
         datasets("hellaswag", {"hellaswag_val.jsonl": line.encode()}, status=1)
         one_sentence(capsys.readouterr().err.splitlines()[-1], "hellaswag_val.jsonl", "line 1")
 

@@ -42,24 +42,24 @@ def test_top_k_allows_the_k_most_probable():
     model = random_model(12, 31, 2, 2, 8, spread=0.1)
     last = model.logits([[3, 1, 4]]).tolist()[0][-1]
     for k in (2, 5, 31, 99):
-        likeliest = sorted(range(31), key=lambda i: -last[i])[:k]
-        assert set(draws(model, [3, 1, 4], 800, 1.0, k)) == set(likeliest)
+        most_probable = sorted(range(31), key=lambda i: -last[i])[:k]
+        assert set(draws(model, [3, 1, 4], 800, 1.0, k)) == set(most_probable)
 
 
 def test_top_p_allows_the_smallest_set():
     model = random_model(12, 31, 2, 2, 8, spread=0.1)
     weights = [math.exp(logit) for logit in model.logits([[3, 1, 4]]).tolist()[0][-1]]
-    likeliest = sorted(range(31), key=lambda i: -weights[i])
+    most_probable = sorted(range(31), key=lambda i: -weights[i])
 
     def fewest(count, share):
-        total, chosen = sum(weights[i] for i in likeliest[:count]), []
+        total, chosen = sum(weights[i] for i in most_probable[:count]), []
         while sum(weights[i] for i in chosen) < share * total:
-            chosen.append(likeliest[len(chosen)])
+            chosen.append(most_probable[len(chosen)])
         return set(chosen)
 
     for top_k, top_p in ((0, 0.1), (0, 0.5), (0, 0.93), (9, 0.5), (9, 0.99)):
         assert set(draws(model, [3, 1, 4], 900, 1.0, top_k, top_p)) == fewest(top_k or 31, top_p)
-    assert set(draws(model, [3, 1, 4], 50, 1.0, 0, 0.0)) == {likeliest[0]}
+    assert set(draws(model, [3, 1, 4], 50, 1.0, 0, 0.0)) == {most_probable[0]}
 
 
 def test_cached_keys_and_values_change_nothing():
