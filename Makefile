@@ -1,20 +1,21 @@
 # make            ./train_gpt2 and libgpt2.so, for this machine's processor
-# make test       sets up .venv with what the tests need, then runs them
-# make bench      times a training step, side by side with PyTorch where that is installed
-# make cuda       ./train_gpt2cu and libgpt2cu.so, for NVIDIA GPUs; `make` does it where nvcc and a GPU are found
-# make emulated   train_gpt2.cu for a GPU that is emulated, see dev/cuda/emulate.h; needs a C++ compiler; for tests
-# make fuzz       hands damaged files to every reader, for FUZZ_SECONDS=60 in all; needs clang (FUZZ_CC=clang-14)
-# make memcheck   runs the tests of the library, and the binary, under valgrind
+# make test       sets up .venv with pytest, then runs the tests
+# make bench      times training steps, beside PyTorch where that is installed, then each kernel
+# make cuda       ./train_gpt2cu and libgpt2cu.so, for NVIDIA GPUs; part of `make` where it finds nvcc and a GPU
+# make emulated   train_gpt2.cu for an emulated GPU (dev/cuda/emulate.h), for tests; needs a C++ compiler
+# make fuzz       fuzzes every reader of the library, FUZZ_SECONDS=60 in all; needs clang (FUZZ_CC=clang-14)
+# make memcheck   runs tests of the library, and the binary, under valgrind
 # make clean      removes what was built (not your runs, not the data)
 #
 #   CC=clang            another compiler
-#   ARCH=native         what to compile for: native, or avx512, avx2, x86-64, or any value of -march
-#   OPENMP=0            without threads (found out by itself otherwise)
-#   SANITIZE=1          with AddressSanitizer and UBSan
-#   BUILD=DIR           where the results go (here)
-#   FP32=1              with make cuda: in fp32, to verify with; the names end in _fp32
-#   CUBLAS=DIR          cuBLASLt's include and lib, where the CUDA toolkit has none (pip install nvidia-cublas)
-#   CUDA_ARCHS='80 90'  GPUs to compile for; found out by itself, or these two
+#   ARCH=native         target: native, avx512, avx2, x86-64, or any value of -march
+#   OPENMP=0            one thread (detected otherwise)
+#   SANITIZE=1          AddressSanitizer and UBSan
+#   BUILD=DIR           output folder (this one)
+#   FP32=1              with make cuda: in fp32, for verification; the names end in _fp32
+#   CUBLAS=DIR          cuBLASLt's include and lib, if not in the CUDA toolkit (pip install nvidia-cublas)
+#   CUDA_ARCHS='80 90'  GPUs to compile for (detected, or these two)
+#   TORCH=PYTHON        with make bench: a Python that has PyTorch
 
 CC ?= cc
 ARCH ?= native
@@ -26,15 +27,16 @@ march_avx512 = x86-64-v4
 march_avx2 = x86-64-v3
 MARCH = $(or $(march_$(ARCH)),$(ARCH))
 
-# No -ffast-math: it may drop the order of sums and the checks for NaN. Only errno of sqrtf is not wanted.
+# No -ffast-math: it may change the order of sums and drop checks for NaN. errno of sqrtf is not needed.
 WARNINGS = -Wall -Wextra
 CFLAGS = -O3 -std=gnu11 -march=$(MARCH) -fno-math-errno $(WARNINGS) $(EXTRA)
 ifeq ($(SANITIZE),1)
 CFLAGS += -g -fsanitize=address,undefined -fno-sanitize-recover=all
 endif
 
-# Does this compiler know -march, and can it link OpenMP?
-try = $(shell printf '%s\n' 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && echo yes)
+# Whether the compiler accepts an option.
+try = $(shell out=$$(mktemp) && echo 'int main(void) { return 0; }' | \
+	$(CC) $(1) -x c - -o $$out 2>/dev/null && echo yes; rm -f $$out)
 ifneq ($(call try,-march=$(MARCH)),yes)
 CFLAGS := $(filter-out -march=%,$(CFLAGS))
 endif
@@ -48,8 +50,8 @@ endif
 .PHONY: all cuda emulated test bench fuzz memcheck clean
 all: $(BUILD)/train_gpt2 $(BUILD)/libgpt2.so
 
-# The GPU's half comes from nvcc; the host half is train_gpt2.c without its model. Looking for a device file takes
-# no time where there is none. A toolkit without cuBLASLt does not count, unless CUBLAS says where that is.
+# nvcc compiles the GPU model; the host code is train_gpt2.c without its model. A toolkit without cuBLASLt is
+# not used, unless CUBLAS names it.
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc) nvcc)
 GPU = $(wildcard /dev/nvidia[0-9])
 ifneq ($(GPU),)
@@ -61,18 +63,20 @@ endif
 
 CUDA_BUILD ?= build/cuda
 CUDA_SUFFIX = $(if $(filter 1,$(FP32)),_fp32)
-CUDA_FOUND = $(if $(GPU),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | tr -d . | sort -u))
+CUDA_FOUND = $(if $(GPU),\
+	$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | tr -d . | sort -u))
 CUDA_ARCHS ?= $(or $(CUDA_FOUND),80 90)
 CUDA_LAST = $(lastword $(CUDA_ARCHS))
 NVCC_FLAGS = -O3 -std=c++17 $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
-	-gencode arch=compute_$(CUDA_LAST),code=compute_$(CUDA_LAST) -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra \
+	-gencode arch=compute_$(CUDA_LAST),code=compute_$(CUDA_LAST) \
+	-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra \
 	$(if $(CUBLAS),-I$(CUBLAS)/include) $(if $(CUDA_SUFFIX),-DGPT2_FP32,-ftz=true) $(NVCC_EXTRA)
-CUDA_LIBS = $(if $(CUBLAS),-Xlinker $(firstword $(wildcard $(CUBLAS)/lib/libcublasLt.so*)) -Xlinker -rpath=$(abspath $(CUBLAS))/lib,-lcublasLt) \
-	$(if $(filter 1,$(OPENMP)),-Xcompiler -fopenmp)
+CUBLAS_LIB = -Xlinker $(firstword $(wildcard $(CUBLAS)/lib/libcublasLt.so*)) -Xlinker -rpath=$(abspath $(CUBLAS))/lib
+CUDA_LIBS = $(if $(CUBLAS),$(CUBLAS_LIB),-lcublasLt) $(if $(filter 1,$(OPENMP)),-Xcompiler -fopenmp)
 
 cuda: $(BUILD)/libgpt2cu$(CUDA_SUFFIX).so $(BUILD)/train_gpt2cu$(CUDA_SUFFIX)
 
-# The host half, as a part of a library and of a program; for the emulated GPU further down too.
+# The host code, for a library and for a program; also for the emulated GPU.
 EMULATED ?= build/emulated
 $(CUDA_BUILD)/host.o $(EMULATED)/host.o: train_gpt2.c Makefile
 	mkdir -p $(@D)
@@ -101,8 +105,7 @@ $(BUILD)/train_gpt2: train_gpt2.c Makefile
 $(BUILD)/libgpt2.so: train_gpt2.c Makefile
 	$(CC) $(CFLAGS) -fPIC -shared -fvisibility=hidden -DGPT2_NO_MAIN -o $@ train_gpt2.c -lm
 
-# The CUDA source as C++ for the CPU, in both precisions, and the tests of the layer that makes this possible. Its
-# host half is train_gpt2.c's, as in the real build.
+# The CUDA source as C++ for the CPU, in both precisions, with the same host code, and a self-test.
 EMULATE_HEADERS = dev/cuda/emulate.h $(wildcard dev/cuda/emulate/*.h)
 EMULATED_FLAGS = -O2 -std=c++17 -march=$(MARCH) -fno-math-errno -fPIC -fvisibility=hidden $(WARNINGS) \
 	-Wno-unknown-pragmas $(EXTRA) -DGPT2_EMULATE -Idev/cuda/include -DGPT2_LOGITS_BYTES=30000
@@ -113,7 +116,8 @@ ifneq ($(call try,-march=$(MARCH)),yes)
 EMULATED_FLAGS := $(filter-out -march=%,$(EMULATED_FLAGS))
 endif
 
-emulated: $(addprefix $(EMULATED)/,selftest profile libgpt2cu.so libgpt2cu_fp32.so train_gpt2cu train_gpt2cu_fp32)
+emulated: $(addprefix $(EMULATED)/,selftest profile libgpt2cu.so libgpt2cu_fp32.so train_gpt2cu \
+	train_gpt2cu_fp32)
 
 $(EMULATED)/model.o $(EMULATED)/model_fp32.o: train_gpt2.cu train_gpt2.c $(EMULATE_HEADERS) Makefile
 	mkdir -p $(EMULATED)
@@ -133,28 +137,31 @@ $(EMULATED)/selftest: dev/cuda/selftest.cu $(EMULATE_HEADERS) Makefile
 	$(CXX) $(EMULATED_FLAGS) -o $@ -x c++ dev/cuda/selftest.cu -lpthread -lm
 
 $(EMULATED)/profile: dev/cuda/profile.cu train_gpt2.cu $(EMULATE_HEADERS) $(EMULATED)/host.o
-	$(CXX) $(EMULATED_FLAGS) -o $@ $(EMULATED)/host.o -x c++ dev/cuda/profile.cu $(filter -fopenmp,$(CFLAGS)) -lpthread -lm
+	$(CXX) $(EMULATED_FLAGS) -o $@ $(EMULATED)/host.o -x c++ dev/cuda/profile.cu \
+		$(filter -fopenmp,$(CFLAGS)) -lpthread -lm
 
-# pytest is all that the tests need; those that hold us against torch, transformers or tiktoken skip without them.
+# Tests that compare with torch, transformers or tiktoken are skipped without these.
 $(VENV)/bin/pytest:
-	$(PYTHON) -m venv $(VENV) || { echo "make test needs Python's venv module (on Debian: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || \
+		{ echo "make test needs Python's venv module (on Debian: apt install python3-venv)"; exit 1; }
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest
 
 test: all $(if $(shell command -v $(firstword $(CXX))),emulated) $(VENV)/bin/pytest
 	$(VENV)/bin/python -m pytest -q test_gpt2.py dev/test
 
-# TORCH names a Python that has PyTorch, for the comparison; without one, this project is timed alone.
 TORCH ?= $(PYTHON)
-bench: all $(if $(GPU),$(CUDA_BUILD)/profile)
+build/kernels build/gemm_steps: build/%: dev/bench/%.c train_gpt2.c Makefile
 	mkdir -p build
-	$(CC) $(CFLAGS) -o build/kernels dev/bench/kernels.c -lm
+	$(CC) $(CFLAGS) -o $@ $< -lm
+
+bench: all build/kernels $(if $(GPU),$(CUDA_BUILD)/profile)
 	$(PYTHON) dev/bench/bench.py --torch $(TORCH)
 	build/kernels
 	$(if $(GPU),$(PYTHON) dev/cuda/bench_cuda.py)
 	$(if $(GPU),$(CUDA_BUILD)/profile)
 
-# libFuzzer is clang's, whatever compiler the rest has. What it found stays in build/fuzz: inputs that reached
-# something new in corpus/, and one that broke something as READER-crash-..., READER-timeout-... and so on.
+# libFuzzer comes with clang. Inputs that reach new code stay in build/fuzz/corpus, failing ones in build/fuzz
+# as READER-crash-..., READER-timeout-... and so on.
 FUZZ_CC ?= clang
 FUZZ_SECONDS ?= 60
 FUZZ_READERS ?= model state shards tokenizer hellaswag reference strings
@@ -165,8 +172,8 @@ FUZZ_FLAGS = -g -O2 -std=gnu11 -march=$(MARCH) -fno-math-errno $(WARNINGS) -Wno-
 build/fuzz/readers: dev/fuzz/readers.c train_gpt2.c Makefile
 	mkdir -p build/fuzz
 	@printf '%s\n' 'int LLVMFuzzerTestOneInput(const char *p, unsigned long n) { return p && n > 9; }' | \
-		$(FUZZ_CC) -fsanitize=fuzzer,address -x c - -o build/fuzz/try 2>/dev/null || { echo "make fuzz needs a clang \
-	with libFuzzer, and $(FUZZ_CC) is none (on Debian: apt install clang libclang-rt-14-dev)"; exit 1; }
+		$(FUZZ_CC) -fsanitize=fuzzer,address -x c - -o build/fuzz/try 2>/dev/null || { echo "make fuzz needs clang \
+	with libFuzzer, which $(FUZZ_CC) is not (on Debian: apt install clang libclang-rt-14-dev)"; exit 1; }
 	$(FUZZ_CC) $(FUZZ_FLAGS) -o $@ dev/fuzz/readers.c -lm
 
 fuzz: build/fuzz/readers all

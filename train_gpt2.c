@@ -4,16 +4,16 @@
      ./train_gpt2 -e d12 -i 'train_*.bin' -j 'val_*.bin' -o run
      ./train_gpt2 --help                       lists every flag
 
-   The whole of GPT-2 (Radford et al. 2019), forward and backward, AdamW, and the files that a run reads and
-   writes. Text is encoded in train_gpt2.py.
+   GPT-2 (Radford et al. 2019), forward and backward, AdamW, and the files of a run. train_gpt2.py encodes
+   text.
 
-     1. The C API      what the driver, the tests and main() call; documented here only
+     1. The C API      what the driver, the tests and main() call
      2. The model      layers, attention, GPT-2, AdamW, matrix product
      3. The host code  model files, token shards, schedule, sampling, checkpoints, comparison with a reference
      4. main           the command line
 
-   The host code reaches the model only through the API, so that train_gpt2.cu can replace the model.
-   -DGPT2_NO_MODEL leaves out section 2, -DGPT2_NO_MAIN section 4; -DGPT2_API_ONLY stops after section 1. */
+   The host code calls the model only through the API, so train_gpt2.cu can replace it. -DGPT2_NO_MODEL
+   leaves out section 2, -DGPT2_NO_MAIN section 4; -DGPT2_API_ONLY stops after section 1. */
 
 #define _GNU_SOURCE
 #include <stddef.h>
@@ -21,9 +21,10 @@
 
 /* ===========================================================================================================
    1. The C API
-   Success: 0 or a pointer; failure: -1 or NULL, and one sentence in gpt2_error() (per thread). Nothing here
-   prints or exits. The caller owns arrays. Sizes: B sequences (batch) of T positions (time), C channels, NH heads, L
-   layers, vocabulary size V; Vp is V rounded up to a multiple of 128, the rows of wte in memory and in files.
+   Functions return 0 or a pointer; on failure -1 or NULL, and gpt2_error() explains it in a sentence (per
+   thread). None prints or exits. The caller owns arrays.
+   B sequences of T positions, C channels, NH heads, L layers, vocabulary size V; wte has Vp rows, V rounded
+   up to a multiple of 128.
    ======================================================================================================== */
 #ifdef __cplusplus
 extern "C" {
@@ -47,34 +48,32 @@ const char *gpt2_version(void);
 
 /* --- the model (section 2) --- */
 GPT2 *gpt2_create(const GPT2Config *config);     /* all parameters 0; see gpt2_init, gpt2_load */
-/* The same with fp32 parameters mapped from an open file, where they follow 1024 bytes; processes share them,
-   and changes stay in memory. Truncating the file would end the process, so files are always replaced. */
+/* The same, but maps fp32 parameters from byte 1024 of an open file, privately: changes stay in memory.
+   Truncating the file would end the process, so files are always replaced. */
 GPT2 *gpt2_create_mapped(const GPT2Config *config, int file);
 void gpt2_free(GPT2 *model);                     /* NULL is allowed, as for the other free functions */
-/* GPU only. "-r" 0, 1, 2: the backward pass recomputes nothing, GELU, or layer norm too (more if memory is
-   short). "-w" 0: bf16 parameters with stochastic rounding, without fp32 master weights. */
+/* GPU only. "-r" 0, 1, 2: recompute nothing, GELU, or layer norm too; more if memory is short. "-w" 0: no
+   fp32 master weights, stochastic rounding to bf16. */
 int gpt2_option(GPT2 *model, const char *name, int value);
 GPT2Config gpt2_config(const GPT2 *model);
-/* Copies `count` elements, from `first` on, of a tensor (index as in gpt2_tensor) of a kind, out or in. */
+/* Copy elements first … first + count - 1 of a tensor (GPT2_WTE…) of a kind. */
 int gpt2_get(GPT2 *model, int tensor, int kind, int64_t first, int64_t count, float *out);
 int gpt2_set(GPT2 *model, int tensor, int kind, int64_t first, int64_t count, const float *in);
 
-/* Runs the model on x with targets y, (B,T) each; *loss is the mean cross-entropy in nats per token.
-   grad_scale 0 only evaluates. Otherwise gpt2_backward must follow; together they accumulate the gradient of
-   grad_scale · loss (the classifier's part here, while its chunk of logits exists). Use 1/n for n
-   micro-batches. */
+/* x and targets y are (B,T); *loss is the mean cross-entropy in nats per token. Unless grad_scale is 0,
+   gpt2_backward must follow; both add to the gradients of grad_scale · loss. Use 1/n for n micro-batches. */
 int gpt2_forward(GPT2 *m, const int32_t *x, const int32_t *y, int B, int T, float grad_scale, float *loss);
 int gpt2_backward(GPT2 *model);
 const float *gpt2_losses(GPT2 *model);           /* (B,T), of the tokens of the last gpt2_forward, or NULL */
 void gpt2_zero_grad(GPT2 *model);
 
-/* Logits of all positions, out (B,T,V); with last_only those of each last position, out (B,V). With last_only
-   and B = 1 keys and values are cached: a next call with the same beginning costs only the new tokens. */
+/* Logits, out (B,T,V), or with last_only those of the last position, (B,V). With last_only and B = 1 keys and
+   values are cached: another call with the same prefix computes only the new tokens. */
 int gpt2_logits(GPT2 *model, const int32_t *x, int B, int T, int last_only, float *out);
 
-/* One AdamW step (Loshchilov & Hutter 2019, algorithm 2) with gradients clipped to a global norm of max_norm
-   (0: not clipped) and weight decay on 2-D tensors; then the gradients are 0. Fails without any change if the
-   norm is infinite or NaN, or lr is 1e10 or more. */
+/* One AdamW step (Loshchilov & Hutter 2019, algorithm 2), then zeroes the gradients. Clips their global norm
+   to max_norm unless 0; decays 2-D tensors. Fails, changing nothing, if the norm is infinite or NaN, or lr is
+   1e10 or more. */
 int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, double decay, double max_norm);
 float gpt2_grad_norm(GPT2 *model);               /* global L2 norm before clipping; NaN on failure */
 int64_t *gpt2_updates(GPT2 *model);              /* number of updates, for the bias correction of moments */
@@ -82,8 +81,8 @@ const char *gpt2_device(void);                   /* "CPU, 2 threads, 8 floats pe
 double gpt2_ceiling(void);                       /* peak FLOP/s of this machine, measured in about 0.1 s */
 
 /* --- the host code (section 3) --- */
-/* Number of elements of tensor 0 to 15, its name ("wte") and shape, L first if stacked, 0 for missing
-   dimensions; name and shape may be NULL. -1 for a bad index. */
+/* Number of elements of a tensor, -1 for a bad index. name ("wte") and shape (L first if stacked, 0 where
+   there is no dimension) may be NULL. */
 int64_t gpt2_tensor(const GPT2Config *config, int index, const char **name, int64_t shape[3]);
 enum { GPT2_DECAYED = 1 << GPT2_WTE | 1 << GPT2_WPE | 1 << GPT2_QKVW | 1 << GPT2_ATTPROJW | 1 << GPT2_FCW |
                       1 << GPT2_FCPROJW };       /* bit i: tensor i has weight decay */
@@ -95,9 +94,9 @@ int gpt2_init(GPT2 *model, uint64_t seed);       /* as GPT-2: N(0, 0.02), residu
 GPT2 *gpt2_load(const char *path);               /* model file, version 3 (fp32) or 5 (bf16); verifies the */
 int gpt2_save(GPT2 *model, const char *path, int version);     /* checksum, if there is one */
 
-/* Batches of B sequences of T tokens, and their successors, from the shards that a glob matches, in order of
-   names. A sequence never crosses shards; the rest of a shard after its last whole batch is skipped. With
-   shuffle each epoch has a new order of shards, of sequences within them, and a new offset. */
+/* Batches of B sequences of T tokens from the shards that a glob matches, in order of names. No sequence
+   crosses shards; an incomplete last batch of a shard is skipped. With shuffle each epoch has a new order of
+   shards and of sequences, and a new offset. */
 typedef struct GPT2Loader GPT2Loader;
 GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuffle, uint64_t seed);
 void gpt2_loader_close(GPT2Loader *loader);
@@ -106,21 +105,20 @@ void gpt2_loader_reset(GPT2Loader *loader);      /* to the first batch */
 typedef struct { int64_t shards, tokens, batches; } GPT2Size;     /* batches in an unshuffled epoch */
 GPT2Size gpt2_loader_size(const GPT2Loader *loader);
 
-/* Mean loss of the loader's first `batches` batches, or of all if it has fewer. */
+/* Mean loss of the first `batches` batches, at most all. */
 int gpt2_evaluate(GPT2 *model, GPT2Loader *loader, int64_t batches, float *loss);
 
-/* HellaSwag (Zellers et al. 2019): of `count` examples from `first` on, adds to right[0] those whose correct
-   completion is the most probable of four, to right[1] those where it is by the mean over its tokens. Returns
-   the number of examples in the file. */
+/* HellaSwag (Zellers et al. 2019), `count` examples from `first` on: adds those answered correctly by the sum
+   of the losses to right[0], by their mean to right[1]. Returns the number of examples in the file. */
 int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t count, int64_t right[2]);
 
-/* Learning rate of a step 0…steps-1: linear warm-up from lr/warmup, then "cosine", "linear", "constant" or
-   "wsd" (constant, with square-root decay in the last fifth), down to final_frac · lr. -1 on failure. */
+/* Learning rate of step 0…steps-1: linear warm-up, then "cosine", "linear", "constant" or "wsd" (square-root
+   decay in the last fifth), down to final_frac · lr. -1 on failure. */
 float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac);
 
-/* Samples the token that follows `tokens`; temperature 0 is greedy, top_k 0 allows all tokens, top_p is
-   nucleus sampling. *rng is the sampler's state. Of more than max_T tokens the first are dropped, by
-   multiples of max_T / 2, so that keys and values can be cached. -1 on failure. */
+/* Samples the next token; temperature 0 is greedy, top_k 0 allows all tokens, top_p is nucleus sampling;
+   *rng is the state. Beyond max_T the first tokens are dropped, max_T / 2 at a time, so that caching works.
+   -1 on failure. */
 int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, float top_p,
               uint64_t *rng);
 
@@ -136,23 +134,20 @@ typedef struct {
     int64_t seen[2];                      /* values put into each window so far */
     double window[2][GPT2_WINDOW];        /* 0: losses, 1: gradient norms */
 } GPT2Progress;
-/* z-score of a value within a full window (NaN before it is full); then adds the value, unless it is NaN or
-   infinite. */
+/* z-score of a value, NaN until the window is full; then adds a finite value to it. */
 double gpt2_zscore(GPT2Progress *progress, int window, double value);
 
-/* Writes model_%08d.bin, state_%08d_00000.bin and, when both are complete and on disk, DONE_%08d; on failure
-   none. Then removes the checkpoint keep · every steps before, unless keep is 0 or its step a multiple of
-   major. loader may be NULL. */
+/* Writes model_%08d.bin, state_%08d_00000.bin and, once both are on disk, DONE_%08d. Then removes the
+   checkpoint keep · every steps before, unless keep is 0 or its step a multiple of major. loader may be
+   NULL. */
 int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, const GPT2Progress *progress,
                     int64_t every, int64_t keep, int64_t major);
 int64_t gpt2_newest(const char *dir);      /* step of the newest complete checkpoint; -1: none, -2: failure */
-/* Restores moments, loader and progress of a checkpoint; the model must be the one that gpt2_load got from
-   it. */
+/* Restores moments, loader and progress of a checkpoint whose model gpt2_load has loaded. */
 int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader, GPT2Progress *progress);
 
-/* Compares logits, loss and the 16 gradients with a saved reference. A row is ok if its relative error, the
-   L2 norm of the difference over that of the reference, is within the tolerance. Returns the number of rows
-   that are not. */
+/* Compares logits, loss and the 16 gradients with a saved reference. A row is ok if the L2 norm of the
+   difference over that of the reference is within the tolerance. Returns how many are not. */
 typedef struct { char name[16]; double max_abs, relative; int32_t ok, padding; } GPT2Diff;
 int gpt2_check(GPT2 *model, const char *reference, double tolerance, GPT2Diff rows[GPT2_DIFFS]);
 #pragma GCC visibility pop
@@ -291,8 +286,8 @@ static void gemm(const Workspace *ws, float *c, size_t ldc, Matrix a, Matrix b, 
                  const float *bias, const float *add);
 
 /* --- Layers ------------------------------------------------------------------------------------------------
-   Pure functions over arrays: outputs first, dimensions last; N = B·T rows. With `add` a backward function
-   accumulates gradients of parameters, otherwise it overwrites them. dev/doc/layers.md derives them all. */
+   Outputs first, dimensions last; N = B·T rows. With `add` a backward function accumulates gradients of
+   parameters, otherwise it overwrites them. dev/doc/layers.md derives them all. */
 
 /* Token and position embedding. */
 static void encoder_forward(float *out,                            /* (N,C) = wte[x] + wpe[t] */
@@ -316,7 +311,7 @@ static void encoder_backward(float *dwte, float *dwpe,             /* (Vp,C), (m
             }
 }
 
-/* Sums over rows, for the gradients of biases and of layer norm's weights. */
+/* Sums over rows, for the gradients of biases and of ln weights. */
 static void column_sums(float *db, float *dw,                      /* (C) Σ dout, (C) Σ dout · norm or NULL */
                         const float *dout, const float *inp, const float *mean, const float *rstd,
                         size_t N, size_t C, int add) {
@@ -449,14 +444,13 @@ static void crossentropy(float *losses, float *logits,             /* (N) = -log
 }
 
 /* --- Attention ---------------------------------------------------------------------------------------------
-   Causal: out = softmax(q·kᵀ / √hs)·v for each head of hs = C / NH channels. A thread takes a head and goes
-   through strips of QUERIES rows of scores, which stay in L2: there is no T × T matrix. The backward pass
-   recomputes the strips. */
+   Causal: out = softmax(q·kᵀ / √hs)·v for each head of hs = C / NH channels. A thread computes a head in
+   strips of QUERIES rows of scores, which fit L2, never a T × T matrix; the backward pass recomputes them. */
 enum { QUERIES = 96 };
 
 static size_t attention_floats(size_t T) { return 2 * QUERIES * T; }     /* scratch: two strips of scores */
 
-/* The current thread's part of a workspace, for products on one thread. */
+/* The part of a workspace for the current thread. */
 static Workspace thread_workspace(const Workspace *ws) {
     const size_t i = (size_t)omp_get_thread_num();
     float *scratch = ws->scratch + i * ws->scratch_floats;
@@ -526,7 +520,7 @@ static void attention_backward(const Workspace *ws, float *dqkv,   /* (B,T,3C) *
 /* --- GPT-2 ---------------------------------------------------------------------------------------------- */
 typedef union {                           /* pointers to the tensors of a kind */
     struct {
-        float *wte, *wpe;                 /* (Vp, C), also the classifier's weights; (max_T, C) */
+        float *wte, *wpe;                 /* (Vp, C), also of the classifier; (max_T, C) */
         float *ln1w, *ln1b;               /* (L, C) from here to fcprojb: stacked over layers */
         float *qkvw, *qkvb;               /* (L, 3C, C), (L, 3C) */
         float *attprojw, *attprojb;       /* (L, C, C), (L, C) */
@@ -554,8 +548,8 @@ typedef union {                           /* pointers to the activations, with N
 _Static_assert(sizeof(Activations) == ACTIVATIONS * sizeof(float *), "ACTIVATIONS is their number");
 #define INDEX_OF(activation) (offsetof(Activations, activation) / sizeof(float *))
 
-/* What a forward pass is for. The value is the first activation of which each layer keeps its own; those
-   before it are shared. Outputs of layer norm and GELU are cheap: the backward pass recomputes them. */
+/* What a forward pass is for: the first activation that each layer keeps; those before are shared. The
+   backward pass recomputes layer norm and GELU, which is cheap. */
 enum { TRAIN = INDEX_OF(residual1), GENERATE = INDEX_OF(qkv), EVALUATE = ACTIVATIONS };
 
 struct GPT2 {
@@ -566,13 +560,13 @@ struct GPT2 {
     size_t start[GPT2_TENSORS + 1];       /* of each tensor in a memory, and the end */
     int64_t updates;
     int grads_zero;                       /* gradients count as 0: the next backward pass overwrites them */
-    int backward_due;                     /* gpt2_forward has added the classifier's part of a gradient */
+    int backward_due;                     /* the gradient of the classifier is added, those of blocks not */
     float norm;                           /* of the gradients, NaN if unknown */
     size_t B, T, chunk;                   /* of the last forward pass; chunk: rows per classifier call */
     size_t cached;                        /* leading tokens of x whose keys and values are in qkv */
     int purpose;                          /* TRAIN, GENERATE or EVALUATE */
     size_t act_start[ACTIVATIONS + 1];    /* of each activation of layer 0, and the end */
-    size_t act_stride;                    /* from one layer's activations to the next one's */
+    size_t act_stride;                    /* from one layer to the next */
     float *act_memory;
     size_t act_count;                     /* floats there */
     Workspace ws;
@@ -592,7 +586,7 @@ static float *memory_of(GPT2 *m, int kind) {     /* allocated on first use */
     return m->memory[kind];
 }
 
-/* The tensors of a kind, of stacked ones layer l's. */
+/* The tensors of a kind, of stacked ones layer l. */
 static Tensors tensors(const GPT2 *m, int kind, size_t l) {
     Tensors t;
     for (int i = 0; i < GPT2_TENSORS; i++) {
@@ -602,7 +596,7 @@ static Tensors tensors(const GPT2 *m, int kind, size_t l) {
     return t;
 }
 
-/* The activations, of those that each layer keeps layer l's. */
+/* The activations of layer l, and the shared ones. */
 static Activations activations(const GPT2 *m, size_t l) {
     Activations a;
     for (int i = 0; i < ACTIVATIONS; i++) {
@@ -701,8 +695,7 @@ void gpt2_zero_grad(GPT2 *m) {
     m->norm = NAN;
 }
 
-/* The memory of a kind with its true values: writes the zeros of gradients that only count as 0. NULL between
-   forward and backward, when gradients are incomplete. */
+/* The memory of a kind, after zeroing gradients that only count as 0. NULL between forward and backward. */
 static float *readable_memory(GPT2 *m, int kind) {
     if (kind == GPT2_GRAD && m->backward_due) {
         gpt2_fail("the gradients are incomplete: call gpt2_backward after gpt2_forward");
@@ -749,8 +742,7 @@ static int tokens_check(const GPT2 *m, const char *what, const int32_t *tokens, 
     return 0;
 }
 
-/* Checks x (B,T) and makes room for its activations. Returns the first token to compute, since GENERATE has
-   keys and values cached; -1 on failure. */
+/* Checks x (B,T) and allocates its activations. Returns the first token that is not cached, -1 on failure. */
 static int64_t forward_begin(GPT2 *m, const int32_t *x, int B, int T, int purpose) {
     if (B < 1 || T < 1 || T > m->config.max_T)
         return gpt2_fail("batch is %d x %d tokens, expected sequences of 1 to %d, the model's context", B, T,
@@ -772,8 +764,7 @@ static int64_t forward_begin(GPT2 *m, const int32_t *x, int B, int T, int purpos
     return first;
 }
 
-/* Embedding, blocks and the last layer norm, whose output is left in the activation ln. Returns the number of
-   rows computed, -1 on failure. */
+/* Embedding, blocks and the last layer norm, into the activation ln. Returns its rows, -1 on failure. */
 static int64_t forward_blocks(GPT2 *m, const int32_t *x, int B, int T, int purpose) {
     const int64_t begin = forward_begin(m, x, B, T, purpose);
     if (begin < 0) return -1;
@@ -942,16 +933,16 @@ int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, doub
 }
 
 /* --- Matrix product, defined -------------------------------------------------------------------------------
-   C = A·B after Goto & van de Geijn (2008). A tile of MR × NR sums stays in registers while k runs. A is
-   packed in panels of MR rows and B in panels of NR columns, in the tile's order of reading:
+   C = A·B after Goto & van de Geijn (2008). A tile of MR × NR sums stays in registers while k runs. Panels of
+   MR rows of A and of NR columns of B are packed in the order of reading:
 
      registers   MR × NV sums, NV vectors of B, a broadcast of A: 6 × 2 fill 16 registers, 8 × 3 fill 32
      L1          a panel of B, KC × NR floats
      L2          the sums so far of NR columns of C
      L2 and L3   a band of A, at most PACK_A floats
 
-   A thread's unit of work is NR columns of a band of rows of C. Each sum over k runs in the same order on any
-   thread, so the bits do not depend on their number. See dev/doc/gemm.md. */
+   Threads take NR columns of a band at a time. Each sum over k has a fixed order, so the bits do not depend
+   on the number of threads. See dev/doc/gemm.md. */
 enum { MIN_BAND = 264, BANDS = 64 };      /* least rows of a band, if there are as many; bands at a time */
 enum { GROUP = 48 };                      /* rows of A packed at a time: whole cache lines */
 
@@ -965,7 +956,7 @@ static inline void transpose(v4 x[4]) {   /* by shuffles; element by element pac
     }
 }
 
-/* Packs lines where line == 1, which lie side by side, in groups of whole panels. Returns the lines done. */
+/* Packs adjacent lines (line == 1), whole panels only. Returns the lines done. */
 static inline __attribute__((always_inline))
 size_t pack_adjacent(float *dst, const float *src, size_t step, size_t lines, size_t kc, size_t R) {
     size_t first = 0, group;
@@ -1010,8 +1001,8 @@ void pack(float *dst, const float *src, size_t line, size_t step, size_t lines, 
     }
 }
 
-/* The hot loop: c (MR,N) = a (kc,MR)ᵀ · b (kc,NR) + bias (N) + add (MR,N), the last two unless NULL, where N
-   is `vectors` vectors. Unrolled with a constant number of vectors, the sums stay in registers. */
+/* The hot loop: c (MR,N) = a (kc,MR)ᵀ · b (kc,NR) + bias (N) + add (MR,N), the last two unless NULL; N is
+   `vectors` vectors, a constant, so that the sums stay in registers. */
 static inline __attribute__((always_inline))
 void kernel(float *c, size_t ldc, const float *a, const float *b, size_t kc, const float *bias,
             const float *add, size_t ldadd, int vectors) {
@@ -1120,9 +1111,8 @@ void band_times_panel(Product p, const float *pack_a, float *panel, size_t m, si
     }
 }
 
-/* A thread's share of a product: it packs a band of A, then takes panels of B that no thread has taken for
-   it; taken[band] counts them. Threads start at distant bands, so with many rows each has bands of its own.
-   */
+/* A thread packs a band of A, then takes panels of B; taken[band] counts them. Threads start at distant bands
+   and, with many rows, rarely share one. */
 static void gemm_share(const Workspace *ws, size_t thread, size_t *taken, Product p) {
     const size_t bands = (p.M + p.mc - 1) / p.mc, panels = (p.N + NR - 1) / NR, kc = p.kc;
     float *pack_a = ws->pack_a + thread * PACK_A, *panel = ws->pack_b + thread * PACK_B;
@@ -1141,8 +1131,8 @@ static void gemm_share(const Workspace *ws, size_t thread, size_t *taken, Produc
     }
 }
 
-/* gemm of one row, as in generation: reads B at the speed of memory, without packing, which took 2.5 times as
-   long. Column by column where a column of B is contiguous, else vectors of columns. */
+/* gemm of one row, as in generation, at the speed of memory; packing took 2.5 times as long. By dot products
+   where columns of B are contiguous, else by vectors of columns. */
 static void gemm_row(const Workspace *ws, float *c, const float *a, Matrix b, size_t N, size_t K,
                      const float *bias, const float *add) {
     enum { CHAINS = 4, AHEAD = 16 };      /* chains hide the latency of an addition; rows to prefetch ahead */
@@ -1307,8 +1297,8 @@ int gpt2_descriptor(const char *text, GPT2Config *out) {     /* heads of 64 chan
     return gpt2_fail("model descriptor is '%s', expected d2, d4, d6, d12, d24, d36 or d48", text);
 }
 
-/* A random number for each (key, counter), by the mixing function of SplitMix64 (Steele, Lea & Flood 2014):
-   there is no state to save, and the order of draws does not matter. */
+/* A random number for each (key, counter), without a state: the mixing function of SplitMix64 (Steele, Lea &
+   Flood 2014). */
 static uint64_t random_at(uint64_t key, uint64_t counter) {
     uint64_t z = key * 0xD1342543DE82EF95u + (counter + 1) * 0x9E3779B97F4A7C15u;
     for (int round = 0; round < 2; round++) {
@@ -1334,7 +1324,7 @@ static void initial_values(float *values, uint64_t seed, int t, const char *name
     const int random = GPT2_DECAYED >> t & 1;     /* the 2-D tensors */
     double deviation = 0.02;
     if (strstr(name, "proj")) deviation = 0.02 / sqrt(2.0 * L);     /* the residual projections */
-    const float constant = name[0] == 'l' && strchr(name, 'w');     /* layer norm's weights are 1 */
+    const float constant = name[0] == 'l' && strchr(name, 'w');     /* ln weights are 1 */
 #pragma omp parallel for
     for (int64_t i = 0; i < count; i++) {
         const uint64_t at = ((uint64_t)t << 56) + 2 * (uint64_t)(first + i);
@@ -1391,9 +1381,8 @@ static int file_read(File *in, void *out, size_t bytes) {
     return read_failed(in->f);
 }
 
-/* A checksum of the whole file except its own place, the last 8 bytes of the header; a file of another
-   program has 0 there. Four lanes hide the latency of a multiplication; the shift lets high bits reach low
-   ones. */
+/* The checksum is in the last 8 bytes of the header, which it skips; other programs have 0 there. Four lanes
+   hide the latency of a multiplication; the shift lets high bits reach low ones. */
 static int file_sum(FILE *f, uint64_t *sum) {
     enum { SUMS = 4, WORDS = 1 << 16 };
     uint64_t sums[SUMS] = {0}, *words = alloc_bytes(WORDS * sizeof *words);
@@ -1564,7 +1553,7 @@ void gpt2_tokenizer_free(GPT2Tokenizer *t) { free(t); }
 
 /* --- Loader --------------------------------------------------------------------------------------------- */
 typedef struct {
-    uint64_t epoch, shard, row;           /* of the next sequence; shard and row in the epoch's order */
+    uint64_t epoch, shard, row;           /* of the next sequence; shard and row in the order of the epoch */
     uint64_t T, tokens, seed;             /* for which this position is valid */
 } Position;
 
@@ -1580,9 +1569,8 @@ struct GPT2Loader {
     int32_t *x;                           /* (2, B, T) */
 };
 
-/* The place of i in a random permutation of 0…n-1: a Feistel network of four rounds on the fewest bits, an
-   even number, that hold n, repeated until the result is below n (Black & Rogaway 2002). Key 0 is the
-   identity. */
+/* The place of i in a random permutation of 0…n-1; key 0 is the identity. A Feistel network of four rounds,
+   repeated until the result is below n (Black & Rogaway 2002). */
 static uint64_t permuted(uint64_t i, uint64_t n, uint64_t key) {
     int half = 1;
     while (n > (uint64_t)1 << 2 * half) half++;
@@ -1655,7 +1643,7 @@ GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuff
 GPT2Size gpt2_loader_size(const GPT2Loader *l) { return l->size; }
 void gpt2_loader_reset(GPT2Loader *l) { l->at.epoch = l->at.shard = l->at.row = 0; }
 
-typedef struct { uint64_t file, key, offset, rows; } Place;     /* a shard in this epoch's order */
+typedef struct { uint64_t file, key, offset, rows; } Place;     /* a shard, in the order of the epoch */
 
 /* The shard of the next batch: moves on until one has B sequences left. */
 static Place loader_place(GPT2Loader *l) {
@@ -1761,8 +1749,8 @@ static int64_t find_completions(const uint16_t *e, size_t size, size_t max_T, si
     return (int64_t)longest;
 }
 
-/* Scores an example: adds 1 to right[0] if the label has the lowest sum of losses, to right[1] if the lowest
-   mean. x: room for 2 · CHOICES · max_T tokens. */
+/* Adds 1 to right[0] if the label has the lowest sum of losses, to right[1] if the lowest mean. x has room
+   for 2 · CHOICES · max_T tokens. */
 static int score_example(GPT2 *model, const uint16_t *e, size_t size, int32_t *x, int64_t right[2]) {
     const size_t max_T = (size_t)gpt2_config(model).max_T, context = e[5];
     size_t begin[CHOICES + 1];
@@ -1838,9 +1826,8 @@ static Mass mass_from(const float *weights, size_t n, float least) {
     return (Mass){number, sum};
 }
 
-/* The largest value that at least `number` weights with a sum of at least `sum` reach. Found bit by bit,
-   since non-negative floats are ordered as their bits are: sorting 50257 weights took a fifth of the model's
-   time. */
+/* The largest value that at least `number` weights, with a sum of at least `sum`, reach. Bit by bit, since
+   non-negative floats are ordered as their bits: sorting 50257 weights took a fifth of the time. */
 static float least_weight(const float *weights, size_t n, double number, double sum) {
     union { uint32_t bits; float value; } least = {0}, higher;
     for (uint32_t bit = 1u << 30; bit; bit >>= 1) {
@@ -2034,7 +2021,7 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
         }
         rows[i] = (GPT2Diff){.ok = 0};
         snprintf(rows[i].name, sizeof rows[i].name, "%s", name);
-        float *values = alloc_bytes(2 * (size_t)n * sizeof *values);     /* ours, then the reference's */
+        float *values = alloc_bytes(2 * (size_t)n * sizeof *values);     /* model, then reference */
         failed = !values || file_read(&in, values + n, (size_t)n * sizeof *values) ||
                  compute_row(model, i, x, B, T, n, values);
         if (!failed) compare(&rows[i], values, values + n, n, tolerance);
@@ -2048,7 +2035,7 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
 
 #ifndef GPT2_NO_MAIN
 /* === 4. main ==============================================================================================
-   The flags and the log are karpathy/llm.c's. */
+   Flags and log as in karpathy/llm.c. */
 #define HELLASWAG "dev/data/hellaswag/hellaswag_val.bin"
 static struct {
     const char *train_shards, *val_shards, *model, *out, *schedule, *check;
@@ -2121,7 +2108,7 @@ static void print_help(void) {
     exit(0);
 }
 
-/* Sets a flag's target to a value. */
+/* Sets the target of a flag. */
 static void set_flag(int i, const char *value) {
     const int kind = flags[i].kind;
     flags[i].value = value;
@@ -2183,7 +2170,7 @@ static void on_signal(int number) {
     signal(number, SIG_DFL);              /* the second one quits */
 }
 
-/* The decode table: the run's, the one beside the shards, or llm.c's in the working directory; or NULL. */
+/* The decode table of the run, beside the shards, or in the working directory as for llm.c; or NULL. */
 static GPT2Tokenizer *find_tokenizer(void) {
     Path paths[3] = {"", "", "gpt2_tokenizer.bin"};
     const char *slash = strrchr(settings.train_shards, '/');
@@ -2200,7 +2187,7 @@ static GPT2Tokenizer *find_tokenizer(void) {
     return NULL;
 }
 
-/* The initial model: the run's newest checkpoint, a model file, or a new model. */
+/* The initial model: the newest checkpoint of the run, a model file, or a new model. */
 static GPT2 *find_model(long long newest, const GPT2Tokenizer *tokenizer, uint64_t seed) {
     GPT2Config c;
     const char *name = settings.model;
@@ -2305,7 +2292,7 @@ static void sample(Run *run) {
     free(tokens);
 }
 
-/* Validation loss and HellaSwag's accuracy, where requested. */
+/* Validation loss and HellaSwag accuracy, where requested. */
 static void validate(Run *run, long long step) {
     float loss;
     if (run->val) {
@@ -2391,9 +2378,8 @@ static void train_step(Run *run, long long step) {
 
 static int due(long long every, long long step) { return every && step && step % every == 0; }
 
-/* Step n starts when n steps are done, with what is due then: a checkpoint (first, so that a resumed run
-   repeats the rest), validation, a sample. train() in train_gpt2.py makes the same calls in the same order.
-   */
+/* Step n begins with what is due after n steps: a checkpoint (first, so that a resumed run repeats the rest),
+   validation, a sample. train() in train_gpt2.py makes the same calls. */
 static void train(Run *run) {
     run->began = seconds();
     for (long long step = run->first;; step++) {
@@ -2414,8 +2400,8 @@ static void train(Run *run) {
     if (*settings.out) save(run, run->progress.step);
 }
 
-/* GCC's threads spin for milliseconds at each barrier, which slows a step tenfold while another program is
-   busy. Only the environment before main changes that. If exec fails, they keep spinning. */
+/* Threads of GCC spin for milliseconds at each barrier: a step takes ten times as long while another program
+   is busy. Only the environment before main can change that. If exec fails, they keep spinning. */
 static void spin_less(char **argv) {
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     if (!setenv("GOMP_SPINCOUNT", "10000", 1)) execv("/proc/self/exe", argv);

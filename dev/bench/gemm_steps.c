@@ -139,7 +139,7 @@ static double median(double values[TURNS]) {
 
 static void operands(void) {
     A = alloc_floats(M * K), W = alloc_floats(N * K), Wt = alloc_floats(K * N), C = alloc_floats(M * N);
-    right = memory(M * N * sizeof *right), others = memory(CACHES);
+    right = alloc_bytes(M * N * sizeof *right), others = alloc_bytes(CACHES);
     for (size_t i = 0; i < M * K; i++) A[i] = 2 * (float)uniform_at(1, i) - 1;
     for (size_t j = 0; j < N; j++)
         for (size_t k = 0; k < K; k++) Wt[k * N + j] = W[j * K + k] = 2 * (float)uniform_at(2, j * K + k) - 1;

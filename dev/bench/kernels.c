@@ -38,23 +38,24 @@ static void row(const char *name, double median, double flops, double bytes) {
            by_flops > by_bytes ? "FLOPs" : "bytes");
 }
 
-/* The three products of a linear layer with N rows, C channels in and OC out. */
-static void linear(const Workspace *ws, const char *what, size_t N, size_t C, size_t OC) {
-    float *inp = alloc_floats(N * C), *w = alloc_floats(OC * C), *out = alloc_floats(N * OC), *b = alloc_floats(OC);
-    const double flops = 2.0 * (double)N * (double)C * (double)OC;
-    const double bytes = 4.0 * (double)(N * C + OC * C + N * OC);
+/* The three products of a linear layer with N rows, IC channels in and OC out. */
+static void linear(const Workspace *ws, const char *what, size_t N, size_t IC, size_t OC) {
+    float *inp = alloc_floats(N * IC), *w = alloc_floats(OC * IC);
+    float *out = alloc_floats(N * OC), *b = alloc_floats(OC);
+    const double flops = 2.0 * (double)N * (double)IC * (double)OC;
+    const double bytes = 4.0 * (double)(N * IC + OC * IC + N * OC);
     char name[64];
     {
-        TIME(linear_forward(ws, out, inp, w, b, NULL, N, C, OC));
-        snprintf(name, sizeof name, "%s %zu x %zu x %zu forward", what, N, OC, C);
+        TIME(linear_forward(ws, out, inp, w, b, NULL, N, IC, OC));
+        snprintf(name, sizeof name, "%s %zu x %zu x %zu forward", what, N, OC, IC);
         row(name, median, flops, bytes);
     }
     {
-        TIME(linear_backward_input(ws, inp, out, w, N, C, OC));
+        TIME(linear_backward_input(ws, inp, out, w, N, IC, OC));
         row("  d-input", median, flops, bytes);
     }
     {
-        TIME(linear_backward_weight(ws, w, b, out, inp, N, C, OC, 1));
+        TIME(linear_backward_weight(ws, w, b, out, inp, N, IC, OC, 1));
         row("  d-weight and d-bias", median, flops, bytes);
     }
     free(inp);
@@ -63,39 +64,39 @@ static void linear(const Workspace *ws, const char *what, size_t N, size_t C, si
     free(b);
 }
 
-int main(int argc, char **argv) {
-    const size_t B = argc > 2 ? strtoul(argv[1], NULL, 10) : 4;
-    const size_t T = argc > 2 ? strtoul(argv[2], NULL, 10) : 64;
-    const size_t C = 768, NH = 12, V = 50257, Vp = 50304, N = B * T, chunk = min(N, 256);
-    const double NC_bytes = 4.0 * (double)(N * C);
+enum { C = 768, NH = 12, V = 50257, Vp = 50304 };     /* GPT-2 124M */
+
+/* Bytes per second of reading and writing memory. */
+static double measure_bandwidth(void) {
+    float *source = alloc_floats(L3), *to = alloc_floats(L3);
+    TIME(_Pragma("omp parallel for") for (size_t i = 0; i < L3; i++) to[i] = source[i] + 1);
+    free(source);
+    free(to);
+    return 2.0 * 4 * L3 / median;
+}
+
+static Workspace make_workspace(size_t T) {
     Workspace ws = {.threads = omp_get_max_threads()};
     ws.scratch_floats = attention_floats(T);
     ws.pack_a = alloc_floats((size_t)ws.threads * PACK_A);
     ws.pack_b = alloc_floats((size_t)ws.threads * PACK_B);
     ws.scratch = alloc_floats((size_t)ws.threads * ws.scratch_floats);
-    float *source = alloc_floats(L3), *to = alloc_floats(L3);
-    {
-        TIME(_Pragma("omp parallel for") for (size_t i = 0; i < L3; i++) to[i] = source[i] + 1);
-        byte_ceiling = 2.0 * 4 * L3 / median;
-    }
-    flop_ceiling = gpt2_ceiling();
-    printf("%s: %.1f GFLOP/s, %.1f GB/s; B %zu, T %zu\n", gpt2_device(), flop_ceiling * 1e-9,
-           byte_ceiling * 1e-9, B, T);
-    linear(&ws, "qkv", N, C, 3 * C);
-    linear(&ws, "attproj", N, C, C);
-    linear(&ws, "fc", N, C, 4 * C);
-    linear(&ws, "fcproj", N, 4 * C, C);
-    linear(&ws, "classifier", chunk, C, V);
+    return ws;
+}
 
+/* Attention, layer norm and GELU of a layer. */
+static void other_layers(const Workspace *ws, size_t B, size_t T) {
+    const size_t N = B * T;
+    const double NC_bytes = 4.0 * (double)(N * C);
     float *a = alloc_floats(N * 4 * C), *b = alloc_floats(N * 4 * C), *c = alloc_floats(N * 4 * C);
     float *w = alloc_floats(4 * C), *stats = alloc_floats(2 * N);
     const double causal = 2.0 * (double)(B * T) * (double)T * (double)C;     /* 2 products, half of T x T */
     {
-        TIME(attention_forward(&ws, b, a, B, 0, T, C, NH));
+        TIME(attention_forward(ws, b, a, B, 0, T, C, NH));
         row("attention forward", median, causal, 4 * NC_bytes);
     }
     {
-        TIME(attention_backward(&ws, c, b, a, B, T, C, NH));
+        TIME(attention_backward(ws, c, b, a, B, T, C, NH));
         row("attention backward", median, 2.5 * causal, 7 * NC_bytes);
     }
     {
@@ -114,12 +115,18 @@ int main(int argc, char **argv) {
         TIME(gelu(b, c, a, N * 4 * C));
         row("GELU backward", median, 32.0 * 4 * (double)(N * C), 16 * NC_bytes);
     }
-    float *logits = alloc_floats(chunk * Vp), *losses = alloc_floats(chunk);
-    int32_t *targets = calloc(chunk, sizeof *targets);
-    {
-        TIME(crossentropy(losses, logits, targets, chunk, V, Vp, 1));
-        row("softmax, loss and its gradient", median, 25.0 * (double)(chunk * V), 8.0 * (double)(chunk * V));
-    }
+}
+
+static void classifier(const Workspace *ws, size_t rows) {
+    float *logits = alloc_floats(rows * Vp), *losses = alloc_floats(rows);
+    int32_t *targets = calloc(rows, sizeof *targets);
+    linear(ws, "classifier", rows, C, V);
+    TIME(crossentropy(losses, logits, targets, rows, V, Vp, 1));
+    row("softmax, loss and its gradient", median, 25.0 * (double)(rows * V), 8.0 * (double)(rows * V));
+}
+
+/* The gradient norm, AdamW, and generation. */
+static void whole_model(void) {
     const GPT2Config config = {.max_T = 1024, .V = 50257, .L = 12, .NH = 12, .C = 768};
     GPT2 *model = gpt2_create(&config);
     const double elements = (double)model->start[GPT2_TENSORS];
@@ -134,12 +141,34 @@ int main(int argc, char **argv) {
         row("AdamW, 124M", median, 14 * elements, 28 * elements);
     }
     int32_t *tokens = calloc(1024, sizeof *tokens);
+    float *logits = alloc_floats(V);
     for (int before = 16; before < 1000; before += 884) {     /* each token but the first is a single row */
         TIME(gpt2_logits(model, tokens, 1, before + run, 1, logits));
-        const double kept = (double)before * 2 * C * (double)model->L;     /* keys and values */
+        const double cached = (double)before * 2 * C * (double)model->L;     /* keys and values */
         char name[64];
         snprintf(name, sizeof name, "a token after %d others, 124M", before);
-        row(name, median, 2 * (elements + kept), 4 * (elements + kept));
+        row(name, median, 2 * (elements + cached), 4 * (elements + cached));
     }
+}
+
+int main(int argc, char **argv) {
+    size_t B = 4, T = 64;
+    if (argc > 2) {
+        B = strtoul(argv[1], NULL, 10);
+        T = strtoul(argv[2], NULL, 10);
+    }
+    const size_t N = B * T;
+    const Workspace ws = make_workspace(T);
+    byte_ceiling = measure_bandwidth();
+    flop_ceiling = gpt2_ceiling();
+    printf("%s: %.1f GFLOP/s, %.1f GB/s; B %zu, T %zu\n", gpt2_device(), flop_ceiling * 1e-9,
+           byte_ceiling * 1e-9, B, T);
+    linear(&ws, "qkv", N, C, 3 * C);
+    linear(&ws, "attproj", N, C, C);
+    linear(&ws, "fc", N, C, 4 * C);
+    linear(&ws, "fcproj", N, 4 * C, C);
+    other_layers(&ws, B, T);
+    classifier(&ws, min(N, 256));
+    whole_model();
     return 0;
 }

@@ -16,8 +16,8 @@
      cuBLASLt      Plain loops, products and sums in fp32; what the manual forbids is rejected.
 
    It is not a simulator: no timing, no caches, no memory model. Blocks run one after another, so races
-   between blocks are not detected. A race inside a block is, by its different result in descending order. A missing
-   __syncwarp is hidden by a shuffle in its place, which orders memory here and not on a GPU.
+   between blocks are not detected; one inside a block is, by a different result in descending order. A
+   shuffle hides a missing __syncwarp, because it orders memory here but not on a GPU.
 
      GPT2_EMULATE_ORDER=descending    threads of a block run from the last to the first
      GPT2_EMULATE_STREAMS=at-once     streams run as early as CUDA allows

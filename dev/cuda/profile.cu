@@ -79,21 +79,25 @@ struct Bound { double flops, bytes; };    /* of a kernel's calls in a step, toge
 static std::map<std::string, Bound> kernel_bounds(const GPT2 *m) {
     const double N = (double)(m->B * m->T), L = (double)m->L, C = (double)m->C, NC = N * C * sizeof(floatX);
     const double P = (double)m->start[GPT2_TENSORS], Vp = (double)m->Vp, fp32 = sizeof(float);
-    const double scores = N * ((double)m->T + 1) * C * L;     /* FLOPs of one product, half of T × T seen */
+    const double scores = N * ((double)m->T + 1) * C * L;     /* FLOPs of one product, half of T × T */
     const double parts = (double)m->segments * C * fp32, rows = (double)m->tokens * C * fp32;
     const double norms = 2 * L + 1, ln_blocks = fmin(ceil_div(m->B * m->T, ROW_WARPS), 4.0 * m->sms);
-    const double gelus = (gelu_fused(m) ? 0 : 20) + (m->recompute >= 1 ? 8 : 0);
-    const double again = m->recompute >= 2 ? 2 * L : 0;
+    double gelus = 0, recomputed_norms = 0;     /* N·C·s bytes per layer; layer norms */
+    if (!gelu_fused(m)) gelus += 20;
+    if (m->recompute >= 1) gelus += 8;
+    if (m->recompute >= 2) recomputed_norms = 2 * L;
+    double bf16 = 0;                      /* bytes of a bf16 parameter beside its master */
+    if (sizeof(floatX) < sizeof(float)) bf16 = sizeof(floatX);
     return {
         {"encoder_forward_kernel", {0, 3 * NC}},
-        {"layernorm_forward_kernel", {0, 2 * NC * (norms + again)}},
+        {"layernorm_forward_kernel", {0, 2 * NC * (norms + recomputed_norms)}},
         {"gelu_kernel", {0, gelus * NC * L}},
         {"attention_plain_forward_kernel", {2 * scores, 4 * NC * L}},
         {"flash_forward_kernel", {2 * scores, 4 * NC * L}},
         {"crossentropy_kernel", {0, 2 * N * Vp * sizeof(floatX)}},
-        {"layernorm_backward_kernel", {0, 4 * NC * norms - NC}},     /* the first has nothing to add to */
+        {"layernorm_backward_kernel", {0, 4 * NC * norms - NC}},     /* the first does not accumulate */
         {"column_sums_kernel", {0, 9 * NC * L}},
-        {"column_total_kernel", {0, norms * ln_blocks * 2 * C * fp32}},     /* the biases' is less */
+        {"column_total_kernel", {0, norms * ln_blocks * 2 * C * fp32}},     /* biases need less */
         {"attention_delta_kernel", {0, 2 * NC * L}},
         {"attention_plain_dq_kernel", {3 * scores, 5 * NC * L}},
         {"flash_dq_kernel", {3 * scores, 6 * NC * L}},
@@ -103,11 +107,11 @@ static std::map<std::string, Bound> kernel_bounds(const GPT2 *m) {
         {"dwte_parts_kernel", {0, NC + parts}},
         {"dwte_kernel", {0, parts + 2 * rows}},
         {"norm_kernel", {0, P * fp32}},
-        {"adamw_kernel", {0, P * (7 * fp32 + (sizeof(floatX) < fp32 ? sizeof(floatX) : 0))}},
+        {"adamw_kernel", {0, P * (7 * fp32 + bf16)}},
     };
 }
 
-/* Bytes read and written in a second by a copy of a quarter of the free memory, of 2 GB at most */
+/* Bytes per second, read and written, of a copy of a quarter of the free memory, at most 2 GB. */
 static double copy_ceiling(const GPT2 *m) {
     size_t unused = 0, all;
     float best = 0, ms = 0;
@@ -120,10 +124,11 @@ static double copy_ceiling(const GPT2 *m) {
         cudaEventRecord(m->classified, m->stream);
         cudaEventSynchronize(m->classified);
         cudaEventElapsedTime(&ms, m->uploaded, m->classified);
-        best = ms > 0 && (best == 0 || ms < best) ? ms : best;
+        if (ms > 0 && (best == 0 || ms < best)) best = ms;
     }
     cudaFree(p);
-    return best > 0 ? 2.0 * (double)bytes / (best * 1e-3) : NAN;
+    if (best == 0) return NAN;
+    return 2.0 * (double)bytes / (best * 1e-3);
 }
 
 /* --- Steps ---------------------------------------------------------------------------------------------- */
@@ -132,14 +137,14 @@ static double median(std::vector<double> values) {
     return values[values.size() / 2];
 }
 
-/* A step from random tokens on; the graphs are forgotten before they are made. */
+/* A step on random tokens, without graphs. */
 static int step(GPT2 *m, int B, int T, uint32_t *random) {
     std::vector<int32_t> x((size_t)B * T), y(x.size());
     float loss;
     for (size_t i = 0; i < x.size(); i++) {
         *random = *random * 1664525 + 1013904223;
         x[i] = (int32_t)((*random >> 8) % (uint32_t)m->V);
-        y[i > 0 ? i - 1 : x.size() - 1] = x[i];
+        y[(i + x.size() - 1) % x.size()] = x[i];
     }
     for (Graph &graph : m->graphs) graph = Graph();
     spans_used = 0;
@@ -149,22 +154,15 @@ static int step(GPT2 *m, int B, int T, uint32_t *random) {
 
 struct Row { int calls; double flops, bytes; std::vector<double> ms; };
 
-int main(int argc, char **argv) {
+/* Times the kernels of some steps after a warm-up; whole: ms of each step. */
+static int measure(GPT2 *m, int B, int T, std::map<std::string, Row> &rows, std::vector<double> &whole) {
     enum { WARM = 2, STEPS = 5 };
-    const char *name = argc == 4 ? argv[1] : "d12";
-    const int B = argc == 4 ? atoi(argv[2]) : 64, T = argc == 4 ? atoi(argv[3]) : 1024;
-    GPT2Config config;
-    GPT2 *m = gpt2_descriptor(name, &config) ? gpt2_load(name) : gpt2_create(&config);
     uint32_t random = 1;
-    int failed = argc != 1 && argc != 4 ? gpt2_fail("usage: profile [DESCRIPTOR|MODEL.bin B T]") : !m;
-    std::map<std::string, Row> rows;
-    std::vector<double> whole;
-    if (!failed) failed = gpt2_init(m, 1);
-    for (int run = -WARM; run < STEPS && !failed; run++) {
+    for (int run = -WARM; run < STEPS; run++) {
         float ms = 0;
-        failed = step(m, B, T, &random);
+        if (step(m, B, T, &random)) return -1;
         cudaStreamSynchronize(m->stream);
-        if (failed || run < 0) continue;
+        if (run < 0) continue;
         cudaEventElapsedTime(&ms, spans[0].begin, spans[spans_used - 1].end);
         whole.push_back(ms);
         for (auto &row : rows) row.second = Row{0, 0, 0, row.second.ms};
@@ -173,37 +171,70 @@ int main(int argc, char **argv) {
             cudaEventElapsedTime(&ms, spans[i].begin, spans[i].end);
             if (row.calls++ == 0) row.ms.push_back(0);
             row.ms.back() += ms;
-            row.flops += spans[i].flops, row.bytes += spans[i].bytes;
+            row.flops += spans[i].flops;
+            row.bytes += spans[i].bytes;
         }
     }
-    if (failed) {
-        fprintf(stderr, "profile: %s\n", gpt2_error());
-        gpt2_free(m);
-        return 1;
-    }
-    const std::map<std::string, Bound> bounds = kernel_bounds(m);
-    const double step_ms = median(whole), byte_ceiling = copy_ceiling(m), flop_ceiling = gpt2_ceiling();
+    return 0;
+}
+
+/* Prints a row with its bound. Returns its ms. */
+static double print_row(const std::string &name, const Row &row, double step_ms, double flop_ceiling,
+                        double byte_ceiling) {
+    const double ms = median(row.ms);
+    const double by_flops = row.flops / flop_ceiling, by_bytes = row.bytes / byte_ceiling;
+    const char *bound = "bytes";
+    if (by_flops > by_bytes) bound = "FLOPs";
+    if (row.flops + row.bytes == 0) bound = "?";
+    printf("%-36s %5d %9.3f %6.1f%% %10.1f %8.0f %6.1f%% %s\n", name.c_str(), row.calls, ms,
+           100 * ms / step_ms, row.flops / ms * 1e-9, row.bytes / ms * 1e-6,
+           1e5 * fmax(by_flops, by_bytes) / ms, bound);
+    return ms;
+}
+
+static void print_table(const GPT2 *m, std::map<std::string, Row> &rows, double step_ms, double flop_ceiling,
+                        double byte_ceiling) {
     double sum = 0;
-    printf("%s: %.0f TFLOP/s, %.0f GB/s; %s, B %d, T %d, -r %d\n", gpt2_device(), flop_ceiling * 1e-12,
-           byte_ceiling * 1e-9, name, B, T, m->recompute);
+    for (const auto &bound : kernel_bounds(m)) {
+        const auto found = rows.find(bound.first);
+        if (found == rows.end()) continue;
+        found->second.flops = bound.second.flops;
+        found->second.bytes = bound.second.bytes;
+    }
     printf("%-36s %5s %9s %7s %10s %8s  of its bound\n", "", "calls", "ms", "of step", "TFLOP/s", "GB/s");
     std::vector<std::pair<double, std::string>> order;
     for (const auto &row : rows) order.push_back({-median(row.second.ms), row.first});
     std::sort(order.begin(), order.end());
-    for (const auto &entry : order) {
-        Row &row = rows[entry.second];
-        const auto found = bounds.find(entry.second);
-        if (found != bounds.end()) row.flops = found->second.flops, row.bytes = found->second.bytes;
-        const double ms = -entry.first;
-        const double by_flops = row.flops / flop_ceiling, by_bytes = row.bytes / byte_ceiling;
-        printf("%-36s %5d %9.3f %6.1f%% %10.1f %8.0f %6.1f%% %s\n", entry.second.c_str(), row.calls, ms,
-               100 * ms / step_ms, row.flops / ms * 1e-9, row.bytes / ms * 1e-6,
-               1e5 * fmax(by_flops, by_bytes) / ms,
-               row.flops + row.bytes == 0 ? "?" : by_flops > by_bytes ? "FLOPs" : "bytes");
-        sum += ms;
-    }
+    for (const auto &entry : order)
+        sum += print_row(entry.second, rows[entry.second], step_ms, flop_ceiling, byte_ceiling);
     printf("%-36s %5zu %9.3f %6.1f%%   the rest of %.3f ms: copies, gaps, events, the host\n", "all kernels",
            spans_used, sum, 100 * sum / step_ms, step_ms);
+}
+
+int main(int argc, char **argv) {
+    const char *name = "d12";
+    int B = 64, T = 1024;
+    if (argc == 4) {
+        name = argv[1];
+        B = atoi(argv[2]);
+        T = atoi(argv[3]);
+    }
+    GPT2Config config;
+    GPT2 *m = NULL;
+    if (argc != 1 && argc != 4) gpt2_fail("usage: profile [DESCRIPTOR|MODEL.bin B T]");
+    else if (gpt2_descriptor(name, &config)) m = gpt2_load(name);
+    else m = gpt2_create(&config);
+    std::map<std::string, Row> rows;
+    std::vector<double> whole;
+    if (!m || gpt2_init(m, 1) || measure(m, B, T, rows, whole)) {
+        fprintf(stderr, "profile: %s\n", gpt2_error());
+        gpt2_free(m);
+        return 1;
+    }
+    const double byte_ceiling = copy_ceiling(m), flop_ceiling = gpt2_ceiling();
+    printf("%s: %.0f TFLOP/s, %.0f GB/s; %s, B %d, T %d, -r %d\n", gpt2_device(), flop_ceiling * 1e-12,
+           byte_ceiling * 1e-9, name, B, T, m->recompute);
+    print_table(m, rows, median(whole), flop_ceiling, byte_ceiling);
     gpt2_free(m);
     return 0;
 }
