@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <utility>
 #include <vector>
 
 static void say(const char *text) {
@@ -196,105 +197,159 @@ static void copies(void) {
         if (out[i] != (float)i) wrong("cp.async");
 }
 
-/* cuBLASLt against float64: D = op(A) op(B) + beta C with an epilogue, in a batch */
-static void one_matmul(cudaDataType_t type, int ta, int tb, int batch, float beta, int epilogue) {
-    const int M = 24, N = 17, K = 75;
-    const int rows[3] = {ta ? K : M, tb ? N : K, M}, cols[3] = {ta ? M : K, tb ? K : N, N};
-    int ld[3];
-    std::vector<float> host[3], bias(M), aux(M * N);
-    void *p[3], *bias_device, *aux_device;
-    auto round_to = [&](float x) {
-        return type == CUDA_R_32F ? x : __bfloat162float(__float2bfloat16_rn(x));
-    };
-    auto upload = [&](const std::vector<float> &values) -> void * {
-        std::vector<__nv_bfloat16> small(values.size());
-        for (size_t i = 0; i < values.size(); i++) small[i] = __float2bfloat16_rn(values[i]);
-        return type == CUDA_R_32F ? (void *)on_device(values.data(), values.size())
-                                  : (void *)on_device(small.data(), small.size());
-    };
-    auto download = [&](const void *q, size_t n) {
-        if (type == CUDA_R_32F) return from_device((const float *)q, n);
-        std::vector<float> wide(n);
-        std::vector<__nv_bfloat16> small = from_device((const __nv_bfloat16 *)q, n);
-        for (size_t i = 0; i < n; i++) wide[i] = __bfloat162float(small[i]);
-        return wide;
-    };
-    for (int i = 0; i < 3; i++) {
-        ld[i] = rows[i] + 8 - rows[i] % 8;
-        host[i].resize((size_t)ld[i] * cols[i] * batch);
-        for (float &x : host[i]) x = round_to(noise());
-        p[i] = upload(host[i]);
-    }
-    for (float &x : bias) x = round_to(noise());
-    for (float &x : aux) x = round_to(noise());
-    bias_device = upload(bias);
-    aux_device = upload(aux);
+/* cuBLASLt compared with float64: D = op(A) op(B) + beta C with an epilogue, in a batch. */
+struct Product {
+    cudaDataType_t type;
+    bool transpose_a, transpose_b;
+    int batch;
+    float beta;
+    int epilogue;                         /* bits: 4 bias, 32 GELU, 64 its gradient, 128 aux */
+    static const int M = 24, N = 17, K = 75;
+    int rows[3], cols[3], ld[3];          /* of A, B, and C and D, which share memory */
+    std::vector<float> host[3], bias, aux;
+    void *device[3], *bias_device, *aux_device;
+};
 
+static float round_to(cudaDataType_t type, float x) {
+    if (type == CUDA_R_32F) return x;
+    return __bfloat162float(__float2bfloat16_rn(x));
+}
+
+static void *upload(cudaDataType_t type, const std::vector<float> &values) {
+    if (type == CUDA_R_32F) return on_device(values.data(), values.size());
+    std::vector<__nv_bfloat16> small(values.size());
+    for (size_t i = 0; i < values.size(); i++) small[i] = __float2bfloat16_rn(values[i]);
+    return on_device(small.data(), small.size());
+}
+
+static std::vector<float> download(cudaDataType_t type, const void *device, size_t n) {
+    if (type == CUDA_R_32F) return from_device((const float *)device, n);
+    std::vector<float> wide(n);
+    const std::vector<__nv_bfloat16> small = from_device((const __nv_bfloat16 *)device, n);
+    for (size_t i = 0; i < n; i++) wide[i] = __bfloat162float(small[i]);
+    return wide;
+}
+
+static void *random_operand(const Product &p, std::vector<float> &values, size_t n) {
+    values.resize(n);
+    for (float &x : values) x = round_to(p.type, noise());
+    return upload(p.type, values);
+}
+
+static void make_operands(Product &p) {
+    const int rows[3] = {p.transpose_a ? p.K : p.M, p.transpose_b ? p.N : p.K, p.M};
+    const int cols[3] = {p.transpose_a ? p.M : p.K, p.transpose_b ? p.K : p.N, p.N};
+    for (int i = 0; i < 3; i++) {
+        p.rows[i] = rows[i];
+        p.cols[i] = cols[i];
+        p.ld[i] = rows[i] + 8 - rows[i] % 8;
+        p.device[i] = random_operand(p, p.host[i], (size_t)p.ld[i] * cols[i] * p.batch);
+    }
+    p.bias_device = random_operand(p, p.bias, p.M);
+    p.aux_device = random_operand(p, p.aux, p.M * p.N);
+}
+
+static int describe(const Product &p, cublasLtMatmulDesc_t *desc) {
+    const cublasOperation_t operation[2] = {CUBLAS_OP_N, CUBLAS_OP_T};
+    const cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)p.epilogue;
+    const int64_t aux_ld = p.M;
+    int bad = cublasLtMatmulDescCreate(desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    auto set = [&](cublasLtMatmulDescAttributes_t attribute, const void *value, size_t size) {
+        bad |= cublasLtMatmulDescSetAttribute(*desc, attribute, value, size);
+    };
+    set(CUBLASLT_MATMUL_DESC_TRANSA, &operation[p.transpose_a], sizeof *operation);
+    set(CUBLASLT_MATMUL_DESC_TRANSB, &operation[p.transpose_b], sizeof *operation);
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+    if (p.epilogue & 4) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias_device, sizeof(void *));
+    if (p.epilogue & 128) {
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &p.aux_device, sizeof(void *));
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld);
+    }
+    return bad;
+}
+
+static void run_product(const Product &p) {
     cublasLtHandle_t handle;
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t layout[3];
     cublasLtMatmulPreference_t preference;
     cublasLtMatmulHeuristicResult_t result;
-    int found = 0, bad = cublasLtCreate(&handle);
-    const cublasOperation_t opa = ta ? CUBLAS_OP_T : CUBLAS_OP_N, opb = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
-    bad |= cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
-    bad |= cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &opa, sizeof opa);
-    bad |= cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSB, &opb, sizeof opb);
-    const cublasLtEpilogue_t which = (cublasLtEpilogue_t)epilogue;
-    bad |= cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &which, sizeof which);
-    if (epilogue & 4)
-        bad |= cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias_device,
-                                              sizeof(void *));
-    const int64_t aux_ld = M;
-    if (epilogue & 128) {
-        bad |= cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux_device,
-                                              sizeof(void *));
-        bad |= cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld,
-                                              sizeof aux_ld);
-    }
+    const float one = 1;
+    int found = 0, bad = cublasLtCreate(&handle) | describe(p, &desc);
     for (int i = 0; i < 3; i++) {
-        const int64_t stride = (int64_t)ld[i] * cols[i];
-        bad |= cublasLtMatrixLayoutCreate(&layout[i], type, rows[i], cols[i], ld[i]);
-        bad |= cublasLtMatrixLayoutSetAttribute(layout[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
-                                                sizeof batch);
+        const int64_t stride = (int64_t)p.ld[i] * p.cols[i];
+        bad |= cublasLtMatrixLayoutCreate(&layout[i], p.type, p.rows[i], p.cols[i], p.ld[i]);
+        bad |= cublasLtMatrixLayoutSetAttribute(layout[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &p.batch,
+                                                sizeof p.batch);
         bad |= cublasLtMatrixLayoutSetAttribute(layout[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
                                                 &stride, sizeof stride);
     }
     bad |= cublasLtMatmulPreferenceCreate(&preference);
     bad |= cublasLtMatmulAlgoGetHeuristic(handle, desc, layout[0], layout[1], layout[2], layout[2],
                                           preference, 1, &result, &found);
-    const float one = 1;
-    if (bad || !found) wrong("cuBLASLt's set-up");
-    if (cublasLtMatmul(handle, desc, &one, p[0], layout[0], p[1], layout[1], &beta, p[2], layout[2], p[2],
-                       layout[2], &result.algo, NULL, 0, 0)) wrong("cublasLtMatmul");
-    const std::vector<float> out = download(p[2], host[2].size()), aux_out = download(aux_device, aux.size());
-    for (int b = 0; b < batch; b++)
-        for (int i = 0; i < M; i++)
-            for (int j = 0; j < N; j++) {
-                double sum = 0, expected;
-                auto at = [&](int matrix, int row, int col) {
-                    return (double)host[matrix][((size_t)b * cols[matrix] + col) * ld[matrix] + row];
-                };
-                for (int k = 0; k < K; k++) sum += (ta ? at(0, k, i) : at(0, i, k)) * (tb ? at(1, j,
-                    k) : at(1, k, j));
-                sum += beta * at(2, i, j) + (epilogue & 4 ? bias[i] : 0);
-                const double x = epilogue == 192 ? (double)aux[j * M + i] : sum, h = 1e-5;
-                auto gelu = [](double v) {
-                    return 0.5 * v * (1 + tanh(sqrt(2 / 3.14159265358979) * (v + 0.044715 * v * v * v)));
-                };
-                expected = epilogue == 192 ? sum * (gelu(x + h) - gelu(x - h)) / (2 * h)
-                           : epilogue & 32 ? gelu(x) : sum;
-                const double limit = type == CUDA_R_32F ? 2e-5 : 0.03 + 0.005 * fabs(expected);
-                if (fabs(out[((size_t)b * N + j) * ld[2] + i] - expected) > limit) wrong("a product");
-                if (epilogue & 32 && fabs(aux_out[j * M + i] - sum) > limit) wrong("an auxiliary matrix");
+    if (bad || !found) wrong("the set-up of cuBLASLt");
+    if (cublasLtMatmul(handle, desc, &one, p.device[0], layout[0], p.device[1], layout[1], &p.beta,
+                       p.device[2], layout[2], p.device[2], layout[2], &result.algo, NULL, 0, 0))
+        wrong("cublasLtMatmul");
+}
+
+static double gelu(double x) { return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
+
+static double gelu_derivative(double x) {
+    const double h = 1e-5;
+    return (gelu(x + h) - gelu(x - h)) / (2 * h);
+}
+
+/* op(A) op(B) + beta C + bias, at (row, col) of product b */
+static double exact_sum(const Product &p, int b, int row, int col) {
+    auto at = [&](int matrix, int r, int c, bool transposed) {
+        if (transposed) std::swap(r, c);
+        return (double)p.host[matrix][((size_t)b * p.cols[matrix] + c) * p.ld[matrix] + r];
+    };
+    double sum = p.beta * at(2, row, col, false);
+    for (int k = 0; k < p.K; k++) sum += at(0, row, k, p.transpose_a) * at(1, k, col, p.transpose_b);
+    if (p.epilogue & 4) sum += p.bias[row];
+    return sum;
+}
+
+static void compare_product(const Product &p) {
+    const std::vector<float> out = download(p.type, p.device[2], p.host[2].size());
+    const std::vector<float> aux_out = download(p.type, p.aux_device, p.aux.size());
+    for (int b = 0; b < p.batch; b++)
+        for (int row = 0; row < p.M; row++)
+            for (int col = 0; col < p.N; col++) {
+                const double sum = exact_sum(p, b, row, col);
+                double expected = sum, limit = 2e-5;
+                if (p.epilogue & 32) expected = gelu(sum);
+                if (p.epilogue & 64) expected = sum * gelu_derivative(p.aux[col * p.M + row]);
+                if (p.type == CUDA_R_16BF) limit = 0.03 + 0.005 * fabs(expected);
+                if (fabs(out[((size_t)b * p.N + col) * p.ld[2] + row] - expected) > limit) wrong("a product");
+                if (p.epilogue & 32 && fabs(aux_out[col * p.M + row] - sum) > limit)
+                    wrong("an auxiliary matrix");
             }
 }
+
+static void one_product(cudaDataType_t type, bool transpose_a, bool transpose_b, int batch, float beta,
+                        int epilogue) {
+    Product p;
+    p.type = type;
+    p.transpose_a = transpose_a;
+    p.transpose_b = transpose_b;
+    p.batch = batch;
+    p.beta = beta;
+    p.epilogue = epilogue;
+    make_operands(p);
+    run_product(p);
+    compare_product(p);
+}
 static void matmul(void) {
-    for (int type = 0; type < 2; type++)
-        for (int way = 0; way < 4; way++)
-            one_matmul(type ? CUDA_R_16BF : CUDA_R_32F, way & 1, way >> 1, way == 1 ? 3 : 1,
-                       way == 2 ? 1.0f : 0, 1);
-    for (int epilogue : {4, 164, 192}) one_matmul(CUDA_R_16BF, 1, 0, 1, 0, epilogue);
+    for (cudaDataType_t type : {CUDA_R_32F, CUDA_R_16BF}) {
+        one_product(type, false, false, 1, 0, 1);
+        one_product(type, true, false, 3, 0, 1);
+        one_product(type, false, true, 1, 1, 1);
+        one_product(type, true, true, 1, 0, 1);
+    }
+    for (int epilogue : {4, 164, 192}) one_product(CUDA_R_16BF, true, false, 1, 0, epilogue);
 }
 
 /* A captured stream is launched twice. */
