@@ -1,6 +1,6 @@
 """Tests of the model, the C API, the files of a run, and both command lines.
 
-    make test                                        sets up pytest and runs all tests, also those in dev/test/
+    make test                                        sets up pytest and runs all tests, dev/test/ included
     python -m pytest test_gpt2.py -k resume          those with "resume" in their names
     GPT2_QUICK=1 python -m pytest test_gpt2.py       all but the 124M model
     GPT2_BUILD=DIR python -m pytest test_gpt2.py     with another build (make BUILD=DIR)

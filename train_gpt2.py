@@ -24,7 +24,7 @@ Contents:
      7. Commands          train, sample, eval, prepare, import, export, plot, check
      8. Command line
 
-It needs Python 3.9 or newer and its standard library; all arithmetic is in the C library. tiktoken is imported
+Needs Python 3.9 or newer and its standard library; all arithmetic is in the C library. tiktoken is imported
 for GPT-2's tokenizer only, dev/convert.py, dev/curves.py and dev/data/fetch.py by what needs them.
 In Python: from train_gpt2 import GPT2, GPT2Config.
 """

@@ -1,13 +1,13 @@
-"""Times training steps of this project and of PyTorch, where that is installed, in one run.
+"""Times training steps on the CPU, next to PyTorch if it is installed.
 
-    make bench                                        every shape, five steps each
+    make bench                                             every shape, five steps each
     python3 dev/bench/bench.py --shape small --steps 9
-    python3 dev/bench/bench.py --torch /path/to/python     another interpreter, one that has torch
+    python3 dev/bench/bench.py --torch /path/to/python     PyTorch in another interpreter
 
-Each side runs in its own process, and they alternate step by step, so that drift of the machine affects both;
-the median of the ratios is compared. FLOPs of a step are B T (6 P + 6 L T C) for both sides, with P
-parameters without padding and attention counted causally. The peak is that of multiply-adds alone, measured
-before every step. dev/bench/kernels.c then times each kernel against its bound. Nothing here passes or fails.
+Both sides run in their own processes and alternate step by step, so that a change of clock speed affects
+both; the ratio is the median over pairs of steps. FLOPs per step are B T (6 P + 6 L T C) for both: P
+parameters without padding, causal attention. The peak (multiply-adds only) is measured before every step.
+Passes or fails nothing.
 """
 import argparse
 import json
@@ -33,7 +33,7 @@ SHAPES = {
 
 
 def ours(shape):
-    """Returns a function that makes one training step and returns its times, and the count of parameters."""
+    """Returns a function that runs one training step and returns its times."""
     sys.path.insert(0, ROOT)
     import train_gpt2
     L, NH, C, V, context, B, T = shape
@@ -41,7 +41,7 @@ def ours(shape):
 
     def step():
         x, y = ([[random.randrange(V) for _ in range(T)] for _ in range(B)] for _ in range(2))
-        ceiling = model.lib.gpt2_ceiling()
+        peak = model.lib.gpt2_ceiling()
         x, y = train_gpt2.token_rows(x)[0], train_gpt2.token_rows(y)[0]
         times = [time.perf_counter()]
         model.forward(x, y)
@@ -50,13 +50,13 @@ def ours(shape):
         times.append(time.perf_counter())
         model.update(lr=1e-4)
         times.append(time.perf_counter())
-        return times, ceiling
+        return answer(times, model.num_parameters, peak)
 
-    return step, model.num_parameters
+    return step
 
 
 def pytorch_model(L, NH, C, V, context):
-    """GPT-2 as PyTorch's users write it today; called with x and y (B,T), it gives the mean loss."""
+    """GPT-2 in idiomatic PyTorch; called with x and y (B,T), it returns the mean loss."""
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -99,12 +99,15 @@ def pytorch_model(L, NH, C, V, context):
 
 
 def pytorch(shape, mode):
-    """The same of PyTorch."""
+    """Returns the same function for PyTorch; mode is eager or compile."""
     import torch
     L, NH, C, V, context, B, T = shape
     model = pytorch_model(L, NH, C, V, context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    run = torch.compile(model) if mode == "compile" else model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    run = model
+    if mode == "compile":
+        run = torch.compile(model)
 
     def step():
         x, y = torch.randint(0, V, (2, B, T))
@@ -116,55 +119,66 @@ def pytorch(shape, mode):
         times.append(time.perf_counter())
         optimizer.step()
         times.append(time.perf_counter())
-        return times, 0
+        return answer(times, parameters)
 
-    return step, sum(parameter.numel() for parameter in model.parameters())
+    return step
 
 
-def worker(side, shape):
-    """Makes a step for every line on standard input, and answers with its times in a line of JSON."""
-    step, parameters = ours(shape) if side == "ours" else pytorch(shape, side)
+def answer(times, parameters, peak=0):
+    """What a step reports: seconds of its three phases, FLOP/s of the peak, maximum resident bytes so far."""
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    phases = [after - before for before, after in zip(times, times[1:])]
+    return {"times": phases, "parameters": parameters, "peak": peak, "memory": memory}
+
+
+def serve(step):
+    """In a worker process: runs a step for every line on standard input and prints its result as JSON."""
     for _ in sys.stdin:
-        times, ceiling = step()
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024     # its peak so far, in bytes
-        answer = {"times": [b - a for a, b in zip(times, times[1:])], "ceiling": ceiling,
-                  "parameters": parameters, "memory": memory}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(step()), flush=True)
 
 
-class Side:
-    """A worker process, and what it has answered."""
+class Worker:
+    """A process that runs serve(), and its results."""
 
-    def __init__(self, side, name, python):
-        self.side = side
+    def __init__(self, name, command):
+        self.name = name
         self.answers = []
-        command = [python, os.path.abspath(__file__), "--worker", side, "--shape", name]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def step(self):
+    def step(self, keep=True):
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"bench.py: the {self.side} process ended; see its message above")
-        return json.loads(line)
+            raise SystemExit(f"the {self.name} process ended; its message is above")
+        if keep:
+            self.answers.append(json.loads(line))
 
-    def total(self):
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def totals(self):
         return [sum(answer["times"]) for answer in self.answers]
 
 
-def report(name, sides, ceiling):
-    """Prints a row for each side of a shape; ratio: its time over ours, the median over pairs of steps."""
+HEADINGS = (f"{'shape':13} {'side':8} {'ms/step':>9} {'forward':>9} {'backward':>9} {'update':>8}"
+            f" {'GFLOP/s':>8} {'of peak':>7} {'tokens/s':>9} {'GB':>6} {'ratio':>6}")
+
+
+def report(name, workers):
+    """Prints a row per side; ratio is its time over ours."""
     L, NH, C, V, context, B, T = SHAPES[name]
-    for side in sides:
-        seconds = statistics.median(side.total())
-        parts = zip(*(answer["times"] for answer in side.answers))
-        forward, backward, update = (statistics.median(part) for part in parts)
-        flops = B * T * (6 * side.answers[0]["parameters"] + 6 * L * T * C)
-        ratio = statistics.median(a / b for a, b in zip(side.total(), sides[0].total()))
-        print(f"{name:13} {side.side:8} {seconds * 1e3:9.1f} {forward * 1e3:9.1f} {backward * 1e3:9.1f}"
-              f" {update * 1e3:8.1f} {flops / seconds * 1e-9:8.1f} {100 * flops / seconds / ceiling:6.1f}%"
-              f" {B * T / seconds:9.0f} {side.answers[-1]['memory'] * 1e-9:6.2f} {ratio:6.2f}", flush=True)
+    peak = statistics.median(answer["peak"] for answer in workers[0].answers)
+    for worker in workers:
+        seconds = statistics.median(worker.totals())
+        phases = zip(*(answer["times"] for answer in worker.answers))
+        forward, backward, update = (statistics.median(phase) * 1e3 for phase in phases)
+        flops = B * T * (6 * worker.answers[0]["parameters"] + 6 * L * T * C)
+        ratio = statistics.median(a / b for a, b in zip(worker.totals(), workers[0].totals()))
+        print(f"{name:13} {worker.name:8} {seconds * 1e3:9.1f} {forward:9.1f} {backward:9.1f} {update:8.1f}"
+              f" {flops / seconds * 1e-9:8.1f} {100 * flops / seconds / peak:6.1f}% {B * T / seconds:9.0f}"
+              f" {worker.answers[-1]['memory'] * 1e-9:6.2f} {ratio:6.2f}", flush=True)
 
 
 def has_torch(python):
@@ -174,31 +188,32 @@ def has_torch(python):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", help="only the shapes whose name contains this")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, after two others (5)")
-    parser.add_argument("--torch", metavar="PYTHON", default=sys.executable, help="one that has torch")
-    parser.add_argument("--modes", default="eager,compile", help="PyTorch's (eager,compile)")
-    parser.add_argument("--worker", metavar="SIDE", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per side, after two to warm up (5)")
+    parser.add_argument("--torch", metavar="PYTHON", default=sys.executable, help="a Python that has torch")
+    parser.add_argument("--modes", default="eager,compile", help="of PyTorch (eager,compile)")
+    parser.add_argument("--worker", metavar="SIDE", help=argparse.SUPPRESS)     # in a worker process
     args = parser.parse_args()
+    if args.worker == "ours":
+        return serve(ours(SHAPES[args.shape]))
     if args.worker:
-        return worker(args.worker, SHAPES[args.shape])
-    modes = args.modes.split(",") if has_torch(args.torch) else []
-    if not modes:
-        print("PyTorch is not installed here: this project alone (pip install torch, or --torch PYTHON)")
-    print(f"{'shape':13} {'side':8} {'ms/step':>9} {'forward':>9} {'backward':>9} {'update':>8}"
-          f" {'GFLOP/s':>8} {'ceiling':>7} {'tokens/s':>9} {'GB':>6} {'ratio':>6}")
+        return serve(pytorch(SHAPES[args.shape], args.worker))
+    pythons = {"ours": sys.executable}
+    if has_torch(args.torch):
+        pythons.update(dict.fromkeys(args.modes.split(","), args.torch))
+    else:
+        print("PyTorch is not installed: timing this project only (pip install torch, or --torch PYTHON)")
+    print(HEADINGS)
     for name in SHAPES:
         if args.shape and args.shape not in name:
             continue
-        sides = [Side("ours", name, sys.executable)] + [Side(mode, name, args.torch) for mode in modes]
+        workers = [Worker(side, [python, os.path.abspath(__file__), "--worker", side, "--shape", name])
+                   for side, python in pythons.items()]
         for count in range(args.steps + 2):
-            for side in sides:
-                answer = side.step()
-                if count >= 2:
-                    side.answers.append(answer)
-        report(name, sides, statistics.median(answer["ceiling"] for answer in sides[0].answers))
-        for side in sides:
-            side.process.stdin.close()
-            side.process.wait()
+            for worker in workers:
+                worker.step(keep=count >= 2)
+        report(name, workers)
+        for worker in workers:
+            worker.close()
     return None
 
 

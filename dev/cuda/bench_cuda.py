@@ -39,7 +39,7 @@ PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "H200": 989.
 
 
 def smi(field):
-    """What nvidia-smi says of the first GPU, or nothing."""
+    """A field of nvidia-smi for the first GPU, or an empty string."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
@@ -48,7 +48,7 @@ def smi(field):
 
 
 def ours(shape, B):
-    """Returns a function that makes one training step and returns its loss."""
+    """Returns a function that runs a training step and returns its loss."""
     sys.path.insert(0, ROOT)
     import train_gpt2
     L, NH, C = shape[:3]
@@ -68,7 +68,7 @@ def ours(shape, B):
 
 
 def pytorch(shape, B):
-    """The same of PyTorch."""
+    """The same for PyTorch."""
     import torch
     sys.path.insert(0, os.path.join(ROOT, "dev", "bench"))
     from bench import pytorch_model
@@ -159,7 +159,7 @@ def main():
           " ratio")
     names = [name for name in SHAPES if args.shape in name]
     plan = [(name, "ours") for name in names]
-    if has_torch:                        # the first two matter most, then ours, then the rest of PyTorch
+    if has_torch:                        # the first two shapes, then the others without PyTorch, then PyTorch
         theirs = [(name, "pytorch") for name in names]
         plan = sorted(plan[:2] + theirs[:2], key=lambda pair: names.index(pair[0])) + plan[2:] + theirs[2:]
     found = {}

@@ -24,7 +24,7 @@ FACTOR = 1.5
 
 
 class GPT2(make_reference.GPT2):
-    """The reference's model where it is usual to do things otherwise in bf16."""
+    """The model of the references, with the usual changes for bf16."""
 
     def attention(self, h, l):
         B, T, C = h.shape
@@ -43,11 +43,11 @@ class GPT2(make_reference.GPT2):
 
 
 class Masters(torch.nn.Module):
-    """fp32 parameters behind the bf16 ones, so that make_reference.train can train the two as one model."""
+    """fp32 master parameters with the bf16 model, so that make_reference.train can train both as one."""
 
     def __init__(self, model):
         super().__init__()
-        self.half = [model]                             # in a list: its parameters are not this module's
+        self.half = [model]                             # in a list, so that its parameters are not registered
         for name, parameter in model.named_parameters():
             setattr(self, name, torch.nn.Parameter(parameter.detach().float()))
 
@@ -60,7 +60,7 @@ class Masters(torch.nn.Module):
         logits, loss = model(x, y)
         loss.backward()
 
-        class Hand(torch.autograd.Function):            # hands on the bf16 gradients at backward()
+        class Hand(torch.autograd.Function):  # passes bf16 gradients to the masters in backward()
             @staticmethod
             def forward(context, value, *masters):
                 return value.clone()

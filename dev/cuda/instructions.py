@@ -1,5 +1,4 @@
-"""Counts the instructions in loops of kernels, as nvcc compiles them: what can be known of speed without a
-GPU.
+"""Counts the instructions in the loops of kernels, as compiled by nvcc: a bound on speed, without a GPU.
 
     python3 dev/cuda/instructions.py --cublas DIR                  flash attention, for sm_90
     python3 dev/cuda/instructions.py --kernel layernorm --arch 80
@@ -25,7 +24,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 
 def compile_kernels(args, cubin):
-    """Makes the machine code, and returns registers and bytes of spills by kernel."""
+    """Compiles to machine code; returns registers and bytes of spills by kernel."""
     command = ["nvcc", "-O3", "-std=c++17", f"-arch=sm_{args.arch}", "-ftz=true", "-Xptxas", "-v", "-cubin",
                "-o", cubin, os.path.join(ROOT, "train_gpt2.cu")]
     if args.cublas:

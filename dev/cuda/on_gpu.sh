@@ -12,7 +12,7 @@
 #   profile    time of each kernel of a step against its bound, at 124M and B 64 and 4, by dev/cuda/profile.cu
 #   bench      tokens/s, MFU, memory, beside PyTorch where python3 has it
 #
-# Each part has a time limit and writes NAME.txt. A line for each is printed at the end; the status is 1 if one
+# Each part has a time limit and writes NAME.txt. The summary has a line for each; the status is 1 if one
 # failed. Nothing is installed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -110,7 +110,8 @@ tests() {
     done
     # Samples between steps evict the plans of products; cuBLASLt logs what it rejects.
     shards && CUBLASLT_LOG_LEVEL=2 ./train_gpt2cu -e d2 -i 'build/on_gpu_data/train_*.bin' \
-        -b 2 -t 192 -d 384 -x 3 -v 0 -s 1 -g 70 | grep -a "cublasLt\|loss" | cut -c1-160 | sort | uniq -c | sort -rn | head -n 12
+        -b 2 -t 192 -d 384 -x 3 -v 0 -s 1 -g 70 |
+        grep -a "cublasLt\|loss" | cut -c1-160 | sort | uniq -c | sort -rn | head -n 12
 }
 
 sanitize() {   # any status but 0 is a failure: compute-sanitizer's 9, the program's, or that there is none

@@ -3,8 +3,8 @@
      make bench                                     where there is a GPU, after whole steps
      make build/cuda/profile && build/cuda/profile d12 64 1024      a descriptor or a model file, B, T
 
-   Includes train_gpt2.cu and records an event before and after every launch: what is timed is the step
-   itself, without tools such as nsys or ncu. Both peaks are measured here, by a large copy and by square
+   Includes train_gpt2.cu and records an event before and after every launch, so it times the step itself,
+   without tools such as nsys or ncu. Both peaks are measured here, by a large copy and by square
    products. Medians of five steps. Steps are launched kernel by kernel, without CUDA graphs, and an event
    takes about a microsecond: with small batches the sum exceeds a real step. dev/doc/cuda.md derives the
    bounds. */
@@ -17,11 +17,11 @@
 #include <string>
 #include <vector>
 
-/* --- What is launched, with an event before and behind it ----------------------------------------------- */
+/* --- Launches, each between two events ------------------------------------------------------------------ */
 struct Span {
     std::string name;
-    double flops, bytes;                  /* of a product; those of kernels are in kernel_bounds */
-    cudaEvent_t begin, end;               /* made once, and used again in the next step */
+    double flops, bytes;                  /* of a product; for kernels see kernel_bounds */
+    cudaEvent_t begin, end;               /* created once, reused in the next step */
 };
 static std::vector<Span> spans;
 static size_t spans_used;
@@ -44,13 +44,13 @@ static std::string kernel_name(const std::string &text) {
     return text.substr(first, text.find('<') - first);
 }
 
-/* In cublasLtMatmul's place. Of a linear layer's products, forward has w transposed, d-weight dout. */
+/* Replaces cublasLtMatmul. Of the products of a linear layer, forward has w transposed, d-weight dout. */
 template <class Shape, class... Arguments>
 static cublasStatus_t timed_product(const Shape &s, double element, cudaStream_t stream,
                                     Arguments... arguments) {
     const double M = (double)s.M, N = (double)s.N, K = (double)s.K;
     const double d_element = (s.type_d == CUDA_R_32F ? 4 : 2) * (s.add ? 2 : 1);
-    const double aux_element = s.epilogue & 128 ? element : 0;     /* the bit of all that have one */
+    const double aux_element = s.epilogue & 128 ? element : 0;     /* set in every epilogue with bias */
     const char *role = s.transposed_b ? "forward" : s.transposed_a ? "d-weight" : "d-input";
     char name[96];
     snprintf(name, sizeof name, "%.0f x %.0f x %.0f %s", M, N, K, role);
@@ -74,7 +74,7 @@ static cublasStatus_t timed_product(const Shape &s, double element, cudaStream_t
 #include "../../train_gpt2.cu"
 
 /* --- Bounds --------------------------------------------------------------------------------------------- */
-struct Bound { double flops, bytes; };    /* of a kernel's calls in a step, together */
+struct Bound { double flops, bytes; };    /* of all calls of a kernel in a step */
 
 static std::map<std::string, Bound> kernel_bounds(const GPT2 *m) {
     const double N = (double)(m->B * m->T), L = (double)m->L, C = (double)m->C, NC = N * C * sizeof(floatX);
@@ -86,7 +86,7 @@ static std::map<std::string, Bound> kernel_bounds(const GPT2 *m) {
     if (!gelu_fused(m)) gelus += 20;
     if (m->recompute >= 1) gelus += 8;
     if (m->recompute >= 2) recomputed_norms = 2 * L;
-    double bf16 = 0;                      /* bytes of a bf16 parameter beside its master */
+    double bf16 = 0;                      /* of a bf16 parameter beside its master */
     if (sizeof(floatX) < sizeof(float)) bf16 = sizeof(floatX);
     return {
         {"encoder_forward_kernel", {0, 3 * NC}},

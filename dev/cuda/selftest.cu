@@ -83,7 +83,7 @@ static void warps(void) {
     }
 }
 
-__global__ void reverse_kernel(float *p, int rounds) {     /* each block's 256 */
+__global__ void reverse_kernel(float *p, int rounds) {     /* 256 of each block */
     __shared__ float mine[256];
     SHARED(float, other);
     p += blockIdx.x * 256;
@@ -105,8 +105,8 @@ static void barriers(void) {
         if (out[i] != (float)(i / 256 * 256 + 255 - i % 256 + 3)) wrong("barriers");
 }
 
-/* d (16,8) = c + a (16,16) bᵀ (8,16), fragments gathered by their definition, and d2 by ldmatrix; ld
-   is what that gave */
+/* d (16,8) = c + a (16,16) bᵀ (8,16) with fragments by definition, d2 with those of ldmatrix, which are also
+   copied to ld. */
 __global__ void mma_kernel(float *d, float *d2, uint32_t *ld, const float *c, const __nv_bfloat16 *a,
                            const __nv_bfloat16 *b) {
     __shared__ __align__(16) __nv_bfloat16 sa[16][24], sb[16][24];
@@ -170,7 +170,7 @@ static void mma(void) {
             }
 }
 
-/* Each thread copies 4 values in each of two groups, waits for all but `left`, and gives what is there. */
+/* Each thread copies 4 values in each of two groups, waits for all groups but `left`, and reads them. */
 template <int left> __global__ void async_kernel(float *out, const float *in) {
     SHARED(float, shared);
     float *mine = shared + threadIdx.x * 8;
@@ -383,12 +383,12 @@ static void results(void) {
 
 #ifndef __CUDACC__
 /* --- Mistakes --- */
-/* Runs what was launched, and says what came of it. */
+/* Runs pending operations and prints the error. */
 static void finish(void) {
     const cudaError_t first = cudaGetLastError(), error = first ? first : cudaDeviceSynchronize();
     say(error ? cudaGetErrorString(error) : "ok");
 }
-static void no_wait(void) {               /* of two groups, one or none was waited for */
+static void no_wait(void) {               /* reads two groups after waiting for one or none */
     int missing[3];
     for (int left = 0; left < 3; left++) {
         missing[left] = 0;
@@ -397,7 +397,7 @@ static void no_wait(void) {               /* of two groups, one or none was wait
     printf("NaN: %d %d %d\n", missing[0], missing[1], missing[2]);
 }
 
-/* Each thread adds its neighbours' values, with or without a barrier between write and read. */
+/* Each thread adds the values of its neighbours, with or without a barrier between write and read. */
 __global__ void race_kernel(float *out, int barrier) {
     __shared__ float shared[64];
     shared[threadIdx.x] = 1;
@@ -447,7 +447,7 @@ static void mixed(void) {
     finish();
 }
 
-/* p is read, or with `write` written, `at` bytes from its beginning, as T */
+/* Reads, or with `write` writes, a T at p + `at` bytes. */
 template <class T> __global__ void touch_kernel(float *p, long long at, int write) {
     T *q = (T *)((char *)p + at);
     if (write) *(volatile T *)q = 1;
@@ -459,7 +459,7 @@ static void touch(size_t n, long long at, int write) {
 }
 static void past_end(void) { touch(1024, 4096, 0); }
 static void before(void) { touch(1024, -4, 0); }
-static void beside(void) { touch(1000, 4000, 1); }     /* before the guard page begins */
+static void beside(void) { touch(1000, 4000, 1); }     /* before the guard page */
 static void freed(void) {
     float *p = on_device<float>(NULL, 64);
     must(cudaFree(p));
@@ -479,7 +479,7 @@ static void shared_end(void) {
     LAUNCH(shared_end_kernel, 1, 64, 64 * sizeof(float), 0, on_device<float>(NULL, 64));
     finish();
 }
-/* Shared memory is NaN for every block, whatever the one before left in it. */
+/* Shared memory is NaN at the start of every block. */
 __global__ void fresh_kernel(float *out) {
     __shared__ float fixed[32];
     SHARED(float, shared);
@@ -502,7 +502,7 @@ static void host_reads(void) {
 static void host_writes(void) {
     float *p = on_device<float>(NULL, 64);
     LAUNCH((touch_kernel<float>), 1, 1, 0, 0, p, 0LL, 1);
-    must(cudaDeviceSynchronize());        /* a kernel may, and after it the host may not */
+    must(cudaDeviceSynchronize());        /* a kernel may; the host may not, even after it */
     *(volatile float *)p = 1;
 }
 static void host_pointer(void) {
@@ -529,7 +529,7 @@ static void long_copy(void) {
             ? cudaGetErrorString(cudaGetLastError()) : "ok");
 }
 
-/* An upload from pinned memory that is changed, and a download that is read, before they are done. */
+/* Changes pinned memory before its upload is complete, or reads it before a download is complete. */
 static void no_synchronize(void) {
     float *pinned, *back, *p = on_device<float>(NULL, 1);
     cudaStream_t stream;
@@ -544,7 +544,7 @@ static void no_synchronize(void) {
     must(cudaStreamSynchronize(stream));
     printf("%g\n", *back);
 }
-/* A stream uses what another one uploads, with or without an event between them. */
+/* A stream reads what another one uploads, with or without an event between them. */
 static void streams(int with_event) {
     float *pinned, *p = on_device<float>(NULL, 1), *q = on_device<float>(NULL, 1);
     cudaStream_t upload, compute;
@@ -577,7 +577,7 @@ static void much_shared(void) {
     LAUNCH(shared_end_kernel, 1, 32, 50 * 1024, 0, on_device<float>(NULL, 64));
     finish();
 }
-/* A product whose D, by its leading dimension, is beyond the allocation; and three that cuBLASLt has not. */
+/* A product whose D, by its leading dimension, exceeds the allocation; and three that cuBLASLt lacks. */
 static void matmul_mistakes(void) {
     cublasLtHandle_t handle;
     cublasLtMatmulDesc_t desc;

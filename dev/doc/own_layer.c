@@ -6,8 +6,8 @@
      build/own_layer
 
    Prints the largest relative error of the output and of each gradient, and exits with status 1 if one
-   exceeds BOUND. It must also pass with -march=native and -fopenmp. For another layer, replace the functions of
-   part 1, then inputs, formula and calls in part 2. */
+   exceeds BOUND. It must also pass with -march=native and -fopenmp. For another layer, replace the functions
+   of part 1, then inputs, formula and calls in part 2. */
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.c"
 
@@ -49,9 +49,9 @@ static void swish_backward(float *dinp, float *dbeta,              /* (N,C), (C)
 }
 
 /* === 2. Its test ======================================================================================== */
-/* Awkward sizes: rows for a partial sum and a rest, channels for whole vectors and a rest. */
+/* Awkward sizes: not multiples of a partial sum or of a vector. */
 enum { ROWS = 67, CHANNELS = 37, COUNT = ROWS * CHANNELS };
-static const double BOUND = 1e-6;         /* some roundings of 6e-8; a wrong formula is off by 1e-2 or more */
+static const double BOUND = 1e-6;         /* a few roundings of 6e-8; a wrong formula exceeds 1e-2 */
 static double inp[COUNT], beta[CHANNELS], dout[COUNT];
 static double out[COUNT], dinp[COUNT], dbeta[CHANNELS];     /* expected: from the formula alone, in double */
 
@@ -107,7 +107,7 @@ int main(void) {
     inp[1] = inp_f[1] = -300;
     for (int i = 0; i < COUNT; i++) dinp[i] = slope(inp + i);
     for (int c = 0; c < CHANNELS; c++) dbeta[c] = slope(beta + c);
-    loss();                               /* for out at inp itself */
+    loss();                               /* restores out at inp */
 
     swish_forward(out_f, inp_f, beta_f, ROWS, CHANNELS);
     int failed = wrong("out", out_f, out, COUNT);

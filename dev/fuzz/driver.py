@@ -65,7 +65,7 @@ scalars = st.one_of(st.none(), st.booleans(), st.sampled_from(INTS), st.integers
                     st.sampled_from(range(len(RAW))).map(lambda i: f"@raw{i}@"))
 values = st.recursive(scalars, lambda inner: st.one_of(
     st.lists(inner, max_size=4), st.dictionaries(st.sampled_from(TEXTS), inner, max_size=3)), max_leaves=6)
-places = st.integers(0, 10**6)               # taken modulo what there is
+places = st.integers(0, 10**6)               # taken modulo the number of values
 
 
 def spell(document, twice=None):
@@ -127,7 +127,7 @@ def damage(draw, contents, reach=None, most=4):
     return bytes(contents)
 
 
-# --- Good files ---------------------------------------------------------------------------------------------
+# --- Valid files --------------------------------------------------------------------------------------------
 class Good:
     """The valid files that examples start from: models, texts, a run."""
 
@@ -162,7 +162,7 @@ def silently(*words):
             sys.exit(f"{words} failed")
 
 
-# --- The readers: each writes an example into the folder, and returns a command and a check of its result -
+# --- The readers: each writes an example, and returns a command and a check of its result --------------
 READERS = {}
 
 
@@ -302,7 +302,7 @@ def gz(draw, good, folder):
     """Compressed text for prepare"""
     text = (good.folder / "text.txt").read_bytes()
     parts = [gzip.compress(part, 1) for part in (text[:99], draw(st.binary(max_size=99)))]
-    if draw(st.integers(0, 40)) == 0:        # one that is a thousand times as long as it seems
+    if draw(st.integers(0, 40)) == 0:        # one that expands a thousandfold
         parts.append(gzip.compress(draw(st.sampled_from([b"\0", b"a ", b"\xf0", b"["])) * 1_500_000, 1))
     contents = b"".join(draw(st.permutations(parts)))
     if draw(st.integers(0, 3)):
@@ -385,7 +385,7 @@ def places_of(draw, good, folder):
     return commands[name], lambda out: None
 
 
-# --- What must hold ---------------------------------------------------------------------------------------
+# --- Invariants -------------------------------------------------------------------------------------------
 class Watch:
     """Restricts what the process may do to files, while it is on."""
     events = {"os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.mkdir": (0,), "os.link": (1,),
@@ -405,7 +405,7 @@ class Watch:
                 self.inside(path, event)
         elif event in self.events:
             if max((n for n in arguments[1:] if isinstance(n, int)), default=-1) >= 0 and event != "os.mkdir":
-                return                       # relative to an open folder: rmtree's, which was looked at
+                return                       # relative to an open folder: by rmtree, already checked
             for number in self.events[event]:
                 self.inside(arguments[number], event)
         elif event in ("subprocess.Popen", "socket.connect", "os.system", "os.exec", "os.posix_spawn"):
@@ -445,7 +445,7 @@ def check(command, right, folder, watch, counts):
     limit = 16e6 + 48 * size
     counts["seconds"], counts["memory"] = max(counts["seconds"], seconds), max(counts["memory"], memory)
     assert memory < limit, f"{memory:,} bytes of memory, for {size:,} in files"
-    assert seconds < 1.5, f"{seconds} s"     # tracemalloc's part of it is a third
+    assert seconds < 1.5, f"{seconds} s"     # a third of that with tracemalloc
     assert os.listdir("scratch") == []
     if status == 0:
         right(pathlib.Path("out"))

@@ -6,11 +6,11 @@
      ./faults FOLDER threads                  two models on two threads (for ThreadSanitizer)
 
    A scenario is a use of the library. It is repeated with the n-th call failing, n = 1, 2, 3, … until there
-   is no n-th call; then, unless `once`, with all calls failing from the n-th on. A function may fail with a
-   sentence, and must succeed when called again without a fault; in the end the results must have the bits of
-   a run without faults, and as much memory must be allocated as before. Anything else ends the program with
-   status 1. The calls are intercepted by defining them here, which needs glibc; without OpenMP, whose library
-   ends the process when it has no memory for a thread. */
+   is no n-th call; then, unless `once`, with all calls failing from the n-th on. A function may fail with one
+   sentence, and must succeed when called again without a fault. In the end the results must be the bits of a
+   run without faults, and no memory may be leaked; otherwise the status is 1. Defining the calls here
+   intercepts them, which needs glibc. Build without OpenMP, whose library ends the process when there is no
+   memory for a thread. */
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.c"
 #include <dlfcn.h>
@@ -23,9 +23,9 @@ static void broken(const char *format, ...) __attribute__((format(printf, 1, 2),
 enum { ALLOC, SHORT, READ, WRITE, OPEN, KINDS, NONE = KINDS };
 static const char *const kinds[] = {"alloc", "short", "read", "write", "open"};
 static _Thread_local int armed = NONE;    /* which kind of call fails */
-static long calls, at;                    /* of that kind, so far; the one that fails */
+static long calls, at;                    /* calls of that kind so far; the one that fails */
 static int lasting;                       /* and all later ones */
-static long fired, live;                  /* calls that were failed; allocations not freed */
+static long fired, live;                  /* failures injected; allocations not freed */
 static char trace[4096];                  /* of flushes and renames */
 
 static int fails(int kind, int error) {
@@ -36,7 +36,7 @@ static int fails(int kind, int error) {
 }
 
 #ifndef SANITIZE_thread
-#ifdef SANITIZE_address                   /* faults.py says so: the compilers do in ways of their own */
+#ifdef SANITIZE_address                   /* by faults.py: compilers announce sanitizers in different ways */
 #define REAL(name) __interceptor_##name
 #else
 #define REAL(name) __libc_##name
@@ -79,12 +79,12 @@ int munmap(void *p, size_t n) {
     return (int)syscall(SYS_munmap, p, n);
 }
 
-/* The function that would have been called. */
+/* The intercepted function. */
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 size_t fread(void *out, size_t size, size_t n, FILE *f) {
     if (fails(SHORT, 0)) return NEXT(fread)(out, size, n / 2, f);
     if (!fails(READ, EIO)) return NEXT(fread)(out, size, n, f);
-    f->_flags |= 0x20;                    /* glibc's: ferror is true */
+    f->_flags |= 0x20;                    /* of glibc: ferror is true */
     return 0;
 }
 int fseeko(FILE *f, off_t to, int whence) { return fails(READ, EIO) ? -1 : NEXT(fseeko)(f, to, whence); }
@@ -119,7 +119,7 @@ DIR *opendir(const char *path) { return fails(OPEN, EMFILE) ? NULL : NEXT(opendi
 int stat(const char *path, struct stat *info) { return fails(OPEN, EIO) ? -1 : NEXT(stat)(path, info); }
 #endif
 
-/* --- What a scenario is made of ------------------------------------------------------------------------- */
+/* --- Parts of scenarios --------------------------------------------------------------------------------- */
 static const char *scenario = "";
 static _Thread_local uint64_t digest;     /* of all results */
 static void (*after_failure)(void);
@@ -135,7 +135,7 @@ static void broken(const char *format, ...) {
     exit(1);
 }
 
-/* After a function's first failure: it has a reason and a sentence. From now on nothing fails. */
+/* After the first failure of a function: it has a reason and a sentence. From now on nothing fails. */
 static void failed_once(const char *what) {
     const int kind = armed;
     armed = NONE;
@@ -161,7 +161,7 @@ static void add(const void *data, size_t bytes) {
 static void add_tensors(GPT2 *m, int kind) {
     const GPT2Config c = gpt2_config(m);
     const int before = armed;
-    armed = NONE;                         /* this looks, and is not looked at */
+    armed = NONE;                         /* reads, but is not tested here */
     for (int t = 0; t < GPT2_TENSORS; t++) {
         const int64_t n = gpt2_tensor(&c, t, NULL, NULL);
         float *values = alloc_bytes((size_t)n * sizeof *values);
@@ -288,7 +288,7 @@ static void saving(void) {
     gpt2_free(m);
 }
 
-/* What a checkpoint that could not be written leaves: the one before, whole, and nothing of its own. */
+/* A failed checkpoint leaves the previous one complete, and no files of its own. */
 static uint64_t first_digest;
 static void add_checkpoint(int64_t step) {
     Path path;
@@ -365,7 +365,7 @@ static const struct { const char *name; void (*run)(void); } scenarios[] = {
 };
 enum { SCENARIOS = sizeof scenarios / sizeof *scenarios };
 
-/* A scenario with fault number n; returns whether there was a call to fail. */
+/* Runs a scenario with fault n; returns whether there was an n-th call. */
 static int with_fault(int which, int kind, long n, uint64_t expected) {
     const long before = live;
     gpt2_fail("stale");

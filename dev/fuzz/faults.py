@@ -59,7 +59,7 @@ def shard(tokens):
 
 
 def make_files(folder):
-    """All that the trainings and faults.c read."""
+    """The files that runs and faults.c read."""
     draw = random.Random(1)
     from train_gpt2 import GPT2, GPT2Config
     for name, size in (("train_0", 3000), ("train_1", 2000), ("val_0", 400)):
@@ -82,7 +82,7 @@ def make_files(folder):
 
 
 class Faults:
-    """The files, an undisturbed run, the table."""
+    """Files, an undisturbed run, and the table of results."""
 
     def __init__(self, folder, build, quick):
         self.folder = folder
@@ -100,7 +100,7 @@ class Faults:
         if done.returncode:
             sys.exit(f"the undisturbed run fails: {done.stderr}")
 
-    # --- What the parts share ---
+    # --- Shared by the parts ---
     def row(self, part, what, times, happened):
         print(f"| {part} | {what} | {times:,} | {happened} |", flush=True)
 
@@ -137,24 +137,24 @@ class Faults:
         return process
 
     def steps(self, out):
-        """Those of which there is a checkpoint that counts as whole."""
+        """Steps of complete checkpoints."""
         return sorted(int(path.name[5:]) for path in out.glob("DONE_????????"))
 
     def files_whole(self, out, what):
-        """Each checkpoint has the bytes of the undisturbed run's."""
+        """Each checkpoint has the same bytes as that of the undisturbed run."""
         for step in self.steps(out):
             for name in FILES:
                 ours, theirs = out / name.format(step), self.whole / name.format(step)
                 self.check(ours.exists() and ours.read_bytes() == theirs.read_bytes(), f"{what}: {ours.name}")
 
     def tidy(self, out, what):
-        """Nothing is left of a checkpoint that is none, and no temporary file."""
+        """No files of incomplete checkpoints and no temporary files are left."""
         found = {path.name for pattern in ("model_*", "state_*", "*.tmp") for path in out.glob(pattern)}
         left = found - {name.format(step) for step in self.steps(out) for name in FILES}
         self.check(not left, f"{what}: left {sorted(left)}")
 
     def goes_on(self, front, out, what, **options):
-        """Resumed, or begun again if there is nothing to resume, the run ends with the right bytes."""
+        """Resumed, or restarted if there is no checkpoint, the run ends with the right bytes."""
         resume = bool(self.steps(out))
         if not resume:
             shutil.rmtree(out)
@@ -165,14 +165,14 @@ class Faults:
             self.tidy(out, what)
 
     def sentence(self, process, words, what):
-        """The program ended with status 1 and one sentence that has these words."""
+        """The program ended with status 1 and one sentence that contains these words."""
         text = process.stderr.strip()
         good = process.returncode == 1 and text and "\n" not in text and "Traceback" not in text
         good = good and all(word in text for word in words)
         self.check(good, f"{what}: status {process.returncode}: {text}")
 
     def wait_for(self, process, log, words, most=60):
-        """Waits until a log has these words; false if the program ended before."""
+        """Waits until a log contains these words; False if the program ended before."""
         until = time.perf_counter() + most
         while time.perf_counter() < until and process.poll() is None:
             if log.exists() and words in log.read_text():
@@ -186,7 +186,7 @@ class Faults:
         return out
 
     def begun(self, out, step):
-        """A run directory as it is after a step of the undisturbed run."""
+        """A run directory as after a step of the undisturbed run."""
         out.mkdir()
         for name in FILES:
             shutil.copy(self.whole / name.format(step), out)
@@ -212,10 +212,10 @@ class Faults:
             process.send_signal(number)
             process.stdout, process.stderr = process.communicate(timeout=60)
             if process.returncode == 0:
-                continue                     # it was faster
+                continue                     # the run was faster than the signal
             finished = STEPS in self.steps(out) and process.returncode == -number
             if part == "stop" and first == "driver" and finished:
-                continue                     # it had ended, but for Python itself
+                continue                     # training had ended, only Python was still running
             tries += 1
             self.files_whole(out, what)
             if part == "stop" and self.check(process.returncode == 130, f"{what}: {process.returncode}"):
@@ -230,7 +230,7 @@ class Faults:
 
     @property
     def running(self):
-        """How long each front end trains, from its log's first line to its end."""
+        """Seconds that each front end trains, from the first line of its log to its end."""
         if not hasattr(self, "_running"):
             self._running = {}
             for front in FRONTS:
@@ -329,7 +329,7 @@ class Faults:
                             damage(path)
                         process.send_signal(signal.SIGCONT)
                     process.stdout, process.stderr = process.communicate(timeout=60)
-                    done = process.returncode != 0     # else it was faster
+                    done = process.returncode != 0     # else the run was faster
                 self.sentence(process, ["train_"], what)
                 self.files_whole(out, what)
                 self.tidy(out, what)
@@ -347,7 +347,7 @@ class Faults:
         model.save(str(self.folder / "nan.bin"))
         model = GPT2.load(str(self.folder / "model.bin"))
         wte = array.array("f", model.get("wte").tobytes())
-        model.set("lnfw", [1e-25] * 12)      # logits as before, gradients whose squares no float holds
+        model.set("lnfw", [1e-25] * 12)      # same logits; squares of gradients overflow
         model.set("wte", [1e25 * value for value in wte])
         model.set("lnfb", [0.0] * 12)
         model.save(str(self.folder / "inf.bin"))
@@ -375,7 +375,7 @@ class Faults:
                  f"{stopped} stopped with a sentence; no saved file has a NaN or infinite value")
 
     def built(self, *sanitizers):
-        """faults.c as a program, or None if no compiler can. Clang's UBSan knows more than GCC's."""
+        """Builds faults.c; None if no compiler can. UBSan of Clang detects more than that of GCC."""
         path = self.folder / "faults"
         flags = [f"-DSANITIZE_{name}" for name in sanitizers]
         if sanitizers:
@@ -390,7 +390,7 @@ class Faults:
 
     @property
     def own_env(self):
-        """For programs that bring their own sanitizer."""
+        """The environment of programs with a sanitizer of their own."""
         env = {name: value for name, value in self.env.items() if name not in ("LD_PRELOAD", "ASAN_OPTIONS")}
         return {**env, "ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=0"}
 
@@ -401,9 +401,9 @@ class Faults:
         return done.stdout
 
     def calls(self):
-        """Each call of a kind fails, in each use of the library."""
+        """Each call of a kind fails, in each scenario."""
         sanitizers = ("undefined",) if self.quick else ("undefined", "address")
-        self.fresh()                         # where faults.c makes its own
+        self.fresh()                         # where faults.c creates its files
         program = self.built(*sanitizers)
         if not program:
             program, sanitizers = self.built(), ("none",)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs tests of the library, and runs of the binary, under valgrind's memcheck.
 
-    make memcheck                                      builds without AVX and OpenMP, then everything: 5 minutes
+    make memcheck                                      builds without AVX and OpenMP, then both: 5 minutes
     python3 dev/fuzz/memcheck.py --build DIR binary    only the runs of the binary, of that build
 
 "tests" are the files of tests that call the library or the binary most; a driver that a test starts does not

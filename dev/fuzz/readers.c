@@ -78,7 +78,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     uint16_t tokens[40] = {1, 2, 3};
     snprintf(second, sizeof second, "%s/shard_1.bin", folder);
     FILE *out = fopen(second, "wb");
-    require(out && fwrite(header, HEADER, 1, out) && fwrite(tokens, sizeof tokens, 1, out), "no second shard");
+    require(out && fwrite(header, HEADER, 1, out), "no second shard");
+    require(fwrite(tokens, sizeof tokens, 1, out), "no tokens in the second shard");
     fclose(out);
     model = gpt2_create(&shape);
     for (int i = 0; i < 2; i++) loaders[i] = gpt2_loader_open(second, 2, 3, shape.V, i, 9);
@@ -165,7 +166,7 @@ static int read_choice(uint32_t option) {
     int64_t right[2] = {0};
     const int64_t first = option % 3, count = (option >> 8) % 8;
     const int64_t examples = gpt2_hellaswag(model, path[CHOICE], first, count, right);
-    for (int k = 0; k < 2; k++) require(right[k] >= 0 && right[k] <= count, "more right answers than questions");
+    for (int k = 0; k < 2; k++) require(right[k] >= 0 && right[k] <= count, "a wrong count of right answers");
     require(examples >= -1, "a file has a negative number of examples");
     return examples >= 0;
 }
@@ -173,12 +174,13 @@ static int read_choice(uint32_t option) {
 static int read_reference(void) {
     GPT2Diff rows[GPT2_DIFFS];
     const int wrong = gpt2_check(model, path[REFERENCE], 1e-5, rows);
-    for (int i = 0; i < GPT2_DIFFS && wrong >= 0; i++) require(*rows[i].name && rows[i].ok >> 1 == 0, "no row");
+    for (int i = 0; i < GPT2_DIFFS && wrong >= 0; i++)
+        require(*rows[i].name && rows[i].ok >> 1 == 0, "a row is not filled in");
     return wrong >= 0;
 }
 
 static int read_strings(const uint8_t *data, size_t size) {
-    char *text = alloc_bytes(size);            /* exactly as long, so that a read too far is seen */
+    char *text = alloc_bytes(size);            /* of exact size, to detect reads beyond the end */
     GPT2Config c;
     int64_t step = 0, steps = 0;
     if (size > 2) {

@@ -20,7 +20,7 @@ B, T, SEED, STEP = 2, 3, 9, 7
 
 
 def reference(model):
-    """What gpt2_check reads, of one batch; see dev/reference."""
+    """A reference for gpt2_check, of one batch; see dev/reference."""
     x, y = [[1, 2, 10]], [[2, 10, 0]]
     logits = model.logits(x)
     loss = ctypes.c_float(model.forward(x, y))
@@ -31,7 +31,7 @@ def reference(model):
 
 
 def unsealed(path):
-    """A file without the checksum that ends its header, for which it would be refused whatever is changed."""
+    """A file without the checksum in its header, because of which any change would be rejected."""
     contents = path.read_bytes()
     return contents[:1016] + bytes(8) + contents[1024:]
 

@@ -38,7 +38,7 @@ def int32s(*values):
 
 
 def sparse_xl(path):
-    """GPT-2 XL's file of nothing but holes, 6.2 GB."""
+    """A model file of GPT-2 XL as one hole, 6.2 GB."""
     shapes = train_gpt2.tensor_shapes(GPT2Config(*XL), train_gpt2.library("cpu"))
     with open(path, "wb") as file:
         file.write(train_gpt2.header(20240326, 3, *XL, 50304))
@@ -68,7 +68,7 @@ def xl():
             right = [got(model, name, at) for name, at in ends] == [*range(1, len(ends) + 1)]
             for name, at in ends:
                 put(model, name, at, 0)
-            # The logits are 7 for token 50256, and 0. (50,256 equal terms of a sum round alike.)
+            # Logits are 7 for token 50256, else 0: the sum of 50,256 equal terms rounds predictably.
             put(model, "lnfb", 1599, 7)
             put(model, "wte", 50256 * 1600 + 1599, 1)
             loss = model.forward([[50256, 0, 1, 2, 3, 4, 5, 6]], [[50256] * 8], train=False)
@@ -114,7 +114,7 @@ def losses_of(model):
     return function(model.handle)
 
 
-PARTS = {xl: 8e9, logits: 11e9, batch: 12e9}     # bytes of memory, with what the system keeps of the file
+PARTS = {xl: 8e9, logits: 11e9, batch: 12e9}     # bytes of memory, page cache included
 
 
 def main():

@@ -1,12 +1,12 @@
 #!/bin/sh
-# Trains GPT-2 124M from scratch on 10 billion tokens of FineWeb: the run with which karpathy/llm.c reproduces
-# GPT-2, flag for flag. Started again, it resumes from its newest checkpoint.
+# Trains GPT-2 124M from scratch on 10 billion tokens of FineWeb, with the flags of karpathy/llm.c's
+# reproduction. Started again, it resumes from its newest checkpoint.
 #
-#   dev/scripts/gpt2_124M.sh                 the full run: 103 shards (20 GB), 19,560 steps of 524,288 tokens
-#   SHARDS=1 STEPS=20 dev/scripts/gpt2_124M.sh      a first look; other flags of ./train_gpt2 may follow
+#   dev/scripts/gpt2_124M.sh                        103 shards (20 GB), 19,560 steps of 524,288 tokens
+#   SHARDS=1 STEPS=20 dev/scripts/gpt2_124M.sh      a first look; more flags of ./train_gpt2 may follow
 #
-# The binary prints the remaining time after each step; on a CPU with 1,000 tokens/s, 10 billion take four
-# months. ./train_gpt2cu is used if it has been built.
+# Uses ./train_gpt2cu if it is built. On a CPU, at 1,000 tokens/s, 10 billion tokens take four months; the
+# binary prints the remaining time after the first step.
 set -eu
 cd "$(dirname "$0")/../.."
 python3 dev/data/fetch.py fineweb --shards "${SHARDS:-103}"

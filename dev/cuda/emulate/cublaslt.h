@@ -1,5 +1,5 @@
-/* The emulated GPU: cuBLASLt as plain loops, with products and sums in fp32; what the manual forbids is
-   rejected. */
+/* The emulated GPU: cuBLASLt as plain loops, with products and sums in fp32. Rejects
+   what the manual forbids. */
 #pragma once
 enum cublasStatus_t {
     CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_NOT_INITIALIZED = 1, CUBLAS_STATUS_INVALID_VALUE = 7,
@@ -34,7 +34,7 @@ struct MatmulDesc {
     const void *bias = NULL;
     void *aux = NULL;
     int64_t aux_ld = 0;
-    int bias_type = -1;                   /* -1: D's */
+    int bias_type = -1;                   /* -1: the type of D */
 };
 struct Layout {
     cudaDataType_t type;
@@ -49,7 +49,7 @@ typedef emulate::Handle *cublasLtHandle_t;
 typedef emulate::MatmulDesc *cublasLtMatmulDesc_t;
 typedef emulate::Layout *cublasLtMatrixLayout_t;
 typedef emulate::Preference *cublasLtMatmulPreference_t;
-struct cublasLtMatmulAlgo_t { uint64_t data[8]; };        /* here: the alignments that it needs, and 1 */
+struct cublasLtMatmulAlgo_t { uint64_t data[8]; };        /* the alignment that it needs, and 1 */
 struct cublasLtMatmulHeuristicResult_t {
     cublasLtMatmulAlgo_t algo;
     size_t workspaceSize;
@@ -65,7 +65,7 @@ inline cublasStatus_t refuse(cublasStatus_t status, const char *format, ...) {
     va_start(list, format);
     vsnprintf(sentence, sizeof sentence, format, list);
     va_end(list);
-    said = latest = cudaErrorInvalidValue;        /* so that cudaGetErrorString has the sentence */
+    said = latest = cudaErrorInvalidValue;        /* for cudaGetErrorString */
     return status;
 }
 inline size_t size_of(int type) { return type == CUDA_R_16BF ? 2 : 4; }
@@ -88,8 +88,8 @@ inline float gelu_slope(float x) {
 
 struct Matmul { MatmulDesc desc; Layout a, b, c, d; float alpha, beta; const void *A, *B, *C; void *D; };
 
-/* D = alpha op(A) op(B) + beta C, then the epilogue; all column by column. A sum takes 64 products at a time,
-   as an error grows with the length of a sum and not with the number of its parts. */
+/* D = alpha op(A) op(B) + beta C, then the epilogue; all in column-major order. Partial sums of 64 products
+   limit the rounding error. */
 inline void matmul_run(const Matmul &m) {
     const size_t M = m.d.rows, N = m.d.cols, part = 64;
     const bool a_plain = m.desc.transa == CUBLAS_OP_N, b_plain = m.desc.transb == CUBLAS_OP_N;
@@ -130,7 +130,7 @@ inline void matmul_run(const Matmul &m) {
     }
 }
 
-/* What the heuristic finds out without the pointers: do shapes, types and epilogue go together? */
+/* Whether shapes, types and epilogue match; the heuristic has no pointers. */
 inline cublasStatus_t matmul_shapes(const MatmulDesc &desc, const Layout &a, const Layout &b, const Layout &c,
                                     const Layout &d) {
     typedef long long unsigned number;

@@ -1,9 +1,8 @@
-/* The emulated GPU: device memory between guard pages, unmapped for the host outside of kernels and copies.
-   */
+/* The emulated GPU: device memory between guard pages, inaccessible to the host except in copies. */
 #pragma once
 namespace emulate {
 inline char sentence[1024];               /* about the latest error, `said` */
-inline cudaError_t said, sticky, latest;  /* sticky: a kernel's; latest: cudaGetLastError's */
+inline cudaError_t said, sticky, latest;  /* sticky: of a kernel; latest: for cudaGetLastError */
 
 __attribute__((format(printf, 2, 3)))
 inline cudaError_t fail(cudaError_t error, const char *format, ...) {
@@ -14,9 +13,8 @@ inline cudaError_t fail(cudaError_t error, const char *format, ...) {
     return said = latest = error;
 }
 
-/* What cudaMalloc gave: whole pages, the bytes at their end (rounded up to 256, CUDA's alignment), a page
-   that can never be touched on either side. What the pages hold besides stays 0xff, or a kernel was out of
-   bounds. */
+/* A cudaMalloc: whole pages with the bytes at their end (rounded up to 256, the alignment of CUDA), between
+   two inaccessible pages. The rest of the pages is 0xff unless a kernel was out of bounds. */
 struct Allocation {
     char *start, *pages;
     size_t bytes, page_bytes;
@@ -30,7 +28,7 @@ struct Allocation {
         return true;
     }
 };
-inline std::map<const char *, Allocation> &allocations() {      /* by pages; freed ones stay, for messages */
+inline std::map<const char *, Allocation> &allocations() {      /* by page; freed ones stay, for messages */
     static auto *map = new std::map<const char *, Allocation>;
     return *map;
 }
@@ -40,7 +38,7 @@ inline size_t memory_size() {
     return given ? strtoull(given, NULL, 10) : (size_t)4 << 30;
 }
 
-/* The allocation with guard pages around it that the address is in, or NULL. */
+/* The allocation, guard pages included, that contains the address, or NULL. */
 inline const Allocation *allocation_near(const void *address) {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE);
     auto after = allocations().upper_bound((const char *)address + page);
@@ -48,7 +46,7 @@ inline const Allocation *allocation_near(const void *address) {
     const Allocation *a = &std::prev(after)->second;
     return (const char *)address < a->pages + a->page_bytes + page ? a : NULL;
 }
-/* The live allocation that holds all these bytes, or NULL. */
+/* The live allocation that contains all these bytes, or NULL. */
 inline const Allocation *holds(const void *address, size_t bytes, bool device) {
     const Allocation *a = allocation_near(address);
     const char *p = (const char *)address;
@@ -80,7 +78,7 @@ inline cudaError_t allocate(void **out, size_t bytes, bool device) {
     if (p == MAP_FAILED || mprotect(p + page, inside, PROT_READ | PROT_WRITE))
         return fail(cudaErrorMemoryAllocation, "out of memory: %zu bytes wanted", bytes);
     const Allocation a = {p + page + inside - rounded, p + page, bytes, inside, device, true};
-    madvise(a.pages, inside, MADV_HUGEPAGE);      /* only for speed: whole tables of pages change at once */
+    madvise(a.pages, inside, MADV_HUGEPAGE);      /* for speed: whole page tables change at once */
     memset(a.pages, 0xff, inside);
     if (device) {
         memory_used += bytes;
@@ -100,13 +98,13 @@ inline cudaError_t release(void *address, bool device) {
                     what);
     }
     if (device) memory_used -= a->bytes;
-    a->live = false;                      /* its addresses are not used again: a late access faults */
+    a->live = false;                      /* addresses are not reused: a late access faults */
     madvise(a->pages, a->page_bytes, MADV_DONTNEED);
     mprotect(a->pages, a->page_bytes, PROT_NONE);
     return cudaSuccess;
 }
 
-/* Maps device memory for the time that the device runs. */
+/* Makes device memory accessible while the device runs. */
 inline void device_memory(int protection) {
     for (auto &entry : allocations())
         if (entry.second.device && entry.second.live)

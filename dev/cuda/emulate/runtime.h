@@ -1,9 +1,8 @@
-/* The emulated GPU: faults, and CUDA's runtime API. A fault in a kernel becomes a CUDA error; one of the
-   host, in device memory, ends the process. */
+/* The emulated GPU: faults and the CUDA runtime API. */
 #pragma once
 
 namespace emulate {
-/* --- Faults: a kernel's become an error; the host's own, in device memory, end the process --- */
+/* --- Faults: in a kernel, a CUDA error; a device address used by the host ends the process --- */
 inline struct sigaction other_handlers[NSIG];
 inline void on_fault(int number, siginfo_t *info, void *context) {
     Device &d = device();
@@ -30,7 +29,7 @@ inline void on_fault(int number, siginfo_t *info, void *context) {
         describe(what, sizeof what, info->si_addr);
         dprintf(2, "emulate.h: the host touched %s: a copy is missing\n", what);
         signal(number, SIG_DFL);
-        return;                           /* and the access faults again */
+        return;                           /* the access faults again, and ends the process */
     }
     const struct sigaction *other = &other_handlers[number];
     if (other->sa_flags & SA_SIGINFO) {
@@ -48,7 +47,7 @@ inline void watch_faults(void) {
     ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
     for (int number : {SIGSEGV, SIGBUS}) sigaction(number, &ours, &other_handlers[number]);
 }
-/* A stack for on_fault: a fiber's may be what is full. */
+/* A stack for on_fault: the stack of a fiber may have overflowed. */
 inline void fault_stack(void) {
     stack_t stack;
     sigaltstack(NULL, &stack);
@@ -108,7 +107,7 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int) {
     strcpy(out->name, "emulated GPU");
     out->totalGlobalMem = emulate::memory_size();
     out->sharedMemPerBlock = 48 * 1024;
-    out->sharedMemPerBlockOptin = 163 * 1024;             /* sm_80's */
+    out->sharedMemPerBlockOptin = 163 * 1024;             /* of sm_80 */
     out->sharedMemPerMultiprocessor = 164 * 1024;
     out->multiProcessorCount = 3;
     out->major = 8;
@@ -133,7 +132,7 @@ inline cudaError_t cudaDeviceSynchronize(void) {
         if (error == cudaSuccess) error = emulate::synchronize(stream);
     return error;
 }
-inline cudaError_t cudaFree(void *p) {    /* waits for the device, as CUDA's does */
+inline cudaError_t cudaFree(void *p) {    /* waits for the device, as in CUDA */
     EMULATE_CALL;
     const cudaError_t error = p ? cudaDeviceSynchronize() : cudaSuccess;
     return error ? error : emulate::release(p, true);
@@ -182,7 +181,7 @@ inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned) {
     return cudaSuccess;
 }
 inline cudaError_t cudaEventCreate(cudaEvent_t *out) { return cudaEventCreateWithFlags(out, 0); }
-inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }  /* a stream may yet use it */
+inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }  /* a stream may still use it */
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = NULL) {
     EMULATE_CALL;
     stream = emulate::find(stream);
@@ -212,7 +211,7 @@ inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
     EMULATE_CALL;
     stream = emulate::find(stream);
-    if (event->capture) {                 /* the stream joins what is being captured */
+    if (event->capture) {                 /* the stream joins the capture */
         stream->capture = event->capture;
         return cudaSuccess;
     }
@@ -252,7 +251,7 @@ inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph,
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
     EMULATE_CALL;
     for (const emulate::Operation &operation : graph->operations) {
-        emulate::Operation again;         /* what it waited for was in the graph, in this order */
+        emulate::Operation again;         /* the graph has its dependencies, in this order */
         again.run = operation.run;
         if (cudaError_t error = emulate::put(emulate::find(stream), again)) return error;
     }

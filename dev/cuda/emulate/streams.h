@@ -3,7 +3,7 @@
 
 namespace emulate {
 struct Stream;
-struct Point { Stream *stream; uint64_t count; };         /* after so many operations of a stream */
+struct Point { Stream *stream; uint64_t count; };         /* after this operation of a stream */
 struct Operation {
     std::vector<Point> after;             /* of other streams */
     std::function<cudaError_t()> run;     /* empty: only waits */
@@ -11,9 +11,9 @@ struct Operation {
 struct Graph { std::vector<Operation> operations; };
 struct Stream {
     std::deque<Operation> waiting;
-    uint64_t put = 0, done = 0;           /* operations that were put in, and that were run */
-    bool blocking = true;                 /* in order with the default stream */
-    Graph *capture = NULL;                /* what is put in goes here */
+    uint64_t put = 0, done = 0;           /* operations enqueued, and run */
+    bool blocking = true;                 /* synchronizes with the default stream */
+    Graph *capture = NULL;                /* where captured operations go */
 };
 struct Event { Point at; Graph *capture; timespec time; };
 
@@ -21,9 +21,9 @@ struct Device {
     std::recursive_mutex calls;           /* one call of the runtime at a time */
     std::vector<Stream *> streams;        /* [0] is the default stream */
     bool at_once, descending;
-    bool busy;                            /* running what streams hold, on this thread: */
+    bool busy;                            /* while streams run, on this thread: */
     pthread_t thread;
-    char *tls;                            /* the thread's own variables of this library, shared arrays too */
+    char *tls;                            /* thread_local variables of this library, with shared arrays */
     size_t tls_bytes;
 };
 inline thread_local char one_of_ours;
@@ -55,12 +55,12 @@ inline int tls_find(struct dl_phdr_info *info, size_t, void *) {
     return 0;
 }
 
-/* Runs something for which device memory is there; afterwards, it is not, and the caller's thread_local
-   variables are what they were. */
+/* Runs a function that accesses device memory. Afterwards that is inaccessible again, and the thread_local
+   variables of the caller are restored. */
 template <class Task> cudaError_t on_device(Task task) {
     Device &d = device();
     if (sticky || d.busy) return sticky;
-    one_of_ours = 0;                      /* so that they exist */
+    one_of_ours = 0;                      /* creates them */
     dl_iterate_phdr(tls_find, NULL);
     const std::vector<char> before(d.tls, d.tls + d.tls_bytes);
     d.busy = true;
@@ -78,7 +78,7 @@ template <class Task> cudaError_t on_device(Task task) {
 
 inline Stream *find(Stream *stream) { return stream ? stream : device().streams[0]; }
 
-/* Runs a stream up to a point, and first what each operation has to wait for. */
+/* Runs a stream up to a point, and before each operation what it depends on. */
 inline cudaError_t reach(Point point) {
     while (point.stream->done < point.count) {
         Operation operation = std::move(point.stream->waiting.front());
@@ -118,7 +118,7 @@ inline cudaError_t put(Stream *stream, std::function<cudaError_t()> run) {
     return put(stream, Operation{{}, std::move(run)});
 }
 
-/* Is the kind of a copy that of its pointers, and is all of it in allocations? */
+/* Checks the kind of a copy against its pointers, and that it stays within allocations. */
 inline cudaError_t copy_check(const void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
     const bool wants[2] = {kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice,
                            kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice};
@@ -143,7 +143,7 @@ inline cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind
     if (cudaError_t error = copy_check(to, from, bytes, kind)) return error;
     const bool pageable[2] = {!allocation_near(to), !allocation_near(from)};
     cudaError_t error;
-    if (pageable[1]) {                    /* taken now, as CUDA does: the caller may change it at once */
+    if (pageable[1]) {                    /* read now, as in CUDA: the caller may change it at once */
         std::vector<char> staged((const char *)from, (const char *)from + bytes);
         error = put(stream, [=] { return memcpy(to, staged.data(), bytes), cudaSuccess; });
     } else {

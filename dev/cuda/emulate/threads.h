@@ -1,9 +1,9 @@
 /* The emulated GPU: blocks and threads.
 
-   A fiber is a stack. It starts a thread of the block, and when that ends, the next one that has not started:
-   threads that reach no barrier all run on one fiber, without a switch. At a barrier the thread's fiber
-   sleeps and another one runs: one that was woken, else a new one. Slots number the threads in the order in
-   which they run, warp by warp. */
+   A fiber is a stack. It runs a thread of the block to its end, then the next one that has not started, so
+   threads without a barrier all run on one fiber, without a switch. At a barrier the fiber sleeps, and
+   another one runs: one that was woken, else a new one. Slots number the threads in the order in which they
+   run, warp by warp. */
 #pragma once
 
 namespace emulate {
@@ -15,7 +15,7 @@ __asm__(".text\n.p2align 4\n.hidden emulate_switch\n.globl emulate_switch\n.type
         "mov %rsp, (%rdi)\nmov %rsi, %rsp\n"
         "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n"
         ".size emulate_switch,.-emulate_switch\n");
-enum { SWITCH_WORDS = 8, SWITCH_ENTRY = 6 };      /* saved words, and which one is the address to return to */
+enum { SWITCH_WORDS = 8, SWITCH_ENTRY = 6 };      /* saved words; index of the return address */
 #elif defined(__aarch64__)
 __asm__(".text\n.p2align 4\n.hidden emulate_switch\n.globl emulate_switch\n.type emulate_switch,@function\n"
         "emulate_switch:\n"
@@ -36,7 +36,7 @@ enum { SWITCH_WORDS = 20, SWITCH_ENTRY = 11 };
 
 enum { WARP = 32, MOST_THREADS = 1024, MOST_SHARED = 227 * 1024, STACK = 256 * 1024 };
 struct Fiber { void *sp; char *stack; };
-#if defined(__SANITIZE_ADDRESS__)                 /* gcc's AddressSanitizer wants to know of other stacks */
+#if defined(__SANITIZE_ADDRESS__)                 /* AddressSanitizer of GCC must know the other stacks */
 extern "C" void __sanitizer_start_switch_fiber(void **, const void *, size_t);
 extern "C" void __sanitizer_finish_switch_fiber(void *, const void **, size_t *);
 #endif
@@ -52,20 +52,20 @@ struct Block {
     int current;                          /* slot of the running thread */
     bool descending;                      /* the last slot is thread 0 */
     int at_barrier, ended;
-    uint32_t busy;                        /* warps that have a thread which can run */
-    uint32_t exists[WARP], ready[WARP];   /* threads of a warp: there at all; can run */
-    uint32_t waits[WARP];                 /* at an operation of the warp */
+    uint32_t busy;                        /* warps with a thread that can run */
+    uint32_t exists[WARP], ready[WARP];   /* threads of a warp: existing; able to run */
+    uint32_t waits[WARP];                 /* waiting at an operation of the warp */
     void (*operation[WARP])(void **);
     const char *name[WARP];
-    void *brought[WARP][WARP];            /* to the warp's operation, by lane; NULL where there is none */
-    const char *state[MOST_THREADS];      /* for messages: where the thread waits, by slot; NULL: runs */
+    void *brought[WARP][WARP];            /* arguments of the operation, by lane; NULL: no thread */
+    const char *state[MOST_THREADS];      /* for messages: where the thread waits, by slot; NULL: it runs */
     uint3 index[MOST_THREADS];            /* threadIdx by slot */
-    Fiber *fiber[MOST_THREADS];           /* of threads that have begun and not ended, by slot */
+    Fiber *fiber[MOST_THREADS];           /* of running threads, by slot */
     Copies copies[MOST_THREADS];          /* of cp.async, by slot */
     bool copied;                          /* is there any? */
     std::vector<Fiber *> *idle, *all;
     Fiber *running, host;
-    size_t host_stack;                    /* its size, if that has to be known */
+    size_t host_stack;                    /* its size, where needed */
     cudaError_t error;
 };
 inline Block block;
@@ -76,7 +76,7 @@ inline void become(int slot) {
     threadIdx = block.index[slot];
 }
 
-/* Leaves the running fiber, until another one comes back to it. */
+/* Leaves the running fiber until another one switches back to it. */
 inline void switch_to(Fiber *to) {
     Fiber *from = block.running;
     block.running = to;
@@ -90,7 +90,7 @@ inline void switch_to(Fiber *to) {
 #endif
 }
 
-/* Ends the kernel with an error, from within a thread of it. */
+/* Ends the kernel with an error, from within one of its threads. */
 __attribute__((format(printf, 2, 3), noreturn))
 inline void stop(cudaError_t error, const char *format, ...) {
     char what[512];
@@ -134,7 +134,7 @@ inline int pick(void) {
 inline void fiber_main(void);
 inline void fiber_prepare(Fiber *fiber) {
     void **top = (void **)(fiber->stack + STACK - 4096 - 16) - SWITCH_WORDS;
-    top -= (size_t)fiber->stack / STACK % 32 * 16;        /* their hot parts in different sets of the cache */
+    top -= (size_t)fiber->stack / STACK % 32 * 16;        /* tops of stacks in different cache sets */
     memset(top, 0, SWITCH_WORDS * sizeof *top);
     top[SWITCH_ENTRY] = (void *)fiber_main;
     fiber->sp = top;
@@ -177,7 +177,7 @@ inline void fiber_main(void) {
         block.fiber[block.current] = NULL;
         const int next = pick();
         if (next < 0 && block.ended < block.threads) stop_deadlock();
-        if (next >= 0 && !block.fiber[next]) {            /* not begun: here and now */
+        if (next >= 0 && !block.fiber[next]) {            /* not started: runs here */
             block.fiber[next] = block.running;
             become(next);
             continue;
@@ -214,8 +214,8 @@ inline void barrier(void) {
     for (int warp = 0; warp < block.warps; warp++) wake(warp);
 }
 
-/* An operation of a whole warp. Each lane brings a struct of its own; when the last one comes, `finish` gets
-   all 32 (NULL where a block is no whole number of warps) and leaves the results in them. */
+/* An operation of a whole warp. Each lane passes a struct; when the last one has arrived, `finish` gets all
+   32 (NULL in an incomplete warp) and stores the results in them. */
 inline void warp_operation(const char *name, void (*finish)(void **), void *mine) {
     const int warp = block.current / WARP, lane = block.current % WARP;
     if (block.waits[warp] && (block.operation[warp] != finish || block.name[warp] != name))
@@ -234,7 +234,7 @@ inline void warp_operation(const char *name, void (*finish)(void **), void *mine
     wake(warp);
 }
 
-/* Shared memory is NaN at first. Static shared arrays are thread_local variables; all of these are filled. */
+/* Fills shared memory with NaN. Static shared arrays are thread_local variables, which are all filled. */
 inline void shared_fill(void) {
     memset(device().tls, 0xff, device().tls_bytes);
     memset(block.shared, 0xff, block.shared_bytes);
@@ -252,7 +252,7 @@ inline cudaError_t run_grid(const char *kernel, dim3 grid, dim3 threads, size_t 
         block.idle = new std::vector<Fiber *>;
         block.all = new std::vector<Fiber *>;
     }
-    if (block.error) {                    /* the last kernel stopped half-way: its fibers start anew */
+    if (block.error) {                    /* the last kernel was aborted: start with new fibers */
         *block.idle = *block.all;
         for (Fiber *fiber : *block.all) fiber_prepare(fiber);
     }
@@ -304,8 +304,8 @@ inline std::map<const void *, size_t> &shared_allowed() {         /* by kernel, 
     return *map;
 }
 
-/* Is a kernel's argument a pointer to memory that a device has not? Structs are looked through for pointers:
-   what could be one, and is mapped, and is no device or pinned memory, is taken for one. */
+/* Whether an argument of a kernel points to host memory. In a struct, any word that is a mapped address and
+   not in device or pinned memory counts. */
 inline bool host_pointer(const void *argument, size_t bytes, const void **found) {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     for (size_t i = 0; i + sizeof(void *) <= bytes; i += sizeof(void *)) {

@@ -5,7 +5,7 @@
 #define __host__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-/* The library's thread_local variables can be found, to be NaN before each block: see shared_fill. */
+/* Where the thread_local variables of this library are: see shared_fill. */
 #define __shared__ static thread_local
 #define SHARED(type, name) type *name = (type *)emulate::block.shared
 #define LAUNCH(kernel, grid, threads, shared, stream, ...) \

@@ -26,7 +26,7 @@ template <class T> T shuffle(const char *name, unsigned mask, T value, int lane)
     warp_operation(name, shuffle_finish<T>, &s);
     return s.result;
 }
-/* The lane that is asked for, or the own one if that is not in the group of `width` lanes. */
+/* The source lane, or the lane itself if that is outside its group of `width` lanes. */
 inline int lane_in(int lane, int width) { return lane / width == lane_id() / width ? lane : lane_id(); }
 
 struct Vote { int predicate; unsigned result; };
@@ -45,9 +45,10 @@ inline unsigned vote(const char *name, unsigned mask, int predicate) {
 }
 inline void nothing(void **) {}
 
-/* The fragments of mma.m16n8k16 as the PTX manual has them: of a lane, group = lane / 4, member = lane % 4;
-   a[i / 2] has in its halves (i % 2) A[group + 8 if i / 2 is odd][2 member + i % 2 + 8 if i >= 4]; b likewise
-   B[2 member + i % 2 + 8 if i >= 2][group]; d[i] is D[group + 8 if i >= 2][2 member + i % 2]. */
+/* Fragments of mma.m16n8k16 in the PTX manual, with group = lane / 4 and member = lane % 4:
+     half i % 2 of a[i / 2]     A[group + 8 if i / 2 is odd][2 member + i % 2 + 8 if i >= 4]
+     half i % 2 of b[i / 2]     B[2 member + i % 2 + 8 if i >= 2][group]
+     d[i]                       D[group + 8 if i >= 2][2 member + i % 2] */
 struct Mma { float *d; const uint32_t *a, *b; };
 inline float half_of(const uint32_t *words, int i) {
     return emulate_bits<float>(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
@@ -71,8 +72,8 @@ inline void mma_finish(void **lanes) {
             ((Mma *)lanes[lane])->d[i] = d[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2];
 }
 
-/* ldmatrix.x4: lane l has the address of row l % 8 of the 8 × 8 matrix l / 8. Of each matrix, it gets the
-   elements 2 (l % 4) and the next one of row l / 4; with .trans, of column l / 4. */
+/* ldmatrix.x4: lane l passes the address of row l % 8 of the 8 × 8 matrix l / 8. Of each matrix it receives
+   elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4; with .trans, of column l / 4. */
 struct Ldmatrix { uint32_t *r; const void *row; };
 inline uint16_t matrix_element(void **lanes, int matrix, int row, int column) {
     return ((const uint16_t *)((Ldmatrix *)lanes[8 * matrix + row])->row)[column];
@@ -129,7 +130,7 @@ inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[
     emulate::Mma m = {d, a, b};
     emulate::warp_operation("mma", emulate::mma_finish, &m);
 }
-/* An address in shared memory: a number, which instructions of PTX take, and not a pointer */
+/* An address in shared memory, as PTX instructions take it: a number, not a pointer. */
 typedef uintptr_t Shared;
 inline Shared shared_address(const void *p) { return (Shared)p; }
 inline void ldmatrix_x4(uint32_t r[4], Shared row) {
@@ -142,7 +143,7 @@ inline void ldmatrix_x4_trans(uint32_t r[4], Shared row) {
     emulate::need_shared_row(l.row, "ldmatrix.trans");
     emulate::warp_operation("ldmatrix.trans", emulate::ldmatrix_finish<true>, &l);
 }
-/* cp.async: the destination is NaN until the copy's group is waited for, by the thread that issued it. */
+/* cp.async: the destination is NaN until the thread that issued the copy waits for its group. */
 inline void copy_async_16(Shared to, const void *global) {
     void *shared = (void *)to;
     emulate::need_shared_row(shared, "cp.async");
