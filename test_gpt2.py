@@ -41,7 +41,7 @@ import train_gpt2
 from train_gpt2 import GPT2, GPT2Config, GPT2Progress, Loader
 
 
-# --- The model against the references -----------------------------------------------------------------------
+# --- The model against its references -----------------------------------------------------------------------
 both_front_ends = pytest.mark.parametrize("front", ["binary", "driver"])
 
 
@@ -90,7 +90,7 @@ def test_check_fails_for_a_corrupted_reference(tmp_path, front, row, at, value):
     assert lines[-1].startswith("NOT OK")
 
 
-# --- The model against a GPT-2 in Python's own doubles ------------------------------------------------------
+# --- The model against a GPT-2 in Python, in doubles --------------------------------------------------------
 def dot(a, b):
     return sum(u * v for u, v in zip(a, b))
 
@@ -110,7 +110,7 @@ def gelu(v):
 
 
 def transformer_block(stream, w, NH):
-    """The residual stream, T rows of C, after a block with the weights w."""
+    """The residual stream, T rows of C, after a block with weights w."""
     C = len(stream[0])
     hs = C // NH
     qkv = [linear(layernorm(row, w["ln1w"], w["ln1b"]), w["qkvw"], w["qkvb"]) for row in stream]
@@ -145,7 +145,7 @@ def python_loss(p, config, x, y):
 
 @pytest.fixture(scope="module")
 def in_doubles():
-    """python_loss of parameters, those of a small model, and its loss and gradients from the library."""
+    """python_loss as a function of parameters, those of a small model, and its loss and gradients."""
     model = random_model(6, 11, 2, 2, 8)
     x, y = token_rows(2, 5, 11)
     params = {name: values.tolist() for name, values in tensors(model).items()}
@@ -166,7 +166,7 @@ def test_gradients_match_finite_differences_in_double(in_doubles, name):
     assert relative([ours[name][i] for i in places], slopes) <= 1e-5
 
 
-# --- What forward, backward and AdamW promise ---------------------------------------------------------------
+# --- Properties of forward, backward and AdamW --------------------------------------------------------------
 def test_logits_do_not_depend_on_later_tokens():
     model = random_model(130, 31, 2, 2, 24)
     x, _ = token_rows(2, 130, 31)
@@ -192,7 +192,7 @@ def test_gradient_accumulation_equals_one_batch(shape):
 
 
 def test_evaluation_and_generation_do_not_change_training():
-    """Batches of other sizes, evaluations, and another model in the same process."""
+    """Other batch sizes, evaluations, and another model in the same process."""
     models = [random_model(40, 31, 2, 3, 15), random_model(29, 7, 1, 1, 8)]
     batches = [(model, *token_rows(B, T, model.config.V))
                for B, T in ((3, 29), (1, 1), (7, 23), (2, 3)) for model in models]
@@ -206,7 +206,7 @@ def test_evaluation_and_generation_do_not_change_training():
 
 
 def bits():
-    """The number of threads, and a hash over what models do at odd shapes. Runs in a process of its own."""
+    """The number of threads, and a hash of the results of models of odd shapes. Runs in its own process."""
     digest = hashlib.sha256()
     for shape in ((40, 131, 2, 3, 39, 3, 29), (130, 300, 1, 1, 80, 2, 130), (5, 17, 1, 2, 6, 1, 1),
                   (64, 2100, 2, 4, 128, 5, 63)):
@@ -232,13 +232,13 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         pytest.skip("built without OpenMP")
     for asked in (2, 3, 4, 7):
         assert found(asked) == (asked, alone[1])
-    for given in (1, 2, 3):                     # fewer than asked for
+    for given in (1, 2, 3):                     # fewer than requested
         assert found(4, OMP_THREAD_LIMIT=str(given))[1] == alone[1]
 
 
 @pytest.mark.parametrize("decay, clip, size", [(0.1, 1.0, 1.0), (0.0, 1e9, 1.0), (0.1, 0.0, 1e-6)])
 def test_adamw_matches_the_formula(decay, clip, size):
-    lr, beta1, beta2, eps = 0.01, 0.75, 0.96875, 1e-7     # betas that a float holds exactly
+    lr, beta1, beta2, eps = 0.01, 0.75, 0.96875, 1e-7     # betas that are exact as float
     draw = random.Random(1)
     model = random_model(4, 5, 2, 2, 4)
     p = {name: values.tolist() for name, values in tensors(model).items()}
@@ -275,7 +275,7 @@ def test_a_model_overfits_one_batch():
         assert all(wte[:50 * 32]) and not any(wte[50 * 32:])     # the padding
 
 
-# --- What the C API refuses ---------------------------------------------------------------------------------
+# --- What the C API rejects ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", [
     (0, 8, 1, 1, 8), (8, 0, 1, 1, 8), (8, 8, 0, 1, 8), (8, 8, 1, 0, 8), (8, 8, 1, 1, 0), (-8, 8, 1, 1, 8),
     (8, -1, 1, 1, 8), (8, 8, 1, -1, 8), (8, 8, 1, 3, 8), (2**25, 8, 1, 1, 8), (8, 2**25, 1, 1, 8),
@@ -344,7 +344,7 @@ def test_calls_out_of_order_are_rejected_without_effect():
     model.zero_grad()
     assert model.grad_norm() == 0 and not any(as_bytes(tensors(model, "grad")))
     model.forward(y, x)
-    model.forward(x, y)              # there is no gradient yet, so this takes the place of the one before
+    model.forward(x, y)              # no gradient yet, so this replaces the previous one
     model.backward()
     assert as_bytes(tensors(model, "grad")) == as_bytes(once)
 
@@ -386,7 +386,7 @@ def test_other_misuse_is_rejected(tmp_path, call, words):
 
 # --- Schedules, z-scores, shapes ----------------------------------------------------------------------------
 def llmc_lr(schedule, step, steps, warmup, lr, final):
-    """The learning rate as karpathy/llm.c has it, but with a warm-up for every schedule."""
+    """The learning rate of karpathy/llm.c, but with a warm-up for every schedule."""
     done = (step - warmup) / (steps - warmup)
     decay_point = int(0.8 * steps)
     late = max(0, step - decay_point) / (steps - decay_point)
@@ -429,7 +429,7 @@ def test_descriptors_give_gpt2s_sizes(name, shape, parameters):
     assert LIB.gpt2_flops_per_token(ctypes.byref(config), 64) == 6 * P + 6 * config.L * 64 * config.C
 
 
-# --- A run, by either front end -----------------------------------------------------------------------------
+# --- Runs of both front ends --------------------------------------------------------------------------------
 def test_both_front_ends_write_the_same_bytes(whole_runs):
     by_binary, by_driver = (outputs(folder) for _, folder in whole_runs.values())
     assert sorted(by_binary) == sorted(by_driver) == [
@@ -487,7 +487,7 @@ def test_only_complete_and_matching_checkpoints_are_resumed(data, whole_runs, tm
         loader = Loader(pattern, B, T, V, True, seed)
         LIB.gpt2_restore(str(folder), step, model.handle, loader.handle, ctypes.byref(GPT2Progress()))
 
-    restore(B=2)                     # another B may be
+    restore(B=2)                     # another B is allowed
     with rejects("T 19", "this model, 18"):
         restore(T=18)
     with rejects("833 tokens", 400):
@@ -538,7 +538,7 @@ def test_the_limit_of_skipped_steps_is_for_consecutive_ones(data, tmp_path, monk
     assert not train_gpt2.main(command("driver", data, flags, tmp_path / "run")[2:])
     assert GPT2.load(tmp_path / "run" / "model_00000007.bin")
     state = (tmp_path / "run" / "state_00000007_00000.bin").read_bytes()
-    assert struct.unpack_from("<4q", state, 1024)[2:] == (3, 7)     # only the losses were no numbers
+    assert struct.unpack_from("<4q", state, 1024)[2:] == (3, 7)     # only the losses were NaN
 
 
 @pytest.mark.parametrize("flag, column", [("-sl", 0), ("-sg", 1)])
@@ -554,7 +554,7 @@ def test_an_outlier_is_skipped_without_effect(tmp_path, flag, column):
     assert skipped[1:] == [models[i] == models[i - 1] for i in range(1, 150)]
     for i in range(128, 150):
         z = (values[i] - statistics.fmean(values[i - 128:i])) / statistics.pstdev(values[i - 128:i])
-        assert skipped[i] == (z > 0.7) or abs(z - 0.7) < 0.01     # what is shown is rounded
+        assert skipped[i] == (z > 0.7) or abs(z - 0.7) < 0.01     # displayed values are rounded
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -583,7 +583,7 @@ def test_an_interrupted_run_saves_and_prints_how_to_resume(data, tmp_path, front
 
 # --- Against PyTorch ----------------------------------------------------------------------------------------
 def agrees(maker, shape, expected_of):
-    """Our results for a random model and batch are those of expected_of(r, weights, x, y)."""
+    """Results for a random model and batch are those of expected_of(r, weights, x, y)."""
     import torch
     max_T, V, L, NH, hs, B, T = shape
     r = maker.Reference(seed=1, version=3, max_T=max_T, V=V, L=L, NH=NH, C=NH * hs, B=B, T=T,

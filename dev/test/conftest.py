@@ -1,4 +1,4 @@
-"""What the tests share: the library under test, helpers, and fixtures of several files."""
+"""The library under test, helpers, and fixtures shared by several files of tests."""
 import array
 import contextlib
 import functools
@@ -26,14 +26,14 @@ BINARY = BUILD / "train_gpt2"
 LIBRARY = BUILD / "libgpt2.so"
 REFERENCES = HERE / "dev" / "reference"
 TENSORS = "wte wpe ln1w ln1b qkvw qkvb attprojw attprojb ln2w ln2b fcw fcb fcprojw fcprojb lnfw lnfb".split()
-MATRICES = "wte wpe qkvw attprojw fcw fcprojw".split()     # with weight decay, and random at first
-SCALES = "ln1w ln2w lnfw".split()                           # 1 at first; the others are 0
+MATRICES = "wte wpe qkvw attprojw fcw fcprojw".split()     # with weight decay, initially random
+SCALES = "ln1w ln2w lnfw".split()                           # initially 1; the others are 0
 
 if not BINARY.exists() or not LIBRARY.exists():
     pytest.exit(f"{BUILD} has no train_gpt2 and libgpt2.so; run `make` first", 1)
 
-# For this process and those that it starts: the library under test, no network, and one thread unless a test
-# says more. The models are so small that threads cost more than they bring.
+# For this process and its children: the library under test, no network, and one thread unless a test sets
+# more, since threads only slow down models this small.
 os.environ.update(GPT2_LIBRARY=str(LIBRARY), GPT2_OFFLINE="1", PIP_NO_INDEX="1", PIP_FIND_LINKS="",
                   PIP_CONFIG_FILE=os.devnull, no_proxy="127.0.0.1", NO_PROXY="127.0.0.1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,7 +47,7 @@ convert, curves, fetch_module = map(train_gpt2.load_module, ("convert", "curves"
 
 
 def one_sentence(text, *words):
-    """The text is one sentence for a user, and has these words."""
+    """The text is one sentence for a user and contains these words."""
     text = text.strip()
     assert text and "\n" not in text and "Traceback" not in text, text
     for word in words:
@@ -56,14 +56,14 @@ def one_sentence(text, *words):
 
 @contextlib.contextmanager
 def rejects(*words):
-    """The library refuses what is called, with one sentence that has these words."""
+    """The library rejects a call with one sentence that contains these words."""
     with pytest.raises((GPT2Error, convert.Error)) as caught:
         yield
     one_sentence(str(caught.value), *words)
 
 
 def run(*command, status=0, cwd=None, **environment):
-    """Runs a program, which must end with that status."""
+    """Runs a program, which must exit with this status."""
     done = subprocess.run([str(word) for word in command], cwd=cwd, env={**os.environ, **environment},
                           capture_output=True, text=True, errors="replace", timeout=300)
     assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -80,18 +80,18 @@ def header(*entries):
 
 
 def unsealed(contents):
-    """The contents of a model or state file without the checksum, which ends the header."""
+    """The contents of a model or state file without the checksum at the end of the header."""
     return contents[:1016] + bytes(8) + contents[1024:]
 
 
 def damaged(contents, at, value):
-    """A file's contents with another int32 in the header, and without a checksum."""
+    """The contents of a file with one int32 of the header replaced, without a checksum."""
     contents = unsealed(contents)
     return contents[:4 * at] + struct.pack("<i", value) + contents[4 * at + 4:]
 
 
 def shards(folder, *token_lists, name="train"):
-    """Writes token shards, and returns a glob that matches them."""
+    """Writes token shards; returns a glob that matches them."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, tokens in enumerate(token_lists):
         contents = header(20240520, 1, len(tokens)) + array.array("H", tokens).tobytes()
@@ -113,14 +113,14 @@ def token_rows(B, T, V):
 
 
 def relative(ours, expected):
-    """L2 norm of the difference in relation to that of expected, or by itself where expected are all 0."""
+    """L2 norm of the difference, divided by that of `expected` unless that is 0."""
     assert len(ours) == len(expected)
     difference = math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(ours, expected)))
     return difference / (math.sqrt(math.fsum(b * b for b in expected)) or 1)
 
 
 def all_within(limit, ours, expected):
-    """Each of the named arrays is, by its relative error."""
+    """Compares arrays by name, by their relative error."""
     errors = {name: relative(ours[name], expected[name]) for name in expected}
     wrong = {name: error for name, error in errors.items() if not error <= limit}
     assert not wrong, f"not within {limit}: {wrong}"
@@ -136,7 +136,7 @@ def as_bytes(named):
 
 
 def random_model(max_T, V, L, NH, C, spread=0.3):
-    """A model in which every parameter counts; as initialised, most are too near to 0 or 1."""
+    """A model in which every parameter matters; initial values are too near to 0 or 1."""
     draw = random.Random(1)
     model = GPT2(GPT2Config(max_T, V, L, NH, C))
     for name, shape in model.shapes.items():
@@ -147,7 +147,7 @@ def random_model(max_T, V, L, NH, C, spread=0.3):
 
 
 def gradients(model, x, y):
-    """The loss, and the 16 gradients."""
+    """The loss and the 16 gradients."""
     model.zero_grad()
     loss = model.forward(x, y)
     model.backward()
@@ -164,7 +164,7 @@ each_reference = pytest.mark.parametrize("name", ["tiny", "odd", "bf16", "head64
 
 
 def open_reference(name):
-    """The model, x and y (B,T), and the logits, loss and gradients that a reference's files hold."""
+    """The model of a reference, its x and y (B,T), and its logits, loss and gradients."""
     model = GPT2.load(REFERENCES / f"{name}_model.bin")
     with open(REFERENCES / f"{name}_reference.bin", "rb") as file:
         def take(kind, n):
@@ -181,7 +181,7 @@ def open_reference(name):
 
 
 def example(index, label, context, completions):
-    """An example as llm.c's file has it."""
+    """An example in the format of llm.c."""
     tokens = [len(context), *context]
     for completion in completions:
         tokens += [len(completion), *completion]
@@ -189,7 +189,7 @@ def example(index, label, context, completions):
 
 
 def hellaswag_file(path, V, n, longest, seed=1):
-    """A file of n random examples; what is in them."""
+    """A file of n random examples, and their contents."""
     draw = random.Random(seed)
     text = [([draw.randrange(V) for _ in range(draw.randrange(1, longest))],
              [[draw.randrange(V) for _ in range(draw.randrange(1, 8))] for _ in range(4)], draw.randrange(4))
@@ -223,7 +223,7 @@ def data(tmp_path_factory):
 
 
 def command(front, data, flags, out=None, resume=False):
-    """A run on the data, with FLAGS and then those that are given."""
+    """A run on the data, with FLAGS and then the given flags."""
     if front == "binary":
         words = [BINARY, "-i", data / "data" / "train_*.bin", "-j", data / "data" / "val_*.bin",
                  "-e", data / "model.bin", *(["-o", out, "-y", int(resume)] if out else [])]
@@ -234,14 +234,14 @@ def command(front, data, flags, out=None, resume=False):
 
 
 def outputs(folder):
-    """What both front ends must write alike."""
+    """The files that both front ends must write identically."""
     drivers_own = ("run.json", "metrics.jsonl", "loss.svg", "best.bin")
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in drivers_own}
 
 
 @pytest.fixture(scope="module")
 def whole_runs(data):
-    """By front end, what an uninterrupted run shows, and its directory."""
+    """By front end, the output of an uninterrupted run, and its directory."""
     found = {}
     for front, threads in (("binary", "2"), ("driver", "1")):
         shown = run(*command(front, data, "", data / front), OMP_NUM_THREADS=threads).stdout
@@ -250,7 +250,7 @@ def whole_runs(data):
 
 
 def reports_error(done, *words):
-    """A front end said one sentence about a mistake."""
+    """A front end reported a mistake in one sentence."""
     one_sentence(done.stderr, "train_gpt2", *words)
 
 
@@ -261,7 +261,7 @@ SMALL = ("--layers 1 --heads 1 --channels 16 --context 16 --batch-size 2 --steps
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What a run on a text showed, and its directory."""
+    """The output of a run on a text, and its directory."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return driver("--data", "text.txt", *SMALL, cwd=folder).stdout, folder / "runs" / "1"
@@ -269,7 +269,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def byte_model(tmp_path):
-    """A model of bytes that is far from even, and its file."""
+    """A model of bytes with uneven probabilities, and its file."""
     model = random_model(16, 256, 1, 2, 8, spread=0.2)
     model.save(tmp_path / "model.bin")
     return model, tmp_path / "model.bin"
@@ -284,13 +284,13 @@ LAYER_NAMES = {"ln1": "ln_1", "qkv": "attn.c_attn", "attproj": "attn.c_proj", "l
 
 
 def encoded(values, dtype):
-    """Numbers as the bytes of a file; BF16 is the upper half of a float32, cut off."""
+    """Numbers as the bytes of a file; BF16 is a float32 truncated to its upper half."""
     data = struct.pack(f"<{len(values)}{'e' if dtype == 'F16' else 'f'}", *values)
     return data if dtype != "BF16" else b"".join(data[i + 2:i + 4] for i in range(0, len(data), 4))
 
 
 def as_huggingface(model):
-    """A model's tensors as transformers names and turns them: shapes and numbers."""
+    """The tensors of a model as transformers names and transposes them: shapes and numbers."""
     c, expected = model.config, {}
     for name, values in tensors(model).items():
         if name in ("wte", "wpe"):
@@ -310,7 +310,7 @@ def as_huggingface(model):
 
 
 def write_safetensors(path, expected, dtype="F32", change=lambda entries: None):
-    """A safetensors file of shapes and numbers by name; change(entries) may with_entry its header."""
+    """A safetensors file of shapes and numbers by name; change(entries) may edit its header."""
     entries, data = {"__metadata__": {"format": "pt"}}, b""
     for name, (shape, values) in expected.items():
         begin, data = len(data), data + encoded(values, dtype)
@@ -321,7 +321,7 @@ def write_safetensors(path, expected, dtype="F32", change=lambda entries: None):
 
 
 def hub_folder(folder, model, **config):
-    """A folder such as those on the hub: no prefix, a mask in every layer."""
+    """A folder as on the Hugging Face hub: no prefix, a mask in every layer."""
     folder.mkdir(parents=True, exist_ok=True)
     T = model.config.max_T
     masks = {f"h.{layer}.attn.bias": ((1, 1, T, T), [1.0] * T * T) for layer in range(model.config.L)}
@@ -361,16 +361,16 @@ def bpe():
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A web server on this machine, in place of GitHub and the Hugging Face hub. It serves `files` by their
-    paths, and `text` as any other. Each request takes a fault from `faults` and commits it: one of the words
-    below, the status to answer with, or the url to redirect to (with status 308, if "for good")."""
+    """A local web server that replaces GitHub and the Hugging Face hub. It serves `files` by path, and `text`
+    for any other path. Each request takes a fault from `faults`: one of the words below, a status to answer
+    with, or a url to redirect to (with status 308 if "for good")."""
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files, self.text, self.faults, self.linked = {}, b"not Shakespeare", [], None
-        self.requests, self.ranges = [], []      # the paths asked for, and (Range, If-Range)
+        self.requests, self.ranges = [], []      # requested paths, and (Range, If-Range)
         self.end_of_stall = threading.Event()
 
 
@@ -379,7 +379,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         state = self.server
-        path = self.path.replace("http://far.invalid", "")     # as asked of a proxy
+        path = self.path.replace("http://far.invalid", "")     # a request to a proxy
         text = state.files.get(path, state.text)
         state.requests.append(self.path)
         asked = self.headers["Range"], self.headers["If-Range"]
@@ -440,7 +440,7 @@ def server(monkeypatch):
 
 @pytest.fixture(scope="module")
 def maker():
-    """The module that made the references, with an independent GPT-2 in float64."""
+    """The module that computes the references, an independent GPT-2 in float64."""
     pytest.importorskip("torch")
     sys.path.insert(0, str(REFERENCES))
     return importlib.import_module("make_reference")

@@ -20,7 +20,7 @@ from train_gpt2 import GPT2
 # --- Mistakes on the command lines --------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
-    """A folder with good files and bad ones."""
+    """A folder with valid and invalid files."""
     folder = make_data(tmp_path_factory.mktemp("mistakes"))
     good = (folder / "model.bin").read_bytes()
     for name, contents in {"text.txt": b"To be, or not to be. " * 99, "empty.txt": b"",
@@ -39,7 +39,7 @@ def mistakes(tmp_path_factory):
 
 
 def cases(status, table):
-    """The mistakes of a table. The message must have what is after =>, or else the last word (of a path)."""
+    """The mistakes of a table. The message contains the words after =>, else the last word."""
     lines = [line.partition(" => ") for line in re.split(r" *[|\n] *", table.strip())]
     return [pytest.param(words, status, expected or re.split("[ /]", words)[-1], id=words)
             for words, _, expected in lines]
@@ -154,7 +154,7 @@ def test_a_run_directory_is_complete(trained):
 def test_a_new_run_encodes_its_text_again(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name * 900)
-    driver("prepare", "a.txt", "--out", "run/tokens", cwd=tmp_path)     # of an attempt that failed
+    driver("prepare", "a.txt", "--out", "run/tokens", cwd=tmp_path)     # left by a failed attempt
     driver("--data", "b.txt", "--out", "run", *SMALL, cwd=tmp_path)
     assert set(tokens_of(tmp_path / "run" / "tokens" / "train_000000.bin")) == {ord("b")}
     made = (tmp_path / "run" / "tokens" / "manifest.json").stat().st_mtime_ns
@@ -178,7 +178,7 @@ def test_a_terminal_shows_a_live_line(trained, tmp_path):
     process = subprocess.Popen([str(word) for word in words], stdout=expected, cwd=tmp_path)
     os.close(expected)
     shown = b""
-    with contextlib.suppress(OSError):     # the end of a terminal
+    with contextlib.suppress(OSError):     # end of input at a terminal
         while part := os.read(ours, 65536):
             shown += part
     os.close(ours)
@@ -197,11 +197,11 @@ def test_prepare_takes_files_and_folders(tmp_path, fraction, size):
            cwd=tmp_path)
     train, val = ([tokens_of(path) for path in sorted((tmp_path / "out").glob(f"{split}_*.bin"))]
                   for split in ("train", "val"))
-    expected = [byte for text in texts.values() for byte in [0, *text.encode()]]     # end-of-text before each
+    expected = [byte for text in texts.values() for byte in [0, *text.encode()]]     # after end-of-text
     assert sum(train + val, []) == expected
     assert all(len(shard) == size for split in (train, val) for shard in split[:-1])
     assert sum(map(len, val)) == pytest.approx(fraction * len(expected), abs=4)
-    assert val[0][0] & 0xC0 != 0x80  # no character is cut in two
+    assert val[0][0] & 0xC0 != 0x80  # no character is split
 
 
 def test_gpt2s_tokenizer_needs_tiktoken(tmp_path):

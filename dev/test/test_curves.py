@@ -15,7 +15,7 @@ from train_gpt2 import GPT2
 
 
 def drawing(path):
-    """The words of a picture, and the points of each of its lines, in the order of drawing."""
+    """The words of an SVG, and the points of each line in the order of drawing."""
     root = xml.etree.ElementTree.parse(path).getroot()
     names = {element.tag.rpartition("}")[2] for element in root.iter()}
     assert names <= set("svg style rect path text polyline circle".split())     # no script
@@ -42,7 +42,7 @@ def test_a_run_is_drawn(trained):
     expected = {"training", "training, smoothed", "validation", "loss, nats per token", "learning rate",
                 "gradient norm", "step", "0", "1", "2", "3"}
     assert expected <= set(words)
-    assert [len(line) for line in lines[3:]] == [3] * 6     # of loss and norm each step, smoothed; val, lr
+    assert [len(line) for line in lines[3:]] == [3] * 6     # loss and norm, raw and smoothed; val; lr
     assert "(prefers-color-scheme: dark)" in (trained[1] / "loss.svg").read_text()
 
 
@@ -71,7 +71,7 @@ def test_plot_overlays_runs_and_logs_of_llmc(tmp_path, trained):
     assert words[0] == "2 runs" and "a<&?>.log: best validation loss 3.0403 at step 19,750" in words
     assert any(word.startswith(f"{trained[1]}"[-60:]) for word in words) and "18,000" in words
     assert max(map(len, lines)) < 1000 and (tmp_path / "both.svg").stat().st_size < 100_000
-    start, end = lines[5][0][1], lines[5][-1][1]     # the loss: the steep start is beyond the upper edge
+    start, end = lines[5][0][1], lines[5][-1][1]     # the loss: its steep start is above the upper edge
     assert start < 0 and 100 < end < 300
     driver("plot", "a<&\x01>.log", cwd=tmp_path)
     assert len(drawing(tmp_path / "loss.svg")[1]) == 9
@@ -108,7 +108,7 @@ def test_the_memory_estimate_is_accurate(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT * 9, encoding="utf-8")
     flags = ("--data text.txt --layers 4 --heads 4 --channels 256 --context 64 --batch-size 32 --steps 2"
              " --val-batches 1 --sample-tokens 0").split()
-    # A small process between: a new process counts as having used what the one before exec did, here pytest.
+    # Through a small process: the peak memory of a process includes that before exec, here of pytest.
     between = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
                " print('used', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
     words = [sys.executable, "-c", between, sys.executable, HERE / "train_gpt2.py", *flags]

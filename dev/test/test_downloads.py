@@ -23,8 +23,8 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 @pytest.fixture
 def fetch(server, tmp_path):
-    """Downloads BODY from the server, which commits these faults, with the retries that are allowed, into the
-    folder data, and checks that nothing else is left there. Returns the ranges that were asked for."""
+    """Downloads BODY into the folder data from a server with these faults, with the allowed retries, and
+    checks that nothing else is left there. Returns the requested ranges."""
     def fetch(*faults, sha256=SHA256, size=len(BODY), body=BODY, path="/f", **options):
         server.text, server.faults, server.ranges = body, list(faults), []
         progress = train_gpt2.Progress(unit="MB", label=f"{tmp_path}/data/f: ")
@@ -106,7 +106,7 @@ def test_a_web_page_is_rejected(fetch, tmp_path):
 
 
 def test_the_hubs_sha256_is_verified(fetch, server, tmp_path):
-    for linked in (SHA256, "0" * 40):        # of a small file, git's
+    for linked in (SHA256, "0" * 40):        # of a small file: the SHA-1 of git
         server.linked = f'"{linked}"'
         fetch("/moved", "/cdn", sha256=None, size=None)
         (tmp_path / "data" / "f").unlink()
@@ -167,10 +167,10 @@ def test_a_download_shows_progress(fetch, server, monkeypatch, capsys):
 # --- Data sets ----------------------------------------------------------------------------------------------
 @pytest.fixture
 def datasets(server, tmp_path, monkeypatch):
-    """Runs dev/data/fetch.py on these files in the server's folder /base, which are the right ones."""
+    """Runs dev/data/fetch.py on these files in the folder /base of the server, taken as the right ones."""
     spec = importlib.util.spec_from_file_location("fetch", HERE / "dev" / "data" / "fetch.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "fetch", module)     # where its worker processes find their function
+    monkeypatch.setitem(sys.modules, "fetch", module)     # where worker processes find their function
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "HERE", str(tmp_path))
     monkeypatch.setattr(train_gpt2.GPT2Tokenizer, "bpe", staticmethod(lambda: type("Encoding", (), {
@@ -265,6 +265,6 @@ def test_an_interrupted_data_set_resumes(server, tmp_path):
     process.send_signal(signal.SIGINT)
     one_sentence(process.communicate(timeout=30)[1], "stopped", "resumes after the", part.name, server.url)
     assert process.returncode == 130
-    one_sentence(run(*words, status=1).stderr, "not a token shard")     # for it is whole now
+    one_sentence(run(*words, status=1).stderr, "not a token shard")     # it is complete now
     assert server.ranges[-1][0] == f"bytes={len(BODY) * 10 // 3}-"
     one_sentence(run(*words, status=1, GPT2_OFFLINE="1").stderr, "GPT2_OFFLINE", "by hand")

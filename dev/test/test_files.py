@@ -18,14 +18,14 @@ from conftest import (as_bytes, damaged, header, hellaswag_file, LIB, MATRICES, 
 from train_gpt2 import GPT2, GPT2Config, GPT2Progress, Loader
 
 
-# --- Shards and the loader; tokens that count up tell their position ----------------------------------------
+# --- Shards and the loader; tokens that count up show their position ----------------------------------------
 def batch(loader):
     x, y = loader.next()
     return [list(row) for row in x], [list(row) for row in y]
 
 
 def sequential(token_lists, B, T):
-    """The batches of an epoch in karpathy/llm.c's order."""
+    """The batches of an epoch in the order of karpathy/llm.c."""
     for tokens in map(list, token_lists):
         for at in range(0, len(tokens) - B * T, B * T):
             rows = range(at, at + B * T, T)
@@ -39,7 +39,7 @@ def test_an_unshuffled_epoch_is_sequential(tmp_path, sizes, B, T):
     loader = Loader(shards(tmp_path, *lists), B, T, 65536)
     expected = list(sequential(lists, B, T))
     assert (loader.shards, loader.tokens, loader.batches) == (len(sizes), sum(sizes), len(expected))
-    for _ in range(2):               # and round again
+    for _ in range(2):               # next epoch
         assert [batch(loader) for _ in expected] == expected
     batch(loader)
     loader.reset()
@@ -47,12 +47,12 @@ def test_an_unshuffled_epoch_is_sequential(tmp_path, sizes, B, T):
 
 
 def test_a_shuffled_epoch_has_every_sequence_once(tmp_path):
-    B, T = 5, 7                      # 11 T tokens hold ten rows from any offset, B T + 1 one batch from none
+    B, T = 5, 7                      # 11 T tokens: ten rows at any offset; B T + 1: one batch at offset 0
     ranges = [range(1000 * i, 1000 * i + n) for i, n in enumerate((11 * T, B * T + 1, 11 * T, 2 * T))]
     pattern = shards(tmp_path, *ranges)
 
     def epochs(seed):
-        """Where each row of each epoch starts."""
+        """The start of each row of each epoch."""
         loader = Loader(pattern, B, T, 65536, shuffle=True, seed=seed)
         for _ in range(6):
             rows = [row for _ in range(5) for row in zip(*batch(loader))]
@@ -67,8 +67,8 @@ def test_a_shuffled_epoch_has_every_sequence_once(tmp_path):
             first = own[0] if rows == 10 else 0
             assert first < T and own == list(range(first, first + rows * T, T))
     assert len(set(seen)) == len(seen) == 12
-    assert len({tuple(start // 1000 for start in starts) for starts in seen}) > 1     # the shards' order
-    assert len({min(starts) for starts in seen}) > 1                                   # the rows' offset
+    assert len({tuple(start // 1000 for start in starts) for starts in seen}) > 1     # order of shards
+    assert len({min(starts) for starts in seen}) > 1                                   # offset of rows
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -114,8 +114,8 @@ def test_more_than_2_to_the_31_bytes_of_tokens_are_read(tmp_path):
     marks = [max(row) for row in rows]
     assert (loader.tokens, loader.batches) == (n, (n - 1) // T)
     assert all(row.count(0) == T - 1 for row in rows) and len(set(marks)) == 12
-    assert len({row.index(mark) for row, mark in zip(rows, marks)}) == 1     # all rows from one offset
-    assert max(marks) * T > 2**30    # tokens of two bytes
+    assert len({row.index(mark) for row, mark in zip(rows, marks)}) == 1     # all rows have one offset
+    assert max(marks) * T > 2**30    # two bytes per token
 
 
 def test_invalid_loaders_are_rejected(tmp_path):
@@ -136,7 +136,7 @@ def test_invalid_loaders_are_rejected(tmp_path):
         loader = Loader(pattern, 1, 4, 100)
         loader.next()
         shards(tmp_path, other)
-        os.utime(tmp_path / "train_000.bin", (1, 1))     # a clock may be too coarse for two writes in a row
+        os.utime(tmp_path / "train_000.bin", (1, 1))     # two writes may be within one tick of the clock
         with rejects(f"{len(other)} tokens", 40, "changed"):
             loader.next()
 
@@ -185,7 +185,7 @@ def test_a_bf16_file_is_rounded_to_nearest_even(tmp_path):
 
 @pytest.fixture(scope="module")
 def good_files(tmp_path_factory):
-    """By kind, a good file and what opens it."""
+    """By kind, a valid file and the function that opens it."""
     folder = tmp_path_factory.mktemp("good")
     shards(folder, range(40))
     model = random_model(7, 5, 2, 2, 8)
@@ -240,10 +240,10 @@ def test_unreadable_paths_are_rejected(good_files, tmp_path, kind, make, words):
     good, opens = good_files[kind]
     make(tmp_path / good.name)
     root = os.geteuid() == 0 and make == make_unreadable
-    if root:                             # who may read everything
+    if root:                             # root may read everything
         os.seteuid(65534)
     try:
-        with rejects(tmp_path / good.name, words if kind != "shard" else ""):     # glob may not find it
+        with rejects(tmp_path / good.name, words if kind != "shard" else ""):     # glob may skip it
             opens(str(tmp_path / good.name))
     finally:
         if root:
@@ -255,23 +255,23 @@ def test_checksums_detect_changed_files(good_files, tmp_path, kind):
     good, opens = good_files[kind]
     path, whole, draw = tmp_path / good.name, good.read_bytes(), random.Random(1)
 
-    def refuse(broken):
+    def reject(broken):
         path.write_bytes(broken)
         with rejects(path, "checksum"):
             opens(str(path))
 
-    bits = range(8 * 4, 8 * len(whole))     # the magic number is looked at before
+    bits = range(8 * 4, 8 * len(whole))     # the magic number is checked first
     for bit in (*draw.sample(bits, 200), 8 * 1016, 8 * 1024, bits[-1]):
         broken = bytearray(whole)
         broken[bit // 8] ^= 1 << bit % 8
-        refuse(broken)
-    for _ in range(50):                      # two blocks that changed places
+        reject(broken)
+    for _ in range(50):                      # two blocks swapped
         a, b = (slice(at, at + 64) for at in draw.sample(range(1024, len(whole) - 64, 64), 2))
         broken = bytearray(whole)
         broken[a], broken[b] = whole[b], whole[a]
         if broken != whole:
-            refuse(broken)
-    path.write_bytes(unsealed(whole))        # another program's, which has none
+            reject(broken)
+    path.write_bytes(unsealed(whole))        # of another program, without a checksum
     opens(str(path))
 
 

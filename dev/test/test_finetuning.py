@@ -12,7 +12,7 @@ from train_gpt2 import GPT2, GPT2Config, Loader
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder with a text, and a model of bytes."""
+    """A folder with a text and a byte-level model."""
     folder = tmp_path_factory.mktemp("base")
     (folder / "text.txt").write_text(TEXT * 9, encoding="utf-8")
     GPT2(GPT2Config(32, 256, 1, 1, 48), seed=1).save(folder / "model.bin")
@@ -20,7 +20,7 @@ def base(tmp_path_factory):
 
 
 def tune(base, out, flags):
-    """Fine-tunes base's model on its text. What is shown, the settings, and the run directory."""
+    """Fine-tunes a model on a text; returns the output, the settings and the run directory."""
     shown = driver("--init", "model.bin", "--data", "text.txt", "--out", out, *flags.split(), cwd=base).stdout
     return shown, json.loads((base / out / "run.json").read_text()), base / out
 
@@ -76,11 +76,11 @@ def test_the_best_model_survives_resuming(base):
     _, _, parts = tune(base, "parts", flags + "0")
     rows = {row["step"]: row["val_loss"] for row in metrics(whole) if "val_loss" in row}
     step = min(rows, key=rows.get)
-    assert step == 2 and LIB.gpt2_newest(str(whole)) == 12     # at first it gets better, then worse
+    assert step == 2 and LIB.gpt2_newest(str(whole)) == 12     # first improves, then gets worse
     for later in (8, 12):
         (parts / f"DONE_{later:08}").unlink()
     assert "resumed at step 4" in driver("--resume", "--out", parts, "--patience", 2).stdout
-    assert LIB.gpt2_newest(str(parts)) == 6     # what was validated beyond step 4 before does not count
+    assert LIB.gpt2_newest(str(parts)) == 6     # earlier validations beyond step 4 do not count
     shown = driver("--resume", "--out", parts, "--patience", 0).stdout
     assert f"{rows[2]:.4f} at step 2 ({parts}/best.bin)" in shown
     uninterrupted, resumed = (curves.read_curves(str(folder)) for folder in (whole, parts))

@@ -17,8 +17,8 @@ from conftest import (as_bytes, command, each_reference, HERE, make_data, one_se
 from train_gpt2 import GPT2, GPT2Config
 
 
-# GPT2_GPU_BUILD=DIR names the builds under test: those of `make emulated`, or on a machine with a GPU the
-# real ones (dev/cuda/on_gpu.sh does that). dev/cuda/emulate.h says what the emulation finds, and how.
+# GPT2_GPU_BUILD=DIR has the builds under test: those of `make emulated`, or on a machine with a GPU the real
+# ones (see dev/cuda/on_gpu.sh). dev/cuda/emulate.h lists what the emulation detects.
 GPU_BUILD = pathlib.Path(os.environ.get("GPT2_GPU_BUILD", HERE / "build" / "emulated")).resolve()
 EMULATED = (GPU_BUILD / "selftest").exists()
 needs_gpu_build = pytest.mark.skipif(not (GPU_BUILD / "libgpt2cu_fp32.so").exists(),
@@ -28,7 +28,7 @@ each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 BF16 = json.loads((HERE / "dev" / "cuda" / "bf16_errors.json").read_text())
 
 
-load_library = train_gpt2.library.__wrapped__      # that of on_gpu is another
+load_library = train_gpt2.library.__wrapped__      # on_gpu has another
 
 
 def gpu_file(name, precision):
@@ -45,13 +45,13 @@ def gpu_library(precision):
 
 @pytest.fixture
 def on_gpu(precision, monkeypatch):
-    """Within the test, models are the GPU's."""
+    """Within the test, models are on the GPU."""
     monkeypatch.setattr(train_gpt2, "library", lambda device="auto": gpu_library(precision))
 
 
 def bf16_limits(name):
-    """What bf16 may differ from a reference by: somewhat more than PyTorch in bf16 does. A single number may
-    be near by chance, so for them it is the furthest of all references."""
+    """Tolerance of bf16 against a reference: a little more than the error of PyTorch in bf16. Single numbers
+    may be close by chance, so theirs is the largest of all references."""
     limits = {row: BF16["factor"] * error for row, error in BF16["errors"][name].items()}
     for row in ("loss", "losses"):
         limits[row] = BF16["factor"] * max(errors[row] for errors in BF16["errors"].values())
@@ -110,7 +110,7 @@ def test_gpu_results_match_the_cpu(shape, precision, monkeypatch):
 
 
 def gpu_run(data, precision, out, flags="", resume=False, **environment):
-    """A run by a GPU's binary, and what it wrote."""
+    """A run of the GPU binary, and its files."""
     words = command("binary", data, flags, out, resume)
     run(gpu_file("train_gpt2cu", precision), *words[1:], **environment)
     return outputs(out)
@@ -118,13 +118,13 @@ def gpu_run(data, precision, out, flags="", resume=False, **environment):
 
 @pytest.fixture(scope="module")
 def gpu_runs(data, tmp_path_factory):
-    """By precision, what an uninterrupted run writes."""
+    """By precision, the files of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("gpu")
     return functools.lru_cache(lambda precision: gpu_run(data, precision, folder / precision))
 
 
 def started_by(files, folder):
-    """A folder with the checkpoint of step 4 from a run's files, as if it had been stopped there."""
+    """A folder with only the checkpoint of step 4, as of a run that was stopped there."""
     for name in ("DONE_00000004", "model_00000004.bin", "state_00000004_00000.bin"):
         (folder / name).write_bytes(files[name])
     (folder / "main.log").write_bytes(files["main.log"].partition(b"s:4 ")[0])
@@ -146,7 +146,7 @@ def test_a_gpu_run_is_reproducible(data, gpu_runs, tmp_path, precision, environm
 
 @needs_gpu_build
 def test_a_gpu_run_with_heads_of_64_channels_is_reproducible(tmp_path):
-    """These heads' attention has kernels of its own."""
+    """Head size 64 has attention kernels of its own."""
     make_data(tmp_path, GPT2Config(160, V, 1, 2, 128))
     flags = "-b 2 -t 150 -d 300 -x 2 -v 0 -g 0 -n 2"
     whole, *others = (gpu_run(tmp_path, "bf16", tmp_path / str(i), flags, **environment)
@@ -184,7 +184,7 @@ def test_a_run_moves_between_devices(data, whole_runs, gpu_runs, tmp_path, preci
     start = parameters_of((data / "model.bin").read_bytes())
     ours, expected = ([a - b for a, b in zip(parameters_of(files[name]), start)] for files in (ended, cpu))
     assert relative(parameters_of(ended[name]), parameters_of(cpu[name])) <= limit
-    assert relative(ours, expected) <= (0.01 if precision == "fp32" else 0.3)     # of the way that they went
+    assert relative(ours, expected) <= (0.01 if precision == "fp32" else 0.3)     # of their path
     logs = [re.findall(r"(s:\d+ t[re]l:)(\S+)", files["main.log"].decode()) for files in (ended, cpu)]
     assert [step for step, _ in logs[0]] == [step for step, _ in logs[1]] and len(logs[0]) == 12
     for (_, a), (_, b) in zip(*logs):
@@ -219,7 +219,7 @@ def test_gpu_training_without_master_weights(name, precision, on_gpu):
 @needs_gpu_build
 @each_precision
 def test_gpu_graphs_survive_evicted_plans(precision, on_gpu):
-    """A graph is captured when a pass comes for the second time, and no plan can be made while it is."""
+    """A graph is captured when a pass runs for the second time; no plan can be created meanwhile."""
     x, y = token_rows(2, 16, 70)
 
     def gradients(model):
@@ -231,7 +231,7 @@ def test_gpu_graphs_survive_evicted_plans(precision, on_gpu):
 
     model = random_model(16, 70, 2, 2, 32)
     first = gradients(model)
-    for T in range(1, 16):                   # five plans each, and there is room for 64
+    for T in range(1, 16):                   # five plans each; 64 are kept
         model.logits([row[:T] for row in x])
     assert [gradients(model) for _ in range(3)] == [first] * 3
 
@@ -243,7 +243,7 @@ def test_gpu_and_cpu_generate_the_same_text(monkeypatch):
     expected = GPT2(ours.config)
     for name in TENSORS:
         expected.set(name, ours.get(name))
-    for temperature in (0, 0.8):             # past max_T, where half of the text is dropped
+    for temperature in (0, 0.8):             # past max_T, where half of the context is dropped
         texts = [list(model.generate([1, 2, 3], 60, temperature, top_k=20)) for model in (ours, expected)]
         assert texts[0] == texts[1] and len(set(texts[0])) > 5
 
@@ -251,7 +251,7 @@ def test_gpu_and_cpu_generate_the_same_text(monkeypatch):
 @needs_emulation
 @each_precision
 def test_a_gpu_with_too_little_memory_is_reported(data, tmp_path, precision):
-    for memory in ("1000", "33700000", "34500000"):     # 32 MiB are cuBLASLt's
+    for memory in ("1000", "33700000", "34500000"):     # 32 MiB are the workspace of cuBLASLt
         done = run(gpu_file("train_gpt2cu", precision), *command("binary", data, "", tmp_path / memory)[1:],
                    status=1, GPT2_EMULATE_MEMORY=memory)
         one_sentence(done.stderr, "memory")

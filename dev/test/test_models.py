@@ -71,7 +71,7 @@ def test_a_model_is_exported_rounded_to_nearest(tmp_path, small, dtype):
     found = read_safetensors(tmp_path / "hf" / "model.safetensors")
     reference = as_huggingface(model)
     assert set(found) == {"transformer." + name for name in reference}
-    if dtype == "BF16":                      # as the library rounds
+    if dtype == "BF16":                      # rounded as in the library
         model.save(tmp_path / "model5.bin", version=5)
         reference = as_huggingface(GPT2.load(tmp_path / "model5.bin"))
     for name, (shape, values) in reference.items():
@@ -202,7 +202,7 @@ def test_mutated_model_files_do_not_crash(tmp_path, small, capfd):
             at = draw.randrange(min(len(contents), start))
             new = draw.choice(pieces) if trial % 2 else bytes([draw.randrange(256)])
             contents[at:at + draw.randrange(3)] = new
-        if name == "model.safetensors" and trial % 3:     # the length may fit
+        if name == "model.safetensors" and trial % 3:     # the length may still match
             contents[:8] = struct.pack("<Q", start - 8 + len(contents) - len(good[name]))
         contents = contents[:draw.randrange(len(contents))] if trial % 10 == 0 else contents
         for each in good:
@@ -282,7 +282,7 @@ def test_llmc_exports_include_the_tokenizer(tmp_path, small):
 
 @pytest.fixture
 def toy_bpe():
-    """A tokenizer of small letters, a space, end-of-text and seven merges; and the merges."""
+    """A tokenizer of lower-case letters, a space, end-of-text and seven merges; and the merges."""
     merges = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the"), (b"e", b"r"), (b"h", b"er"), (b"the", b"r"),
               (b"ther", b"e")]
     pieces = [*(bytes([letter]) for letter in b"abcdefghijklmnopqrstuvwxyz "), b"<|endoftext|>"]

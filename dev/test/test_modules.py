@@ -1,4 +1,4 @@
-"""Tests of the driver's optional modules: loaded only where needed, and not needed to train and sample."""
+"""Tests of the optional modules of the driver: loaded only where needed, not needed to train and sample."""
 import functools
 import os
 import shutil

@@ -20,7 +20,7 @@ from train_gpt2 import GPT2, GPT2Config
 
 # --- Generation ---------------------------------------------------------------------------------------------
 def draws(model, tokens, n, temperature, top_k=0, top_p=1.0):
-    """n tokens to follow the same ones."""
+    """n tokens that continue the same prompt."""
     rng = ctypes.c_uint64(1)
     ids = (ctypes.c_int32 * len(tokens))(*tokens)
     place = (model.handle, ids, len(tokens), temperature, top_k, top_p, ctypes.byref(rng))
@@ -31,7 +31,7 @@ def test_temperature_0_is_greedy():
     model = random_model(12, 31, 2, 2, 8)
     text = [5]
     for token in model.generate(text.copy(), 20, temperature=0):
-        first = max(len(text) - 12 + 5, 0) // 6 * 6     # max_T is 12: past it, the last 7 to 12 tokens count
+        first = max(len(text) - 12 + 5, 0) // 6 * 6     # max_T is 12: the last 7 to 12 tokens count
         last = model.logits([text[first:]]).tolist()[0][-1]
         assert token == last.index(max(last))
         text.append(token)
@@ -63,8 +63,8 @@ def test_top_p_allows_the_smallest_set():
 
 
 def test_cached_keys_and_values_change_nothing():
-    """Texts that begin alike or not, a batch and a changed parameter between them: the last token's logits
-    are those of a model that computes all anew."""
+    """Texts with and without a common prefix, a batch and a changed parameter in between: the logits of the
+    last token are those of a model without a cache."""
     kept, anew = random_model(24, 41, 2, 2, 16), random_model(24, 41, 2, 2, 16)
     generator = random.Random(1)
     text = []
@@ -92,7 +92,7 @@ def test_sampling_frequencies_match_the_softmax(temperature):
     drawn = draws(model, [3, 1, 4], n, temperature)
     expected = [n * share / sum(shares) for share in shares]
     chi = sum((drawn.count(i) - e) ** 2 / e for i, e in enumerate(expected) if e >= 5)
-    assert chi < 40                  # of at most ten degrees of freedom, so one in 60,000 seeds has more
+    assert chi < 40                  # at most ten degrees of freedom: one seed in 60,000 exceeds it
 
 
 def test_a_seed_determines_the_text():
@@ -106,7 +106,7 @@ def test_a_seed_determines_the_text():
 
 # --- HellaSwag ----------------------------------------------------------------------------------------------
 def verdicts(text, nats):
-    """How often the right completion is best by its sum of nats(tokens) over its own tokens; by the mean."""
+    """How often the right completion has the lowest sum of nats(tokens), and the lowest mean."""
     right = [0, 0]
     for context, completions, label in text:
         sums = [sum(nats(context + completion)[-len(completion):]) for completion in completions]
@@ -118,14 +118,14 @@ def verdicts(text, nats):
 
 def test_hellaswag_counts_the_most_probable_completions(tmp_path):
     model = random_model(24, 41, 2, 2, 16)
-    text = hellaswag_file(tmp_path / "h.bin", 41, 60, longest=40)     # some contexts lose their beginning
+    text = hellaswag_file(tmp_path / "h.bin", 41, 60, longest=40)     # some contexts are truncated
 
     def nats(tokens):
         tokens = tokens[-25:]
         rows = model.logits([tokens[:-1]]).tolist()[0]
         return [math.log(sum(map(math.exp, row))) - row[token] for row, token in zip(rows, tokens[1:])]
 
-    # a context is cut for the longest completion of its example
+    # a context is cut to fit the longest completion of its example
     cut = [(context[-(25 - max(map(len, completions))):], completions, label)
            for context, completions, label in text]
     expected = verdicts(cut, nats)
@@ -201,7 +201,7 @@ def test_a_sample_streams_text_up_to_a_stop(byte_model, tmp_path):
 
 
 def test_a_conversation_keeps_its_context(byte_model):
-    """Each answer continues all lines and answers before it; the end of input ends it."""
+    """Each answer continues all previous lines and answers; the end of input ends the session."""
     model, path = byte_model
     words = [sys.executable, HERE / "train_gpt2.py", "sample", path, "--interactive", "--tokens", "6",
              "--temperature", "0"]

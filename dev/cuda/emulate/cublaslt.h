@@ -60,7 +60,7 @@ struct cublasLtMatmulHeuristicResult_t {
 
 namespace emulate {
 __attribute__((format(printf, 2, 3)))
-inline cublasStatus_t refuse(cublasStatus_t status, const char *format, ...) {
+inline cublasStatus_t reject(cublasStatus_t status, const char *format, ...) {
     va_list list;
     va_start(list, format);
     vsnprintf(sentence, sizeof sentence, format, list);
@@ -138,30 +138,30 @@ inline cublasStatus_t matmul_shapes(const MatmulDesc &desc, const Layout &a, con
     const number M = a_plain ? a.rows : a.cols, K = a_plain ? a.cols : a.rows;
     const number N = b_plain ? b.cols : b.rows, L = b_plain ? b.rows : b.cols;
     if (K != L || d.rows != M || d.cols != N || c.rows != M || c.cols != N || !M || !N || !K)
-        return refuse(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: op(A) is %llu x %llu, op(B) %llu x %llu, "
+        return reject(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: op(A) is %llu x %llu, op(B) %llu x %llu, "
                       "C %llu x %llu, D %llu x %llu", M, K, L, N, (number)c.rows, (number)c.cols,
                       (number)d.rows, (number)d.cols);
     for (const Layout *l : {&a, &b, &c, &d}) {
         if (l->ld < (int64_t)l->rows)
-            return refuse(CUBLAS_STATUS_INVALID_VALUE,
+            return reject(CUBLAS_STATUS_INVALID_VALUE,
                           "cublasLtMatmul: a leading dimension of %lld for %lld rows",
                           (long long)l->ld, (long long)l->rows);
         if (l->batch < 1 || l->batch != d.batch)
-            return refuse(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: batches of %d and %d", l->batch,
+            return reject(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: batches of %d and %d", l->batch,
                           d.batch);
     }
     if (d.batch > 1 && (uint64_t)d.stride < (uint64_t)d.ld * (d.cols - 1) + d.rows)
-        return refuse(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: the matrices of D's batch overlap");
+        return reject(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: the matrices of D's batch overlap");
     if (a.type != b.type || c.type != d.type || (a.type == CUDA_R_32F && d.type != CUDA_R_32F))
-        return refuse(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmul: types %d, %d, %d, %d", a.type, b.type,
+        return reject(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmul: types %d, %d, %d, %d", a.type, b.type,
                       c.type, d.type);
     if (desc.epilogue & 128 && (desc.aux_ld < (int64_t)d.rows || desc.aux_ld % 8 || d.batch > 1))
-        return refuse(CUBLAS_STATUS_NOT_SUPPORTED,
+        return reject(CUBLAS_STATUS_NOT_SUPPORTED,
                       "cublasLtMatmul: EPILOGUE_AUX_LD is %lld for %lld rows; it must be a "
                       "multiple of 8, and the batch 1", (long long)desc.aux_ld, (long long)d.rows);
     if (desc.epilogue & CUBLASLT_EPILOGUE_BIAS && desc.bias_type >= 0 && desc.bias_type != d.type &&
         !(a.type == CUDA_R_16BF && desc.bias_type == CUDA_R_16BF))
-        return refuse(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmul: a bias of type %d with D of type %d",
+        return reject(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmul: a bias of type %d with D of type %d",
                       desc.bias_type, d.type);
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -173,12 +173,12 @@ inline cublasStatus_t need_device(const char *what, const void *p, size_t bytes)
     char found[256];
     if (holds(p, bytes, true)) return CUBLAS_STATUS_SUCCESS;
     describe(found, sizeof found, p);
-    return refuse(CUBLAS_STATUS_EXECUTION_FAILED, "cublasLtMatmul: %s, %zu bytes, is out of bounds at %s",
+    return reject(CUBLAS_STATUS_EXECUTION_FAILED, "cublasLtMatmul: %s, %zu bytes, is out of bounds at %s",
                   what, bytes, found);
 }
 template <class T> cublasStatus_t take(T *to, const void *from, size_t bytes) {
     if (bytes != sizeof *to)
-        return refuse(CUBLAS_STATUS_INVALID_VALUE, "an attribute of %zu bytes was given %zu", sizeof *to,
+        return reject(CUBLAS_STATUS_INVALID_VALUE, "an attribute of %zu bytes was given %zu", sizeof *to,
                       bytes);
     memcpy(to, from, bytes);
     return CUBLAS_STATUS_SUCCESS;
@@ -196,7 +196,7 @@ inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
 inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *out, cublasComputeType_t compute,
                                                cudaDataType_t scale) {
     if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F)
-        return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED,
+        return emulate::reject(CUBLAS_STATUS_NOT_SUPPORTED,
                                "emulate.h computes in fp32 (CUBLAS_COMPUTE_32F)");
     return *out = new emulate::MatmulDesc, CUBLAS_STATUS_SUCCESS;
 }
@@ -222,13 +222,13 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d,
         break;
     default: break;
     }
-    return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED,
+    return emulate::reject(CUBLAS_STATUS_NOT_SUPPORTED,
                            "emulate.h has no matmul attribute %d with the value %d", which, number);
 }
 inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *out, cudaDataType_t type,
                                                  uint64_t rows, uint64_t cols, int64_t ld) {
     if (type != CUDA_R_32F && type != CUDA_R_16BF)
-        return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED, "emulate.h has no matrices of type %d", type);
+        return emulate::reject(CUBLAS_STATUS_NOT_SUPPORTED, "emulate.h has no matrices of type %d", type);
     return *out = new emulate::Layout{type, rows, cols, ld}, CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) {
@@ -242,7 +242,7 @@ inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l,
     case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT: return emulate::take(&l->batch, value, bytes);
     case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET: return emulate::take(&l->stride, value, bytes);
     }
-    return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED, "emulate.h has no layout attribute %d", which);
+    return emulate::reject(CUBLAS_STATUS_NOT_SUPPORTED, "emulate.h has no layout attribute %d", which);
 }
 inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *out) {
     return *out = new emulate::Preference, CUBLAS_STATUS_SUCCESS;
@@ -257,7 +257,7 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
     if (which >= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES &&
         which <= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES)
         return emulate::take(&p->align[which - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], value, bytes);
-    return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED, "emulate.h has no preference %d", which);
+    return emulate::reject(CUBLAS_STATUS_NOT_SUPPORTED, "emulate.h has no preference %d", which);
 }
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
                                                      cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
@@ -266,7 +266,7 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
                                                      cublasLtMatmulHeuristicResult_t *results, int *found) {
     *found = 0;
     for (const emulate::Stream *stream : emulate::device().streams)     /* as some versions do */
-        if (stream->capture) return emulate::refuse(CUBLAS_STATUS_NOT_SUPPORTED, "a graph is being captured");
+        if (stream->capture) return emulate::reject(CUBLAS_STATUS_NOT_SUPPORTED, "a graph is being captured");
     const cublasStatus_t status = emulate::matmul_shapes(*desc, *a, *b, *c, *d);
     if (status || wanted < 1) return status;
     memset((void *)results, 0, sizeof *results);
@@ -292,12 +292,12 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
         if (i == 2 && m.beta == 0 && !C) continue;
         status = emulate::need_device(names[i], address[i], emulate::layout_bytes(*layout[i]));
         if (!status && (uintptr_t)address[i] % align)
-            status = emulate::refuse(CUBLAS_STATUS_INVALID_VALUE,
+            status = emulate::reject(CUBLAS_STATUS_INVALID_VALUE,
                                      "cublasLtMatmul: %s is at %p, but the algorithm was "
                                      "chosen for a multiple of %zu", names[i], address[i], align);
     }
     if (!status && algo && algo->data[4] != 1)
-        status = emulate::refuse(CUBLAS_STATUS_INVALID_VALUE,
+        status = emulate::reject(CUBLAS_STATUS_INVALID_VALUE,
                                  "cublasLtMatmul: the algorithm is from no heuristic");
     if (!status && workspace_bytes)
         status = emulate::need_device("the workspace", workspace, workspace_bytes);
