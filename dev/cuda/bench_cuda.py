@@ -101,7 +101,7 @@ def pytorch(shape, B):
 def worker(side, name, B):
     """Prints the seconds of a step, in groups, as a line of JSON."""
     steps = SHAPES[name][4]
-    step = (ours if side == "ours" else pytorch)(SHAPES[name], B)
+    step = {"ours": ours, "pytorch": pytorch}[side](SHAPES[name], B)
     last = getattr(step, "synchronized", step)
     loss = last()
     for _ in range(2):
@@ -153,8 +153,12 @@ def main():
     peak = next((PEAKS[part] for part in sorted(PEAKS, key=len, reverse=True) if part in gpu), None)
     deadline = time.monotonic() + args.seconds
     has_torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
-    print(f"{gpu}, bf16 peak {peak * 1e-12:.0f} TFLOP/s" if peak else f"{gpu}, bf16 peak unknown",
-          "; no PyTorch here" if not has_torch else "", sep="")
+    facts = [gpu, "bf16 peak unknown"]
+    if peak:
+        facts[1] = f"bf16 peak {peak * 1e-12:.0f} TFLOP/s"
+    if not has_torch:
+        facts.append("no PyTorch here")
+    print(", ".join(facts))
     print(f"{'shape':13} {'side':8} {'B':>3} {'ms/step':>9} {'tokens/s':>10} {'MFU':>6} {'GB':>6} {'loss':>7}"
           " ratio")
     names = [name for name in SHAPES if args.shape in name]
@@ -172,12 +176,16 @@ def main():
         seconds = statistics.median(answer["times"])
         parameters = V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
         found[name, side] = rate = B * T / seconds
-        mfu = f"{100 * rate * (6 * parameters + 6 * L * T * C) / peak:5.1f}%" if peak else "     ?"
-        ratio = found[name, "ours"] / rate if (name, "ours") in found else float("nan")
+        mfu = "     ?"
+        if peak:
+            mfu = f"{100 * rate * (6 * parameters + 6 * L * T * C) / peak:5.1f}%"
+        ratio = found.get((name, "ours"), float("nan")) / rate
         memory = float(answer["memory"] or "nan") * 1.048576e-3
         print(f"{name:13} {side:8} {B:3} {seconds * 1e3:9.2f} {rate:10.0f} {mfu} {memory:6.1f}"
               f" {answer['loss']:7.3f} {ratio:5.2f}", flush=True)
-    return None if all((name, "ours") in found for name in names[:2]) else "bench_cuda.py: not all was timed"
+    if not all((name, "ours") in found for name in names[:2]):
+        return "bench_cuda.py: not every shape was timed"
+    return None
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def main():
     for kernel, lines in code.items():
         if args.kernel not in kernel:
             continue
-        name = re.search(r"_Z\d+(\w+?_kernel)", kernel)
-        print("{}: {} registers, {} bytes of spills".format(name[1] if name else kernel, *sizes[kernel]))
+        name = re.sub(r"^_Z\d+(\w+?_kernel).*", r"\1", kernel)
+        print("{}: {} registers, {} bytes of spills".format(name, *sizes[kernel]))
         labels = {label: at for at, (word, label) in enumerate(lines) if not word}
         for at, (word, label) in enumerate(lines):
             body = collections.Counter(word for word, _ in lines[labels.get(label, at):at] if word)

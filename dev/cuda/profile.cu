@@ -49,9 +49,12 @@ template <class Shape, class... Arguments>
 static cublasStatus_t timed_product(const Shape &s, double element, cudaStream_t stream,
                                     Arguments... arguments) {
     const double M = (double)s.M, N = (double)s.N, K = (double)s.K;
-    const double d_element = (s.type_d == CUDA_R_32F ? 4 : 2) * (s.add ? 2 : 1);
-    const double aux_element = s.epilogue & 128 ? element : 0;     /* set in every epilogue with bias */
-    const char *role = s.transposed_b ? "forward" : s.transposed_a ? "d-weight" : "d-input";
+    double d_element = s.type_d == CUDA_R_32F ? 4 : 2, aux_element = 0;
+    if (s.add) d_element *= 2;            /* reads D too */
+    if (s.epilogue & 128) aux_element = element;     /* in every epilogue with an auxiliary matrix */
+    const char *role = "d-input";
+    if (s.transposed_a) role = "d-weight";
+    if (s.transposed_b) role = "forward";
     char name[96];
     snprintf(name, sizeof name, "%.0f x %.0f x %.0f %s", M, N, K, role);
     span_begin(name, 2 * M * N * K, element * (M * K + K * N) + (d_element + aux_element) * M * N, stream);

@@ -72,9 +72,11 @@ static void warps(void) {
     std::vector<int> out = from_device(p, 64 * WAYS);
     for (int t = 0; t < 64; t++) {
         const int lane = t % 32, first = t - lane, eight = t - t % 8;
-        const int expected[WAYS] = {t ^ 5, first + 7, lane + 3 < 32 ? t + 3 : t, 0x49249249, t >= 32,
-            eight + 1, t ^ 1,
-                                    32 * first + 496, t % 16 * 100 + t / 16, t % 8 + 3 < 8 ? t + 3 : t};
+        int down = t + 3, down_in_eight = t + 3;     /* past the end a lane keeps its own value */
+        if (lane + 3 >= 32) down = t;
+        if (t % 8 + 3 >= 8) down_in_eight = t;
+        const int expected[WAYS] = {t ^ 5, first + 7, down, 0x49249249, t >= 32, eight + 1, t ^ 1,
+                                    32 * first + 496, t % 16 * 100 + t / 16, down_in_eight};
         for (int i = 0; i < WAYS; i++)
             if (out[t * WAYS + i] != expected[i]) {
                 printf("thread %d, way %d: %d, expected %d\n", t, i, out[t * WAYS + i], expected[i]);
@@ -117,13 +119,10 @@ __global__ void mma_kernel(float *d, float *d2, uint32_t *ld, const float *c, co
     __syncwarp();
     uint32_t fa[4], fb[2];
     __nv_bfloat16 *ha = (__nv_bfloat16 *)fa, *hb = (__nv_bfloat16 *)fb;
-    for (int i = 0; i < 8; i++)
-        ha[i] = a[(group + (i < 2 || (i >= 4 &&
-                                      i < 6) ? 0 : 8)) * 16 + member * 2 + (i & 1) + (i >= 4 ? 8 : 0)];
-    for (int i = 0; i < 4; i++) hb[i] = b[group * 16 + member * 2 + (i & 1) + (i >= 2 ? 8 : 0)];
+    for (int i = 0; i < 8; i++) ha[i] = a[(group + i / 2 % 2 * 8) * 16 + member * 2 + i % 2 + i / 4 * 8];
+    for (int i = 0; i < 4; i++) hb[i] = b[group * 16 + member * 2 + i % 2 + i / 2 * 8];
     float acc[4], acc2[4];
-    for (int i = 0; i < 4; i++)
-        acc[i] = acc2[i] = c[(group + (i < 2 ? 0 : 8)) * 8 + member * 2 + (i & 1)];
+    for (int i = 0; i < 4; i++) acc[i] = acc2[i] = c[(group + i / 2 * 8) * 8 + member * 2 + i % 2];
     mma_m16n8k16_bf16(acc, fa, fb);
     uint32_t la[4], lb[4], lt[4];
     ldmatrix_x4(la, shared_address(&sa[lane % 16][lane / 16 * 8]));
@@ -131,8 +130,8 @@ __global__ void mma_kernel(float *d, float *d2, uint32_t *ld, const float *c, co
     mma_m16n8k16_bf16(acc2, la, lb);
     ldmatrix_x4_trans(lt, shared_address(&sa[lane % 16][lane / 16 * 8]));
     for (int i = 0; i < 4; i++) {
-        d[(group + (i < 2 ? 0 : 8)) * 8 + member * 2 + (i & 1)] = acc[i];
-        d2[(group + (i < 2 ? 0 : 8)) * 8 + member * 2 + (i & 1)] = acc2[i];
+        d[(group + i / 2 * 8) * 8 + member * 2 + i % 2] = acc[i];
+        d2[(group + i / 2 * 8) * 8 + member * 2 + i % 2] = acc2[i];
         ld[lane * 8 + i] = la[i];
         ld[lane * 8 + 4 + i] = lt[i];
     }
@@ -237,8 +236,9 @@ static void *random_operand(const Product &p, std::vector<float> &values, size_t
 }
 
 static void make_operands(Product &p) {
-    const int rows[3] = {p.transpose_a ? p.K : p.M, p.transpose_b ? p.N : p.K, p.M};
-    const int cols[3] = {p.transpose_a ? p.M : p.K, p.transpose_b ? p.K : p.N, p.N};
+    int rows[3] = {p.M, p.K, p.M}, cols[3] = {p.K, p.N, p.N};
+    if (p.transpose_a) std::swap(rows[0], cols[0]);
+    if (p.transpose_b) std::swap(rows[1], cols[1]);
     for (int i = 0; i < 3; i++) {
         p.rows[i] = rows[i];
         p.cols[i] = cols[i];

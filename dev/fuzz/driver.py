@@ -82,8 +82,11 @@ def spell(document, twice=None):
 def branches(document, path=()):
     """The paths of all values in a JSON document."""
     yield path
-    inner = document.items() if isinstance(document, dict) else enumerate(document) \
-        if isinstance(document, list) else ()
+    inner = ()
+    if isinstance(document, dict):
+        inner = document.items()
+    elif isinstance(document, list):
+        inner = enumerate(document)
     for key, value in inner:
         yield from branches(value, (*path, key))
 
@@ -172,7 +175,9 @@ def reader(function):
 
 
 def safetensors(header, data, length=None):
-    return struct.pack("<Q", (len(header) if length is None else length) % 2**64) + header + data
+    if length is None:
+        length = len(header)
+    return struct.pack("<Q", length % 2**64) + header + data
 
 
 def imported(out):
@@ -199,7 +204,10 @@ def weights(draw, good, folder):
     length = draw(st.one_of(st.none(), st.none(), st.none(), st.sampled_from(INTS)))
     if draw(st.integers(0, 5)) == 0:
         cut = draw(places) % len(data)
-        data = data[:cut] if draw(st.booleans()) else data + bytes(draw(st.integers(1, 99)))
+        if draw(st.booleans()):
+            data = data[:cut]
+        else:
+            data += bytes(draw(st.integers(1, 99)))
     contents = safetensors(text, data, length)
     if kind == 3:
         contents = draw(damage(contents, 8 + len(text)))
@@ -262,9 +270,13 @@ def metrics(draw, good, folder):
                 line = draw(malformed(json.loads(line)))
             contents.append(line)
         joined = b"\n".join(contents)
+        if draw(st.booleans()):
+            joined = draw(damage(joined))
         if draw(st.integers(0, 3)):
-            (folder / name).write_bytes(draw(damage(joined)) if draw(st.booleans()) else joined)
-    path = folder if draw(st.booleans()) else folder / draw(st.sampled_from(["main.log", "metrics.jsonl"]))
+            (folder / name).write_bytes(joined)
+    path = folder
+    if draw(st.booleans()):
+        path /= draw(st.sampled_from(["main.log", "metrics.jsonl"]))
 
     def drawn(out):
         xml.etree.ElementTree.parse(out / "loss.svg")
@@ -292,7 +304,9 @@ def jsonl(draw, good, folder):
         lines.append(draw(damage(text)) if draw(st.integers(0, 4)) == 0 else text)
     contents = draw(st.sampled_from([b"\n", b"\r\n", b"\n\n"])).join(lines)
     name = draw(st.sampled_from(["a.jsonl", "a.jsonl.gz"]))
-    (folder / name).write_bytes(gzip.compress(contents, 1) if name.endswith(".gz") else contents)
+    if name.endswith(".gz"):
+        contents = gzip.compress(contents, 1)
+    (folder / name).write_bytes(contents)
     return ["prepare", folder, "--out", "out/shards", "--val-fraction", draw(st.sampled_from([0, 0.5, 1])),
             "--shard-tokens", draw(st.sampled_from([9, 1000]))], prepared
 

@@ -46,22 +46,26 @@ void *REAL(malloc)(size_t), *REAL(calloc)(size_t, size_t), *REAL(realloc)(void *
 void *REAL(aligned_alloc)(size_t, size_t), REAL(free)(void *);
 
 void *malloc(size_t n) {
-    void *p = fails(ALLOC, ENOMEM) ? NULL : REAL(malloc)(n);
+    if (fails(ALLOC, ENOMEM)) return NULL;
+    void *p = REAL(malloc)(n);
     live += p != NULL;
     return p;
 }
 void *calloc(size_t n, size_t size) {
-    void *p = fails(ALLOC, ENOMEM) ? NULL : REAL(calloc)(n, size);
+    if (fails(ALLOC, ENOMEM)) return NULL;
+    void *p = REAL(calloc)(n, size);
     live += p != NULL;
     return p;
 }
 void *realloc(void *old, size_t n) {
-    void *p = fails(ALLOC, ENOMEM) ? NULL : REAL(realloc)(old, n);
+    if (fails(ALLOC, ENOMEM)) return NULL;
+    void *p = REAL(realloc)(old, n);
     live += p && !old;
     return p;
 }
 void *aligned_alloc(size_t unit, size_t n) {
-    void *p = fails(ALLOC, ENOMEM) ? NULL : REAL(aligned_alloc)(unit, n);
+    if (fails(ALLOC, ENOMEM)) return NULL;
+    void *p = REAL(aligned_alloc)(unit, n);
     live += p != NULL;
     return p;
 }
@@ -70,7 +74,8 @@ void free(void *p) {
     REAL(free)(p);
 }
 void *mmap(void *p, size_t n, int access, int flags, int file, off_t from) {
-    p = fails(ALLOC, ENOMEM) ? MAP_FAILED : (void *)syscall(SYS_mmap, p, n, access, flags, file, from);
+    if (fails(ALLOC, ENOMEM)) return MAP_FAILED;
+    p = (void *)syscall(SYS_mmap, p, n, access, flags, file, from);
     live += p != MAP_FAILED;
     return p;
 }
@@ -87,11 +92,18 @@ size_t fread(void *out, size_t size, size_t n, FILE *f) {
     f->_flags |= 0x20;                    /* of glibc: ferror is true */
     return 0;
 }
-int fseeko(FILE *f, off_t to, int whence) { return fails(READ, EIO) ? -1 : NEXT(fseeko)(f, to, whence); }
-size_t fwrite(const void *data, size_t size, size_t n, FILE *f) {
-    return NEXT(fwrite)(data, size, fails(WRITE, ENOSPC) ? n / 2 : n, f);
+int fseeko(FILE *f, off_t to, int whence) {
+    if (fails(READ, EIO)) return -1;
+    return NEXT(fseeko)(f, to, whence);
 }
-int fflush(FILE *f) { return fails(WRITE, ENOSPC) ? EOF : NEXT(fflush)(f); }
+size_t fwrite(const void *data, size_t size, size_t n, FILE *f) {
+    if (fails(WRITE, ENOSPC)) n /= 2;
+    return NEXT(fwrite)(data, size, n, f);
+}
+int fflush(FILE *f) {
+    if (fails(WRITE, ENOSPC)) return EOF;
+    return NEXT(fflush)(f);
+}
 int fclose(FILE *f) {
     const int failed = fails(WRITE, ENOSPC);
     return NEXT(fclose)(f) || failed ? EOF : 0;
@@ -105,18 +117,27 @@ int fsync(int file) {
     char link[64], path[4096] = "";
     snprintf(link, sizeof link, "/proc/self/fd/%d", file);
     if (readlink(link, path, sizeof path - 1) > 0) note("flush", path);
-    return fails(WRITE, EIO) ? -1 : (int)syscall(SYS_fsync, file);
+    if (fails(WRITE, EIO)) return -1;
+    return (int)syscall(SYS_fsync, file);
 }
 int rename(const char *from, const char *to) {
     note("rename", to);
-    return fails(WRITE, EIO) ? -1 : (int)syscall(SYS_renameat, -100, from, -100, to);
+    if (fails(WRITE, EIO)) return -1;
+    return (int)syscall(SYS_renameat, -100, from, -100, to);
 }
 FILE *fopen(const char *path, const char *mode) {
-    if (fails(*mode == 'w' ? WRITE : OPEN, *mode == 'w' ? ENOSPC : EMFILE)) return NULL;
+    const int failed = *mode == 'w' ? fails(WRITE, ENOSPC) : fails(OPEN, EMFILE);
+    if (failed) return NULL;
     return NEXT(fopen)(path, mode);
 }
-DIR *opendir(const char *path) { return fails(OPEN, EMFILE) ? NULL : NEXT(opendir)(path); }
-int stat(const char *path, struct stat *info) { return fails(OPEN, EIO) ? -1 : NEXT(stat)(path, info); }
+DIR *opendir(const char *path) {
+    if (fails(OPEN, EMFILE)) return NULL;
+    return NEXT(opendir)(path);
+}
+int stat(const char *path, struct stat *info) {
+    if (fails(OPEN, EIO)) return -1;
+    return NEXT(stat)(path, info);
+}
 #endif
 
 /* --- Parts of scenarios --------------------------------------------------------------------------------- */

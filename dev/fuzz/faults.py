@@ -497,7 +497,7 @@ def main():
         faults = Faults(pathlib.Path(folder), args.build.resolve(), args.quick)
         for part in args.parts or PARTS:
             getattr(faults, part)()
-    return 1 if faults.wrong else 0
+    return int(bool(faults.wrong))
 
 
 if __name__ == "__main__":

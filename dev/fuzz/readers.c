@@ -253,7 +253,8 @@ static int64_t whole_size(int reader, const int32_t *h) {
     const GPT2Config c = {h[2], h[3], h[4], h[5], h[6]};
     int64_t N = 0;
     if (h[2] > 0 && h[3] > 0 && h[2] < 64 && h[3] < 64) N = h[2] * h[3];
-    if (reader == MODEL && !gpt2_config_check(&c)) return HEADER + tensors_size(&c) * (h[1] == 5 ? 2 : 4);
+    const int64_t element = h[1] == 5 ? 2 : 4;
+    if (reader == MODEL && !gpt2_config_check(&c)) return HEADER + element * tensors_size(&c);
     if (reader == STATE) return HEADER + (int64_t)sizeof(State) + 8 * tensors_size(&shape);
     if (reader == SHARDS && h[2] >= 0) return HEADER + 2LL * h[2];
     if (reader == REFERENCE && N) return HEADER + 4 * (N * (2 + shape.V) + 1 + tensors_size(&shape));
@@ -313,7 +314,8 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
     size = HEADER + change_file(reader, data + 1, h, body, size - least, most - least);
     if (draw(16)) {
         h[0] = magics[reader];
-        h[1] = reader == MODEL && draw(2) ? 5 : versions[reader];
+        h[1] = versions[reader];
+        if (reader == MODEL && draw(2)) h[1] = 5;
         if (reader == STATE) memcpy(h + 2, &shape, sizeof shape);
     }
     memcpy(data + PREFIX, h, HEADER);

@@ -226,10 +226,12 @@ def command(front, data, flags, out=None, resume=False):
     """A run on the data, with FLAGS and then the given flags."""
     if front == "binary":
         words = [BINARY, "-i", data / "data" / "train_*.bin", "-j", data / "data" / "val_*.bin",
-                 "-e", data / "model.bin", *(["-o", out, "-y", int(resume)] if out else [])]
+                 "-e", data / "model.bin"]
+        if out:
+            words += ["-o", out, "-y", int(resume)]
     else:
-        words = [sys.executable, HERE / "train_gpt2.py", "--data", data / "data", "--out", out,
-                 *(["--resume"] if resume else ["--init", data / "model.bin"])]
+        words = [sys.executable, HERE / "train_gpt2.py", "--data", data / "data", "--out", out]
+        words += ["--resume"] if resume else ["--init", data / "model.bin"]
     return [str(word) for word in [*words, *FLAGS[front].split(), *flags.split()]]
 
 
@@ -285,8 +287,12 @@ LAYER_NAMES = {"ln1": "ln_1", "qkv": "attn.c_attn", "attproj": "attn.c_proj", "l
 
 def encoded(values, dtype):
     """Numbers as the bytes of a file; BF16 is a float32 truncated to its upper half."""
-    data = struct.pack(f"<{len(values)}{'e' if dtype == 'F16' else 'f'}", *values)
-    return data if dtype != "BF16" else b"".join(data[i + 2:i + 4] for i in range(0, len(data), 4))
+    if dtype == "F16":
+        return struct.pack(f"<{len(values)}e", *values)
+    data = struct.pack(f"<{len(values)}f", *values)
+    if dtype == "BF16":
+        return b"".join(data[i + 2:i + 4] for i in range(0, len(data), 4))
+    return data
 
 
 def as_huggingface(model):
@@ -384,19 +390,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
         state.requests.append(self.path)
         asked = self.headers["Range"], self.headers["If-Range"]
         state.ranges.append(asked)
-        fault = state.faults.pop(0) if state.faults else ""
-        first = int(asked[0][len("bytes="):-1]) if asked[0] and fault != "no ranges" else 0
+        fault, first = "", 0
+        if state.faults:
+            fault = state.faults.pop(0)
         tag = f'"{hashlib.sha1(text).hexdigest()}"'
-        if fault != "If-Range ignored" and asked[1] != tag:
-            first = 0
+        if asked[0] and fault != "no ranges" and (fault == "If-Range ignored" or asked[1] == tag):
+            first = int(asked[0][len("bytes="):-1])
         if isinstance(fault, int) or "/" in fault:
-            self.send_response(fault if isinstance(fault, int) else 308 if "for good" in fault else 302)
-            self.send_header("Location", str(fault))
-            if state.linked:
-                self.send_header("X-Linked-ETag", state.linked)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
+            self.redirect(fault)
+        else:
+            self.send_text(text, first, tag, fault)
+
+    def redirect(self, fault):
+        status = fault
+        if not isinstance(fault, int):
+            status = 308 if "for good" in fault else 302
+        self.send_response(status)
+        self.send_header("Location", str(fault))
+        if self.server.linked:
+            self.send_header("X-Linked-ETag", self.server.linked)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def send_text(self, text, first, tag, fault):
         self.send_response(206 if first else 200)
         self.send_header("Connection", "close")
         if fault == "page":
@@ -412,11 +428,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif fault != "no size":
             self.send_header("Content-Length", str(len(text) - first))
         self.end_headers()
-        whole = fault not in ("cut", "stall")
-        self.wfile.write(text[first:] if whole else text[first:first + len(text) // 3])
+        end = len(text)
+        if fault in ("cut", "stall"):
+            end = first + len(text) // 3
+        self.wfile.write(text[first:end])
         if fault == "stall":
             self.wfile.flush()
-            state.end_of_stall.wait(60)
+            self.server.end_of_stall.wait(60)
 
     def do_CONNECT(self):
         self.server.requests.append(self.path)

@@ -26,7 +26,8 @@ SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 def decoded(data, dtype):
     if dtype == "BF16":
         data = b"".join(b"\0\0" + data[i:i + 2] for i in range(0, len(data), 2))
-    return [value for value, in struct.iter_unpack("<e" if dtype == "F16" else "<f", data)]
+    code = {"F16": "<e"}.get(dtype, "<f")
+    return [value for value, in struct.iter_unpack(code, data)]
 
 
 def read_safetensors(path):
@@ -46,7 +47,8 @@ def test_a_model_is_imported_exactly(tmp_path, small, dtype, prefix, head):
     reference = as_huggingface(small)
     reference["h.1.attn.masked_bias"] = (), [-1e4]
     found = {prefix + name: value for name, value in reversed(reference.items())}
-    found.update({"lm_head.weight": reference["wte.weight"]} if head else {})
+    if head:
+        found["lm_head.weight"] = reference["wte.weight"]
     write_safetensors(tmp_path / "any.safetensors", found, dtype)
     (tmp_path / "config.json").write_text('{"n_head": 3, "model_type": "gpt2"}')
     model = train_gpt2.open_model(str(tmp_path / "any.safetensors"), "cpu")
@@ -204,9 +206,10 @@ def test_mutated_model_files_do_not_crash(tmp_path, small, capfd):
             contents[at:at + draw.randrange(3)] = new
         if name == "model.safetensors" and trial % 3:     # the length may still match
             contents[:8] = struct.pack("<Q", start - 8 + len(contents) - len(good[name]))
-        contents = contents[:draw.randrange(len(contents))] if trial % 10 == 0 else contents
-        for each in good:
-            (folder / each).write_bytes(contents if each == name else good[each])
+        if trial % 10 == 0:
+            contents = contents[:draw.randrange(len(contents))]
+        for each, valid in {**good, name: contents}.items():
+            (folder / each).write_bytes(valid)
         try:
             train_gpt2.open_model(str(folder), "cpu")
             outcomes["loaded"] += 1
@@ -245,7 +248,10 @@ def test_a_hub_model_is_downloaded_once(tmp_path, small, monkeypatch):
     ("model.txt", b"To be or not to be", "20240326"), ("empty", b"", "20240326")])
 def test_unsupported_model_files_are_reported(tmp_path, name, contents, words):
     (tmp_path / name).write_bytes(contents)
-    for source in (tmp_path / name, tmp_path) if name == "pytorch_model.bin" else (tmp_path / name,):
+    sources = [tmp_path / name]
+    if name == "pytorch_model.bin":
+        sources.append(tmp_path)
+    for source in sources:
         reports_error(driver("import", source, "--out", tmp_path / "out.bin", status=1), name, words)
     reports_error(driver("--init", tmp_path / name, "--out", tmp_path / "run", status=1), name, words)
 

@@ -70,7 +70,8 @@ inline cublasStatus_t reject(cublasStatus_t status, const char *format, ...) {
 }
 inline size_t size_of(int type) { return type == CUDA_R_16BF ? 2 : 4; }
 inline float load(const void *p, size_t i, int type) {
-    return type == CUDA_R_16BF ? (float)((const __nv_bfloat16 *)p)[i] : ((const float *)p)[i];
+    if (type == CUDA_R_16BF) return (float)((const __nv_bfloat16 *)p)[i];
+    return ((const float *)p)[i];
 }
 inline void store(void *p, size_t i, int type, float value) {
     if (type == CUDA_R_16BF)
@@ -86,17 +87,25 @@ inline float gelu_slope(float x) {
     return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * 0.7978845608f * (1 + 3 * 0.044715f * x * x);
 }
 
+struct Operand { size_t rows, cols, row_step, col_step; };     /* op(A) or op(B), in elements */
+inline Operand operand(const Layout &l, int operation) {
+    if (operation == CUBLAS_OP_N) return {(size_t)l.rows, (size_t)l.cols, 1, (size_t)l.ld};
+    return {(size_t)l.cols, (size_t)l.rows, (size_t)l.ld, 1};
+}
+inline int bias_type(const MatmulDesc &desc, const Layout &d) {
+    if (desc.bias_type < 0) return d.type;
+    return desc.bias_type;
+}
+
 struct Matmul { MatmulDesc desc; Layout a, b, c, d; float alpha, beta; const void *A, *B, *C; void *D; };
 
 /* D = alpha op(A) op(B) + beta C, then the epilogue; all in column-major order. Partial sums of 64 products
    limit the rounding error. */
 inline void matmul_run(const Matmul &m) {
     const size_t M = m.d.rows, N = m.d.cols, part = 64;
-    const bool a_plain = m.desc.transa == CUBLAS_OP_N, b_plain = m.desc.transb == CUBLAS_OP_N;
-    const size_t K = a_plain ? m.a.cols : m.a.rows;
-    const size_t a_m = a_plain ? 1 : m.a.ld, a_k = a_plain ? m.a.ld : 1;
-    const size_t b_k = b_plain ? 1 : m.b.ld, b_n = b_plain ? m.b.ld : 1;
-    const int epilogue = m.desc.epilogue, bias_type = m.desc.bias_type < 0 ? m.d.type : m.desc.bias_type;
+    const Operand op_a = operand(m.a, m.desc.transa), op_b = operand(m.b, m.desc.transb);
+    const size_t K = op_a.cols;
+    const int epilogue = m.desc.epilogue, type_of_bias = bias_type(m.desc, m.d);
     std::vector<float> a(K * M), total(M), sum(M);
     for (size_t batch = 0; batch < (size_t)m.d.batch; batch++) {
         const char *A = (const char *)m.A + batch * m.a.stride * size_of(m.a.type);
@@ -104,13 +113,15 @@ inline void matmul_run(const Matmul &m) {
         const char *C = (const char *)m.C + batch * m.c.stride * size_of(m.c.type);
         char *D = (char *)m.D + batch * m.d.stride * size_of(m.d.type);
         for (size_t k = 0; k < K; k++)
-            for (size_t i = 0; i < M; i++) a[k * M + i] = load(A, i * a_m + k * a_k, m.a.type);
+            for (size_t i = 0; i < M; i++)
+                a[k * M + i] = load(A, i * op_a.row_step + k * op_a.col_step, m.a.type);
         for (size_t j = 0; j < N; j++) {
             std::fill(total.begin(), total.end(), 0.0f);
             for (size_t first = 0; first < K; first += part) {
                 std::fill(sum.begin(), sum.end(), 0.0f);
                 for (size_t k = first; k < K && k < first + part; k++) {
-                    const float factor = load(B, k * b_k + j * b_n, m.b.type), *column = &a[k * M];
+                    const float factor = load(B, k * op_b.row_step + j * op_b.col_step, m.b.type);
+                    const float *column = &a[k * M];
                     for (size_t i = 0; i < M; i++) sum[i] += column[i] * factor;
                 }
                 for (size_t i = 0; i < M; i++) total[i] += sum[i];
@@ -118,7 +129,7 @@ inline void matmul_run(const Matmul &m) {
             for (size_t i = 0; i < M; i++) {
                 float value = m.alpha * total[i];
                 if (m.beta != 0) value += m.beta * load(C, i + j * m.c.ld, m.c.type);
-                if (epilogue & CUBLASLT_EPILOGUE_BIAS) value += load(m.desc.bias, i, bias_type);
+                if (epilogue & CUBLASLT_EPILOGUE_BIAS) value += load(m.desc.bias, i, type_of_bias);
                 if (epilogue == CUBLASLT_EPILOGUE_DGELU)
                     value *= gelu_slope(load(m.desc.aux, i + j * m.desc.aux_ld, m.d.type));
                 else if (epilogue & 128)
@@ -134,9 +145,8 @@ inline void matmul_run(const Matmul &m) {
 inline cublasStatus_t matmul_shapes(const MatmulDesc &desc, const Layout &a, const Layout &b, const Layout &c,
                                     const Layout &d) {
     typedef long long unsigned number;
-    const bool a_plain = desc.transa == CUBLAS_OP_N, b_plain = desc.transb == CUBLAS_OP_N;
-    const number M = a_plain ? a.rows : a.cols, K = a_plain ? a.cols : a.rows;
-    const number N = b_plain ? b.cols : b.rows, L = b_plain ? b.rows : b.cols;
+    const Operand op_a = operand(a, desc.transa), op_b = operand(b, desc.transb);
+    const number M = op_a.rows, K = op_a.cols, L = op_b.rows, N = op_b.cols;
     if (K != L || d.rows != M || d.cols != N || c.rows != M || c.cols != N || !M || !N || !K)
         return reject(CUBLAS_STATUS_INVALID_VALUE, "cublasLtMatmul: op(A) is %llu x %llu, op(B) %llu x %llu, "
                       "C %llu x %llu, D %llu x %llu", M, K, L, N, (number)c.rows, (number)c.cols,
@@ -302,13 +312,16 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
     if (!status && workspace_bytes)
         status = emulate::need_device("the workspace", workspace, workspace_bytes);
     if (!status && desc->epilogue & CUBLASLT_EPILOGUE_BIAS)
-        status = emulate::need_device("the bias", desc->bias, d->rows * emulate::size_of(
-                                      desc->bias_type < 0 ? d->type : desc->bias_type));
+        status = emulate::need_device("the bias", desc->bias,
+                                      d->rows * emulate::size_of(emulate::bias_type(*desc, *d)));
     if (!status && desc->epilogue & 128)
         status = emulate::need_device("the auxiliary matrix", desc->aux,
                                       ((d->cols - 1) * (size_t)desc->aux_ld +
                                       d->rows) * emulate::size_of(d->type));
     if (status) return status;
-    return emulate::put(emulate::find(stream), [=] { return emulate::matmul_run(m), cudaSuccess; })
-               ? CUBLAS_STATUS_EXECUTION_FAILED : CUBLAS_STATUS_SUCCESS;
+    const cudaError_t error = emulate::put(emulate::find(stream), [=] {
+        emulate::matmul_run(m);
+        return cudaSuccess;
+    });
+    return error ? CUBLAS_STATUS_EXECUTION_FAILED : CUBLAS_STATUS_SUCCESS;
 }

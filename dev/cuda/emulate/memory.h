@@ -35,7 +35,8 @@ inline std::map<const char *, Allocation> &allocations() {      /* by page; free
 inline size_t memory_used;
 inline size_t memory_size() {
     const char *given = getenv("GPT2_EMULATE_MEMORY");
-    return given ? strtoull(given, NULL, 10) : (size_t)4 << 30;
+    if (!given) return (size_t)4 << 30;
+    return strtoull(given, NULL, 10);
 }
 
 /* The allocation, guard pages included, that contains the address, or NULL. */
@@ -44,14 +45,16 @@ inline const Allocation *allocation_near(const void *address) {
     auto after = allocations().upper_bound((const char *)address + page);
     if (after == allocations().begin()) return NULL;
     const Allocation *a = &std::prev(after)->second;
-    return (const char *)address < a->pages + a->page_bytes + page ? a : NULL;
+    if ((const char *)address >= a->pages + a->page_bytes + page) return NULL;
+    return a;
 }
 /* The live allocation that contains all these bytes, or NULL. */
 inline const Allocation *holds(const void *address, size_t bytes, bool device) {
     const Allocation *a = allocation_near(address);
     const char *p = (const char *)address;
-    return a && a->live && a->device == device && p >= a->start && bytes <= (size_t)(a->end() - a->start) &&
-           p <= a->end() - bytes ? a : NULL;
+    if (!a || !a->live || a->device != device || p < a->start) return NULL;
+    if (bytes > (size_t)(a->end() - a->start) || p > a->end() - bytes) return NULL;
+    return a;
 }
 inline void describe(char *out, size_t size, const void *address) {
     const Allocation *a = allocation_near(address);

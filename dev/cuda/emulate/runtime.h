@@ -81,7 +81,10 @@ inline const char *cudaGetErrorString(cudaError_t error) {
     if (error == cudaSuccess) return "no error";
     return error == emulate::said ? emulate::sentence : "an earlier error";
 }
-inline cudaError_t cudaPeekAtLastError(void) { return emulate::sticky ? emulate::sticky : emulate::latest; }
+inline cudaError_t cudaPeekAtLastError(void) {
+    if (emulate::sticky) return emulate::sticky;
+    return emulate::latest;
+}
 inline cudaError_t cudaGetLastError(void) {
     const cudaError_t error = cudaPeekAtLastError();
     if (!emulate::sticky) emulate::latest = cudaSuccess;
@@ -135,12 +138,14 @@ inline cudaError_t cudaDeviceSynchronize(void) {
 inline cudaError_t cudaFree(void *p) {    /* waits for the device, as in CUDA */
     EMULATE_CALL;
     const cudaError_t error = p ? cudaDeviceSynchronize() : cudaSuccess;
-    return error ? error : emulate::release(p, true);
+    if (error) return error;
+    return emulate::release(p, true);
 }
 inline cudaError_t cudaFreeHost(void *p) {
     EMULATE_CALL;
     const cudaError_t error = p ? cudaDeviceSynchronize() : cudaSuccess;
-    return error ? error : emulate::release(p, false);
+    if (error) return error;
+    return emulate::release(p, false);
 }
 inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
     return emulate::copy(to, from, bytes, kind, emulate::find(NULL), true);
@@ -197,7 +202,8 @@ inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = NULL
 inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     EMULATE_CALL;
     const emulate::Point at = event->at;
-    return at.stream->done >= at.count ? cudaSuccess : emulate::on_device([=] { return emulate::reach(at); });
+    if (at.stream->done >= at.count) return cudaSuccess;
+    return emulate::on_device([=] { return emulate::reach(at); });
 }
 inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
     EMULATE_CALL;

@@ -97,7 +97,8 @@ inline cudaError_t synchronize(Stream *stream) {
         return fail(cudaErrorStreamCaptureUnsupported,
                     "a stream that is being captured cannot be waited for");
     const Point end = {stream, stream->put};
-    return stream->done == end.count ? sticky : on_device([=] { return reach(end); });
+    if (stream->done == end.count) return sticky;
+    return on_device([=] { return reach(end); });
 }
 inline cudaError_t put(Stream *stream, Operation operation) {
     Device &d = device();
@@ -112,7 +113,8 @@ inline cudaError_t put(Stream *stream, Operation operation) {
             operation.after.push_back({other, other->put});
     stream->waiting.push_back(std::move(operation));
     stream->put++;
-    return d.at_once ? synchronize(stream) : cudaSuccess;
+    if (d.at_once) return synchronize(stream);
+    return cudaSuccess;
 }
 inline cudaError_t put(Stream *stream, std::function<cudaError_t()> run) {
     return put(stream, Operation{{}, std::move(run)});
@@ -123,16 +125,17 @@ inline cudaError_t copy_check(const void *to, const void *from, size_t bytes, cu
     const bool wants[2] = {kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice,
                            kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice};
     const void *address[2] = {to, from};
+    const char *const direction[2] = {"to", "from"};
     for (int i = 0; i < 2; i++) {
         const Allocation *a = allocation_near(address[i]);
         char what[256];
         describe(what, sizeof what, address[i]);
         if (kind != cudaMemcpyDefault && wants[i] != (a && a->device))
-            return fail(cudaErrorInvalidValue, "a copy %s %s memory was given %s", i ? "from" : "to",
+            return fail(cudaErrorInvalidValue, "a copy %s %s memory was given %s", direction[i],
                         wants[i] ? "device" : "host", what);
         if (a && !holds(address[i], bytes, a->device))
             return fail(cudaErrorInvalidValue, "a copy of %zu bytes %s %s is out of bounds", bytes,
-                        i ? "from" : "to", what);
+                        direction[i], what);
     }
     return cudaSuccess;
 }
@@ -149,7 +152,8 @@ inline cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind
     } else {
         error = put(stream, [=] { return memmove(to, from, bytes), cudaSuccess; });
     }
-    return error == cudaSuccess && (wait || pageable[0]) ? synchronize(stream) : error;
+    if (error == cudaSuccess && (wait || pageable[0])) return synchronize(stream);
+    return error;
 }
 inline cudaError_t fill(void *at, int value, size_t bytes, Stream *stream) {
     std::lock_guard<std::recursive_mutex> lock(device().calls);

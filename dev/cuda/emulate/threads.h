@@ -69,8 +69,11 @@ struct Block {
     cudaError_t error;
 };
 inline Block block;
-inline int thread_of(int slot) { return block.descending ? block.slots - 1 - slot : slot; }
-inline int lane_id(void) { return (block.descending ? ~block.current : block.current) & (WARP - 1); }
+inline int thread_of(int slot) {
+    if (block.descending) return block.slots - 1 - slot;
+    return slot;
+}
+inline int lane_id(void) { return thread_of(block.current) & (WARP - 1); }
 inline void become(int slot) {
     block.current = slot;
     threadIdx = block.index[slot];
@@ -122,11 +125,13 @@ inline int pick(void) {
     uint32_t ready = block.ready[warp], later = ready & ~((2u << block.current % WARP) - 1);
     if (!ready) {
         if (!block.busy) return -1;
-        const uint32_t after = block.busy & ~((2u << warp) - 1);
-        warp = __builtin_ctz(after ? after : block.busy);
+        uint32_t after = block.busy & ~((2u << warp) - 1);
+        if (!after) after = block.busy;
+        warp = __builtin_ctz(after);
         ready = later = block.ready[warp];
     }
-    const int lane = __builtin_ctz(later ? later : ready);
+    if (!later) later = ready;
+    const int lane = __builtin_ctz(later);
     block.ready[warp] &= ~(1u << lane);
     if (!block.ready[warp]) block.busy &= ~(1u << warp);
     return warp * WARP + lane;
@@ -201,8 +206,8 @@ inline void sleep_at(const char *where) {
     block.state[slot] = NULL;
 }
 inline void wake(int warp) {
-    const uint32_t me = warp == block.current / WARP ? 1u << block.current % WARP : 0;
-    block.ready[warp] = block.exists[warp] & ~me;
+    block.ready[warp] = block.exists[warp];
+    if (warp == block.current / WARP) block.ready[warp] &= ~(1u << block.current % WARP);
     if (block.ready[warp]) block.busy |= 1u << warp;
 }
 inline void barrier(void) {
@@ -322,11 +327,12 @@ inline bool host_pointer(const void *argument, size_t bytes, const void **found)
 
 inline cudaError_t launch_check(const char *kernel, const void *function, dim3 grid, dim3 threads,
                                 size_t shared) {
-    const size_t n = (size_t)threads.x * threads.y * threads.z, allowed = shared_allowed().count(function)
-                     ? shared_allowed()[function] : 48 * 1024;
+    const size_t n = (size_t)threads.x * threads.y * threads.z;
+    size_t allowed = 48 * 1024;
+    if (shared_allowed().count(function)) allowed = shared_allowed()[function];
     if (n == 0 || n > MOST_THREADS || threads.z > 64)
         return fail(cudaErrorInvalidConfiguration,
-                    "kernel %s: a block of (%u, %u, %u) threads: 1 to 1024 can be had",
+                    "kernel %s: a block of (%u, %u, %u) threads; 1 to 1024 are possible",
                     kernel, threads.x, threads.y, threads.z);
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
         return fail(cudaErrorInvalidConfiguration, "kernel %s: a grid of (%u, %u, %u) blocks", kernel,
