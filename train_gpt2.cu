@@ -3,20 +3,18 @@
      make cuda                    builds ./train_gpt2cu and libgpt2cu.so from this file and train_gpt2.c
      make cuda FP32=1             the same in fp32, for verification (..._fp32)
 
-   The model behind the C API that section 1 of train_gpt2.c documents. The host code is that of train_gpt2.c,
-   compiled without its model.
+   Implements the C API of train_gpt2.c, whose host code is compiled without its model.
 
      1. The device     errors, launches, vectors of 16 bytes, sums over a warp and a block
      2. Matrix product, declared
-     3. Layers         embedding, layer norm, GELU, classifier, column sums: all limited by memory
+     3. Layers         embedding, layer norm, GELU, classifier, column sums
      4. Attention      plain kernels for any head size and fp32; flash attention on tensor cores
      5. GPT-2          memory, forward, backward, logits
      6. AdamW
      7. Matrix product, defined
 
-   Parameters, activations and their gradients are floatX: bf16, or float with -DGPT2_FP32. Master weights,
-   moments, gradients of parameters, layer norm's statistics and all sums are fp32. There are no atomics; no
-   sum depends on the order of blocks: the same run gives the same bits. See dev/doc/cuda.md. */
+   Parameters, activations and their gradients are floatX: bf16, or float with -DGPT2_FP32; everything else is
+   fp32. No sum depends on the order of blocks: results are reproducible bit for bit. See dev/doc/cuda.md. */
 
 #undef _GNU_SOURCE                       /* C++ compilers have it defined */
 #define GPT2_API_ONLY
@@ -226,9 +224,8 @@ __global__ void dwpe_kernel(float *__restrict__ dwpe, const floatX *__restrict__
     store<V>(dwpe + i, sum);
 }
 
-/* dwte in two stages. The host sorts the positions by token and cuts them into segments of at most
-   SEGMENT_ROWS, so that several blocks share a frequent token. First the sum of each segment, parts
-   (segments, C)… */
+/* dwte in two stages. The host sorts positions by token and cuts them into segments of SEGMENT_ROWS at most,
+   so that blocks share a frequent token. First the sum of each segment, parts (segments, C)… */
 enum { SEGMENT_ROWS = 32 };
 template <int V>
 __global__ void dwte_parts_kernel(float *__restrict__ parts, const floatX *__restrict__ dout,
@@ -303,8 +300,7 @@ __global__ void layernorm_forward_kernel(floatX *__restrict__ out, float *__rest
 }
 
 /* With norm = (inp - mean) · rstd and g = w · dout: dinp = rstd · (g - mean(g) - norm · mean(g · norm)),
-   accumulated if `add`. sums (blocks, 2, C): db and dw over the block's rows, from parts of its warps in
-   shared memory. */
+   accumulated if `add`. sums (blocks, 2, C): db and dw over the rows of a block. */
 template <int V>
 __global__ void layernorm_backward_kernel(floatX *__restrict__ dinp, float *__restrict__ sums,
                                           const floatX *__restrict__ dout, const floatX *__restrict__ inp,
@@ -392,7 +388,7 @@ __global__ void column_total_kernel(float *__restrict__ out, const float *__rest
     out[c] = sum;
 }
 
-/* GELU as in train_gpt2.c, where cuBLASLt cannot fuse it, and for recomputation. out (n) = GELU(inp), or with
+/* GELU, where cuBLASLt cannot fuse it, and for recomputation. out (n) = GELU(inp), or with
    dx, dx times the derivative; out may be dx. */
 template <int V> __global__ void gelu_kernel(floatX *out, const floatX *dx, const floatX *inp, size_t n) {
     const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
@@ -599,8 +595,7 @@ __global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, co
 
 /* --- Flash attention on tensor cores: bf16, heads of 64 channels (Dao 2023, "FlashAttention-2") -----------
    A block takes 128 queries (for dk and dv: keys) of a head, 32 per warp, and loops over tiles of 64 keys
-   (queries) in shared memory, prefetching the next tile. Scores, P and sums stay in registers: accumulators
-   of one product have the layout of the next one's A. */
+   (queries) in shared memory, prefetching the next. Scores, P and sums stay in registers. */
 #ifndef GPT2_FP32
 enum { HS = 64, TILE = 64, STEPS = HS / 16, FLASH_WARPS = 4, FLASH_THREADS = FLASH_WARPS * WARP };
 enum { WARP_TILES = 2, WARP_ROWS = 16 * WARP_TILES, BLOCK_ROWS = WARP_ROWS * FLASH_WARPS };
@@ -621,7 +616,7 @@ __device__ static inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4],
                  "{%0,%1,%2,%3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-/* Loads four 8 × 8 matrices: lanes 8 i … 8 i + 7 give the row addresses of the i-th; each lane gets elements
+/* Loads four 8 × 8 matrices: lanes 8 i … 8 i + 7 have the row addresses of the i-th; each lane gets elements
    2 (lane % 4) and the next of row (or, transposed, column) lane / 4. */
 __device__ static inline void ldmatrix_x4(uint32_t r[4], Shared row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -647,8 +642,8 @@ __device__ static inline bf16 *piece_at(bf16 *tile, int row, int piece) {
     return tile + row * HS + (piece ^ (row & 7)) * 8;
 }
 
-/* Starts copying ROWS rows of a head, from `first` on and stride elements apart, to a tile. Rows after T - 1
-   repeat it: unused, but finite. A thread's rows are 16 apart, so all its pieces have the same swizzle. */
+/* Starts copying ROWS rows of a head, from `first` on, to a tile. Rows after T - 1 repeat it, so they are
+   finite. The rows of a thread are 16 apart and have the same swizzle. */
 template <int ROWS> __device__ static inline void tile_load(bf16 *tile, const bf16 *head, unsigned stride,
                                                             int first, int T) {
     const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
@@ -668,9 +663,8 @@ __device__ static inline void stage_load(bf16 *stages, int tile, const bf16 *one
 }
 
 /* Addresses of operands: 16 × 16 of A, or two 16 × 8 of B (k, n), stored by rows n (K in q·kᵀ) or by rows k
-   (V in p·v). Computed once per lane; a step of 16 channels flips two bits, because of the swizzle.
-   Recomputed for each operand they were a third of all instructions; the shuffle of a lane with itself
-   prevents that. */
+   (V in p·v). A step of 16 channels flips two bits, because of the swizzle. Recomputed for each operand they
+   were a third of all instructions; the shuffle of a lane with itself prevents that. */
 __device__ static inline Shared lane_rows(bf16 *tile) {     /* of A; of B by rows k */
     const int lane = threadIdx.x % WARP;
     return __shfl_sync(0xFFFFFFFFu, shared_address(piece_at(tile, lane % 16, lane / 16)), lane);
@@ -681,7 +675,7 @@ __device__ static inline Shared lane_rows_n(bf16 *tile) {
 }
 __device__ static inline Shared at_step(Shared address, int step) { return address ^ step * 32; }
 
-/* Loads the 16 channels of a warp's rows as A. */
+/* Loads 16 channels of the rows of a warp as A. */
 __device__ static inline void load_a(uint32_t a[WARP_TILES][4], Shared rows) {
 #pragma unroll
     for (int m = 0; m < WARP_TILES; m++) ldmatrix_x4(a[m], rows + m * 16 * ROW_BYTES);
@@ -721,8 +715,8 @@ void pack_a(uint32_t a[WARP_TILES][4], const float d[WARP_TILES][N][4], int n) {
     }
 }
 
-/* Writes 16 × 64 sums of a warp, times a factor for each half of the rows, to rows first … of a head; through
-   16 rows of a tile that only this warp uses, for whole 16-byte stores. */
+/* Writes 16 × 64 sums of a warp, times a factor per half, to rows first … of a head; through 16 rows of a
+   tile, for 16-byte stores. */
 __device__ static inline void store_rows(bf16 *head, size_t stride, int first, int T, bf16 *tile, int row,
                                          const float sums[8][4], float upper, float lower) {
     const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
@@ -922,8 +916,7 @@ FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, float *delta, const bf16 *dout, const b
 }
 
 /* dk and dv, from all queries that attend to the keys, 32 at a time. The scores are transposed (keys by
-   queries), so they are A of both products. Keys and values are reloaded from shared memory each time:
-   registers are full. */
+   queries), so they are A of both products. Keys and values are reloaded each time: registers are full. */
 FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse,
                                const float *delta, int T, int C, int NH) {
     SHARED(bf16, shared);                 /* keys, values; two stages of queries, dout; of lse, delta */
@@ -1008,7 +1001,7 @@ FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, co
 /* === 5. GPT-2 =========================================================================================== */
 template <typename X> union TensorsOf {
     struct {
-        X *wte, *wpe;                     /* (Vp, C), also the classifier's weights; (max_T, C) */
+        X *wte, *wpe;                     /* (Vp, C), also of the classifier; (max_T, C) */
         X *ln1w, *ln1b;                   /* (L, C) from here to fcprojb: stacked over layers */
         X *qkvw, *qkvb;                   /* (L, 3C, C), (L, 3C) */
         X *attprojw, *attprojb;           /* (L, C, C), (L, C) */
@@ -1041,7 +1034,7 @@ typedef union {
 static_assert(sizeof(Activations) == ACTIVATIONS * sizeof(char *), "ACTIVATIONS is their number");
 #define INDEX_OF(activation) (offsetof(Activations, activation) / sizeof(char *))
 
-/* A batch on its way to the GPU, N = B T elements each; the last four are for the embedding's gradient. */
+/* A batch on its way to the GPU, N = B T elements each; the last four for the embedding gradient. */
 typedef struct {
     int32_t *x, *y;
     int32_t *order;                       /* positions, sorted by token */
@@ -1073,7 +1066,7 @@ struct GPT2 {
     size_t start[GPT2_TENSORS + 1];       /* of each tensor in a memory, aligned, and the end */
     int64_t updates;
     int grads_zero;                      /* gradients count as 0: the next backward pass overwrites them */
-    int backward_due;                     /* gpt2_forward has added the classifier's part of a gradient */
+    int backward_due;                     /* the gradient of the classifier is added, those of blocks not */
     float norm;                           /* of the gradients, NaN if unknown */
     int recompute;                        /* 0: nothing, 1: GELU, 2: GELU and layer norm */
     int bf16_only;                       /* no masters: bf16 with stochastic rounding */
@@ -1082,7 +1075,7 @@ struct GPT2 {
     float scale;
     size_t B, T, chunk;                   /* of the last forward pass; chunk: rows of logits at a time */
     size_t cached;                        /* leading tokens of host.x with keys and values in qkv */
-    size_t act_start[ACTIVATIONS], act_stride[ACTIVATIONS];     /* in bytes; to the next layer's */
+    size_t act_start[ACTIVATIONS], act_stride[ACTIVATIONS];     /* in bytes; to the next layer */
     char *act_memory;
     size_t act_bytes;
     Batch host;                           /* pinned */
@@ -1094,7 +1087,7 @@ struct GPT2 {
     int32_t *token_counts;                /* (V) */
     Graph graphs[GRAPHS];
     int next_graph;
-    int sms;                              /* the GPU's multiprocessors */
+    int sms;                              /* multiprocessors of the GPU */
     size_t max_shared;                   /* bytes of shared memory that a block can have */
     cudaStream_t stream, upload;
     cudaEvent_t uploaded, classified;
@@ -1120,7 +1113,7 @@ static float *memory_of(GPT2 *m, int kind) {     /* allocated on first use */
     return m->memory[kind];
 }
 
-/* The tensors in a memory, of stacked ones layer l's. */
+/* The tensors in a memory, of stacked ones layer l. */
 template <typename X> static TensorsOf<X> tensors(const GPT2 *m, X *memory, size_t l) {
     TensorsOf<X> t;
     for (int i = 0; i < GPT2_TENSORS; i++) {
@@ -1515,7 +1508,7 @@ static void gelu(GPT2 *m, floatX *out, const floatX *dx, const floatX *inp, size
                       out, dx, inp, n);
 }
 
-/* fc (N,4C) = ln (N,C) · fcwᵀ + fcb and its GELU; backward, dfc (N,4C) = dout (N,C) · fcprojw · GELU'(fc) */
+/* fc (N,4C) = ln (N,C) · fcwᵀ + fcb and its GELU; backward, dfc (N,4C) = dout (N,C) · fcprojw · dGELU(fc) */
 static void fc_forward(GPT2 *m, floatX *out, floatX *fc, const floatX *ln, const floatX *w, const floatX *b,
                        size_t N) {
     const size_t C = m->C;
@@ -1576,8 +1569,8 @@ static void attention_backward(GPT2 *m, floatX *dqkv, float *delta, const floatX
 }
 
 /* --- Passes --------------------------------------------------------------------------------------------- */
-/* Launches a pass: the first time kernel by kernel, the second time captured into a graph, then as that
-   graph. Kernel by kernel again if capturing fails or its plans were replaced. */
+/* Launches a pass: first kernel by kernel, then captured into a graph, then as that graph; kernel by kernel
+   again if capturing fails or plans were replaced. */
 static void run(GPT2 *m, void (*pass)(GPT2 *)) {
     GraphKey key;
     memset(&key, 0, sizeof key);          /* the padding too: keys are compared by their bytes */
@@ -1653,8 +1646,7 @@ static void batch_sort(GPT2 *m, size_t N) {
     for (size_t n = 0; n < N; n++) b.order[next[b.x[n]]++] = (int32_t)n;
 }
 
-/* Uploads a batch while the GPU may still use the previous one in a.batch: only the stream waits. y NULL:
-   only x. */
+/* Uploads a batch; only the stream waits for the end of the previous one. y NULL: only x. */
 static void batch_send(GPT2 *m, const int32_t *x, const int32_t *y, size_t N) {
     m->host = batch_at(m->host_memory, N);
     memcpy(m->host.x, x, N * sizeof *x);
@@ -1696,7 +1688,7 @@ static void forward_blocks(GPT2 *m, size_t first) {
 static void classify(GPT2 *m, size_t n) {
     const size_t C = m->C, Vp = m->Vp, rows = min_of(m->chunk, m->B * m->T - n);
     const Activations a = activations(m, 0);
-    /* The maximum: then the two rows resident on an SM are read a second time from its L1. */
+    /* The maximum, so that the two rows resident on an SM stay in L1. */
     const unsigned threads = (unsigned)min_of(1024, round_to(Vp / WIDTH, WARP));
     gemm(&m->blas, a.logits, Vp, Matrix{a.lnf + n * C, C, 0}, Matrix{m->params, C, 1}, rows, Vp, C);
     LAUNCH(crossentropy_kernel, (unsigned)rows, threads, 0, m->stream, a.losses + n, a.logits,
@@ -1714,7 +1706,7 @@ static void classify_backward(GPT2 *m, size_t n) {
 
 static size_t last_chunk(const GPT2 *m) { return (m->B * m->T - 1) / m->chunk * m->chunk; }
 
-/* The forward pass up to the losses; the last chunk's gradient is queued after their copy. */
+/* The forward pass up to the losses; the gradient of the last chunk is queued after their copy. */
 static void forward_pass(GPT2 *m) {
     forward_blocks(m, 0);
     for (size_t n = 0; n < m->B * m->T; n += m->chunk) {
@@ -1796,8 +1788,8 @@ static void backward_pass(GPT2 *m) {
     }
 }
 
-/* The embedding's gradients; not in the graph, since their grids depend on the tokens. dhidden is free by now
-   and holds the sums of segments. */
+/* The embedding gradients; not in the graph, since grids depend on the tokens. dhidden is free by now and
+   takes the sums of segments. */
 static void encoder_backward(GPT2 *m) {
     const size_t C = m->C, T = m->T, N = m->B * T, V = is_vectorized(C) ? WIDTH : 1;
     const Activations a = activations(m, 0);
@@ -1855,7 +1847,7 @@ int gpt2_logits(GPT2 *m, const int32_t *x, int B, int T, int last_only, float *o
 /* === 6. AdamW =========================================================================================== */
 enum { NORM_BLOCKS = 1024, NORM_THREADS = 256 };
 
-/* squares (blocks): the sum of squares of a block's elements */
+/* squares (blocks): the sum of squares of each block */
 __global__ void norm_kernel(double *__restrict__ squares, const float *__restrict__ g, size_t n) {
     __shared__ double shared[NORM_THREADS];
     double sum = 0;
@@ -1897,7 +1889,7 @@ typedef struct {
     uint32_t seed;
 } Step;
 
-/* A random number for each x (Wellons' "lowbias32"). */
+/* A random number for each x ("lowbias32" by Wellons). */
 __device__ static inline uint32_t hash(uint32_t x) {
     x = (x ^ x >> 16) * 0x7FEB352Du;
     x = (x ^ x >> 15) * 0x846CA68Bu;
@@ -2086,7 +2078,7 @@ static int plan_make(Blas *blas, Plan *plan, const Shape *s, const floatX *bias,
     return 0;
 }
 
-/* The plan of a product, created on first use; NULL if there is none, or a graph is being captured. */
+/* The plan of a product, created on first use; NULL if there is none or during a capture. */
 static Plan *plan_find(Blas *blas, const Shape *shape, const floatX *bias, const floatX *aux) {
     for (int i = 0; i < PLANS && i < blas->count; i++)
         if (!memcmp(&blas->plans[i].shape, shape, sizeof *shape)) return &blas->plans[i];
