@@ -61,16 +61,11 @@ export out cublas CUBLAS
 
 build() {
     make $cublas && make cuda $cublas || exit 1
-    local arch
-    arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader --id=0 | tr -d .)
     (make cuda FP32=1 $cublas) &
     (make build/cuda/profile $cublas) &
-    local lib=
-    [ -n "${CUBLAS:-}" ] && lib="-Xlinker $(ls "$CUBLAS"/lib/libcublasLt.so* | head -n 1)"
-    nvcc -std=c++17 -O2 -arch="sm_$arch" ${CUBLAS:+-I$CUBLAS/include} -o build/selftest_gpu \
-        dev/cuda/selftest.cu build/cuda/host.o ${lib:--lcublasLt} -Xcompiler -fopenmp || exit 1
+    make build/cuda/selftest $cublas || exit 1
     wait
-    [ -e libgpt2cu_fp32.so ] && build/selftest_gpu results
+    [ -e libgpt2cu_fp32.so ] && build/cuda/selftest results
 }
 
 python() {     # one that has pytest, if there is one
