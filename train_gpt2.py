@@ -49,12 +49,15 @@ import json
 import math
 import mmap
 import multiprocessing
+import operator
 import os
 import re
+import reprlib
 import shlex
 import shutil
 import signal
 import stat
+import struct
 import sys
 import tempfile
 import time
@@ -400,15 +403,61 @@ def declare_functions(lib):
 def token_rows(x):
     """Token ids (B,T), as nested lists or an array with tolist(), as a C array; and B and T. The arrays of a
     Loader pass through."""
-    if isinstance(x, ctypes.Array):
+    if isinstance(x, ctypes.Array) and getattr(x._type_, "_type_", None) is ctypes.c_int32:
         return x, len(x), len(x[0])
     if hasattr(x, "tolist"):
         x = x.tolist()
-    rows = [tuple(row) for row in x]
-    B, T = len(rows), len(rows[0]) if rows else 0
-    if T == 0 or any(len(row) != T for row in rows):
-        raise GPT2Error(f"tokens are {B} rows of {[len(row) for row in rows]}, expected rows of one length")
-    return (ctypes.c_int32 * T * B)(*rows), B, T
+    try:
+        rows = [token_ids(row) for row in x]
+    except TypeError:
+        raise GPT2Error(f"the tokens are {reprlib.repr(x)}, expected rows of token ids (B,T), such as"
+                        " [[1, 2, 3]]") from None
+    lengths = [len(row) for row in rows]
+    if not rows or set(lengths) != {lengths[0]} or lengths[0] == 0:
+        raise GPT2Error(f"the tokens are {len(rows)} rows of {lengths}, expected rows of one length")
+    return (ctypes.c_int32 * lengths[0] * len(rows))(*map(tuple, rows)), len(rows), lengths[0]
+
+
+def token_ids(tokens):
+    """Token ids as an array of int32. Raises TypeError for anything but a sequence of integers."""
+    ids = [operator.index(token) for token in tokens]
+    for token in ids:
+        if not -2**31 <= token < 2**31:
+            raise GPT2Error(f"token id {token} does not fit into 32 bits; expected ids from 0 to V - 1")
+    return array.array("i", ids)
+
+
+def float32_array(values):
+    """Real numbers as an array of float32. values: a list, a buffer of any shape, type and byte order (such
+    as NumPy's arrays), or an array with tolist()."""
+    expected = "expected an array of real numbers, or a list of all elements in order"
+    try:
+        if isinstance(values, (bytes, bytearray)):
+            raise TypeError
+        if isinstance(values, (list, tuple)):
+            return array.array("f", values)
+        view = memoryview(values)
+    except TypeError:
+        if hasattr(values, "tolist"):
+            return float32_array(flattened(values.tolist()))
+        raise GPT2Error(f"the values are {reprlib.repr(values)}, {expected}") from None
+    order, code = view.format[:-1] or "@", view.format[-1]
+    if order not in "@=<>!" or code not in "?bBhHiIlLqQefd":
+        raise GPT2Error(f"the values have the buffer format {view.format!r}, {expected}")
+    if code == "f" and order in "@=<":
+        return array.array("f", view.tobytes())     # as they are, NaN included
+    if code in "bBhHiIlLqQ":          # by size, since ctypes and NumPy differ in their letters
+        signed = {1: "b", 2: "h", 4: "i", 8: "q"}[view.itemsize]
+        code = signed.upper() if code.isupper() else signed
+    count = view.nbytes // view.itemsize
+    return array.array("f", struct.unpack(f"{order}{count}{code}", view.tobytes()))
+
+
+def flattened(values):
+    """The numbers of nested lists, in order."""
+    if not isinstance(values, list):
+        return [values]
+    return [number for part in values for number in flattened(part)]
 
 
 def float_buffer(*shape):
@@ -435,7 +484,13 @@ class Handle(contextlib.AbstractContextManager):
 
     def close(self):
         self.free()
-        self.handle = self.lib = None        # further use fails here and not in C
+        vars(self).pop("lib", None)          # further use fails here and not in C
+        vars(self).pop("handle", None)
+
+    def __getattr__(self, name):             # called only for what is missing
+        if name in ("lib", "handle"):
+            raise GPT2Error(f"this {type(self).__name__} is closed")
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __exit__(self, *_):
         self.close()
@@ -466,6 +521,13 @@ class GPT2(Handle):
         self.config = lib.gpt2_config(handle)
         self.num_parameters = lib.gpt2_parameters(ctypes.byref(self.config))
         self.shapes = tensor_shapes(self.config, lib)
+
+    def __repr__(self):
+        c, place = self.config, "closed"
+        if "lib" in vars(self):
+            place = self.lib.gpt2_device().decode()
+        return (f"GPT2(L {c.L}, C {c.C}, NH {c.NH}, V {c.V}, max_T {c.max_T}:"
+                f" {self.num_parameters:,} parameters; {place})")
 
     def forward(self, x, y, train=True, scale=1.0):
         """Mean cross-entropy, in nats per token, of predicting y (B,T) from x (B,T). With train, backward()
@@ -529,7 +591,10 @@ class GPT2(Handle):
         is nucleus sampling. rng: a seed, or a ctypes.c_uint64 that is advanced."""
         if not isinstance(rng, ctypes.c_uint64):
             rng = ctypes.c_uint64(rng)
-        context = array.array("i", iter(tokens))
+        try:
+            context = token_ids(tokens)
+        except TypeError:
+            raise GPT2Error(f"the tokens are {reprlib.repr(tokens)}, expected a list of token ids") from None
         for _ in range(n):
             address, length = context.buffer_info()
             token = self.lib.gpt2_next(self.handle, address, length, temperature, top_k, top_p,
@@ -552,11 +617,12 @@ class GPT2(Handle):
         return view
 
     def set(self, name, values, kind="param"):
-        """Overwrites a tensor with a float32 array of any shape, or with a list of all elements in order."""
+        """Overwrites a tensor with an array of real numbers, converted to float32, or with a list of all the
+        elements in order."""
         index, kind = self._locate(name, kind)
-        data = array.array("f", values if isinstance(values, list) else memoryview(values).tobytes())
+        data = float32_array(values)
         if len(data) != math.prod(self.shapes[name]):
-            raise GPT2Error(f"{name} has the shape {self.shapes[name]}, and {len(data)} float32 were given")
+            raise GPT2Error(f"{name} has the shape {self.shapes[name]}, and {len(data)} numbers were given")
         self.lib.gpt2_set(self.handle, index, kind, 0, len(data), data.buffer_info()[0])
 
     def save(self, path, version=3):

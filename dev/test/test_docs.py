@@ -174,10 +174,24 @@ def test_the_commands_of_the_readme(sandbox, monkeypatch):
         assert done.returncode == 0, f"{full}\n{done.stdout[-800:]}\n{done.stderr[-800:]}"
 
 
-def test_the_python_of_the_readme(tmp_path):
+# Programs that run example.py: as a script, statement by statement as a notebook does, in a thread.
+WAYS = {"script": "exec(open('example.py').read())",
+        "notebook": """import ast
+shared = {}
+for statement in ast.parse(open("example.py").read()).body:
+    exec(compile(ast.Module([statement], []), "<cell>", "exec"), shared)""",
+        "thread": """import threading
+thread = threading.Thread(target=exec, args=(open("example.py").read(), {}))
+thread.start()
+thread.join()"""}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_python_of_the_readme(tmp_path, way):
     """The example runs as pasted, in a fresh interpreter."""
     code = next(block for block in fenced(HERE / "README.md", "python") if "train_gpt2" in block)
-    shown = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(HERE)).stdout
+    (tmp_path / "example.py").write_text(code)
+    shown = run(sys.executable, "-c", WAYS[way], cwd=tmp_path, PYTHONPATH=str(HERE)).stdout
     losses = [float(line.split()[1]) for line in shown.splitlines()]
     assert len(losses) == 10 and losses[-1] < losses[0]
     assert GPT2.load(tmp_path / "model.bin").config.C == 128

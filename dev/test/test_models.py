@@ -67,7 +67,7 @@ def test_a_model_is_exported_rounded_to_nearest(tmp_path, small, dtype):
            2.0**-24]
     values = array.array("f", odd + tensors(model)["wpe"][len(odd):].tolist())
     nans = [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001] if dtype == "BF16" else []
-    model.set("wpe", array.array("I", nans).tobytes() + values[len(nans):].tobytes())
+    model.set("wpe", array.array("f", array.array("I", nans).tobytes() + values[len(nans):].tobytes()))
     model.save(tmp_path / "model.bin")
     driver("export", "model.bin", "--out", "hf", "--type", dtype.lower(), cwd=tmp_path)
     found = read_safetensors(tmp_path / "hf" / "model.safetensors")
