@@ -117,10 +117,10 @@ int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t cou
 float gpt2_lr(const char *schedule, int64_t step, int64_t steps, int64_t warmup, float lr, float final_frac);
 
 /* Samples the next token; temperature 0 is greedy, top_k 0 allows all tokens, top_p is nucleus sampling;
-   *rng is the state. Beyond max_T the first tokens are dropped, max_T / 2 at a time, so that caching works.
-   -1 on failure. */
+   *rng is the state. Only ids with a nonzero byte in allowed (V) are sampled; NULL: all. Beyond max_T the
+   first tokens are dropped, max_T / 2 at a time, so that caching works. -1 on failure. */
 int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, float top_p,
-              uint64_t *rng);
+              const uint8_t *allowed, uint64_t *rng);
 
 /* Decode table: token i is bytes[at[i] + 1 …], bytes[at[i]] of them; `end` is end-of-text, or -1. */
 typedef struct { int32_t V, end; int64_t *at; unsigned char *bytes; } GPT2Tokenizer;
@@ -1849,7 +1849,7 @@ static int draw_token(float *logits, size_t V, int top, float temperature, int t
     if (top_p < 1) least = fmaxf(least, least_weight(weights, V, 1, nucleus));
     double draw = mass_from(weights, V, least).sum * uniform_at(0, (*rng)++);
     for (size_t i = 0; i < V && draw >= 0; i++) {
-        if (weights[i] < least) continue;
+        if (weights[i] < least || weights[i] == 0) continue;     /* 0: not allowed */
         draw -= weights[i];
         top = (int)i;
     }
@@ -1857,7 +1857,7 @@ static int draw_token(float *logits, size_t V, int top, float temperature, int t
 }
 
 int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, int top_k, float top_p,
-              uint64_t *rng) {
+              const uint8_t *allowed, uint64_t *rng) {
     const GPT2Config c = gpt2_config(model);
     size_t excess = 0, unit = 1;
     if (n > c.max_T) excess = (size_t)(n - c.max_T);
@@ -1868,6 +1868,8 @@ int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, 
         free(logits);
         return -1;
     }
+    for (int i = 0; i < c.V && allowed; i++)
+        if (!allowed[i]) logits[i] = -INFINITY;
     int token = 0;
     for (int i = 1; i < c.V; i++)
         if (logits[i] > logits[token]) token = i;
@@ -2170,16 +2172,28 @@ static void on_signal(int number) {
     signal(number, SIG_DFL);              /* the second one quits */
 }
 
-/* The decode table of the run, beside the shards, or in the working directory as for llm.c; or NULL. */
+/* Whether -e names a new model, such as d12, and not a file. */
+static int is_descriptor(const char *name) {
+    return name[0] == 'd' && strspn(name + 1, "0123456789") == strlen(name + 1);
+}
+
+/* Length of the folder of a path, with the slash. */
+static int folder_length(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? (int)(slash - path) + 1 : 0;
+}
+
+/* The decode table of the run, beside the model or the shards, or in the working directory as for llm.c; or
+   NULL. */
 static GPT2Tokenizer *find_tokenizer(void) {
-    Path paths[3] = {"", "", "gpt2_tokenizer.bin"};
-    const char *slash = strrchr(settings.train_shards, '/');
-    int folder = 0;                       /* length, with the slash */
-    if (slash) folder = (int)(slash - settings.train_shards) + 1;
+    Path paths[4] = {"", "", "", "gpt2_tokenizer.bin"};
+    const char *files[] = {settings.model, settings.train_shards};
     snprintf(paths[0], sizeof(Path), "%s/tokenizer.bin", settings.out);
-    snprintf(paths[1], sizeof(Path), "%.*stokenizer.bin", folder, settings.train_shards);
-    for (int i = 0; i < 3; i++) {
-        if (access(paths[i], F_OK)) continue;
+    for (int i = 0; i < 2; i++)
+        if (!is_descriptor(files[i]))
+            snprintf(paths[1 + i], sizeof(Path), "%.*stokenizer.bin", folder_length(files[i]), files[i]);
+    for (int i = 0; i < 4; i++) {
+        if (!*paths[i] || access(paths[i], F_OK)) continue;
         GPT2Tokenizer *tokenizer = gpt2_tokenizer_load(paths[i]);
         check_ok(tokenizer != NULL);
         return tokenizer;
@@ -2192,7 +2206,7 @@ static GPT2 *find_model(long long newest, const GPT2Tokenizer *tokenizer, uint64
     GPT2Config c;
     const char *name = settings.model;
     if (newest >= 0) return gpt2_load(run_path((Path){0}, settings.out, MODEL_FILE, newest));
-    if (name[0] != 'd' || strspn(name + 1, "0123456789") != strlen(name + 1)) return gpt2_load(name);
+    if (!is_descriptor(name)) return gpt2_load(name);
     if (gpt2_descriptor(name, &c)) return NULL;
     if (tokenizer) c.V = tokenizer->V;
     GPT2 *model = gpt2_create(&c);
@@ -2234,6 +2248,9 @@ static Run open_run(void) {
     check_ok(run.model != NULL);
     set_gpu_options(run.model);
     const GPT2Config c = gpt2_config(run.model);
+    if (run.tokenizer && run.tokenizer->V > c.V)
+        die("the tokenizer table of the run has %d tokens, expected at most the model's %d; remove or replace "
+            "tokenizer.bin", run.tokenizer->V, c.V);
     run.train = gpt2_loader_open(settings.train_shards, B, T, c.V, !settings.overfit, seed);
     check_ok(run.train != NULL);
     if (*settings.val_shards) {
@@ -2275,21 +2292,24 @@ static void sample(Run *run) {
     const GPT2Tokenizer *t = run->tokenizer;
     const int V = gpt2_config(run->model).V;
     int32_t *tokens = alloc_bytes((size_t)(settings.sample_tokens + 1) * sizeof *tokens);
-    check_ok(tokens != NULL);
+    uint8_t *allowed = alloc_bytes((size_t)V);     /* ids that have a token */
+    check_ok(tokens != NULL && allowed != NULL);
+    for (int i = 0; i < V; i++) allowed[i] = !t || (i < t->V && t->bytes[t->at[i]] > 0);
     tokens[0] = V - 1;                    /* end-of-text, as far as is known */
     if (t && t->end >= 0) tokens[0] = t->end;
     if (V == 256) tokens[0] = '\n';       /* bytes: a model of a single text has never seen end-of-text */
     printf("---\n");
     for (long long n = 1; n <= settings.sample_tokens && !interrupted; n++) {
-        const int token = gpt2_next(run->model, tokens, n, 1, 0, 1, &run->progress.rng);
+        const int token = gpt2_next(run->model, tokens, n, 1, 0, 1, allowed, &run->progress.rng);
         check_ok(token >= 0);
         tokens[n] = token;
-        if (t && token < t->V) fwrite(t->bytes + t->at[token] + 1, 1, t->bytes[t->at[token]], stdout);
+        if (t) fwrite(t->bytes + t->at[token] + 1, 1, t->bytes[t->at[token]], stdout);
         else printf("%d ", token);
         fflush(stdout);
     }
     printf("\n---\n");
     free(tokens);
+    free(allowed);
 }
 
 /* Validation loss and HellaSwag accuracy, where requested. */

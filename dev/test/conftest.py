@@ -44,6 +44,7 @@ from train_gpt2 import GPT2, GPT2Config, GPT2Error  # noqa: E402
 
 LIB = train_gpt2.library("cpu")
 convert, curves, fetch_module = map(train_gpt2.load_module, ("convert", "curves", "data/fetch"))
+vocabulary = train_gpt2.load_module("vocabulary")
 
 
 def one_sentence(text, *words):

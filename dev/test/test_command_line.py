@@ -73,7 +73,7 @@ NEW_RUN = ("--data {f}/data --init {f}/model.bin --batch-size 2 --seq-len 8 --st
     prepare {f}/text.txt --out {t} --val-fraction 2 | check => REFERENCE""") + cases(1, """
     --data {f}/none.txt | --data {f}/nothing | --data {f}/empty.txt | --data {f}/val
     --data {f}/few => 16 tokens | --data {f}/cut => train_000.bin | --data {f}/large => train_000.bin
-    --data {f}/table => tokenizer.bin | --data {f}/text.txt => 256 | --val-data {f}/none*.bin
+    --data {f}/table => tokenizer.bin | --data {f}/text.txt => vocabulary of 97 | --val-data {f}/none*.bin
     --data {f}/text.txt --val-data {f}/val/* => --val-data | --seq-len 25 | --total-batch-size 17
     --layers 3 => --layers | --model d2 => --model | --init {f}/none.bin | --init {f}/text.txt
     --init {f} => neither | --init {f}/cut.bin | --init scratch --heads 5

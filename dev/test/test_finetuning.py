@@ -53,9 +53,11 @@ def test_fine_tuning_rejects_another_tokenizer(base, tmp_path):
     train_gpt2.Tokenizer(pieces[::-1], 0).save(str(tmp_path / "tokenizer.bin"))
     shutil.copy(base / "model.bin", tmp_path)
     GPT2(GPT2Config(32, 97, 1, 1, 48)).save(tmp_path / "other.bin")
-    for name, word in (("model.bin", "model.bin"), ("other.bin", "--tokenizer bytes has 256")):
-        words = ("--init", name, "--data", base / "text.txt", "--out", f"run_{name}")
-        reports_error(driver(*words, status=1, cwd=tmp_path), "tokenizer", word)
+    for name, flags, expected in (("model.bin", (), "tokenizer.bin can only decode its 256 tokens"),
+                                  ("model.bin", ("--tokenizer", "bytes"), "differs from that of model.bin"),
+                                  ("other.bin", (), "256 tokens, expected at most")):
+        words = ("--init", name, "--data", base / "text.txt", "--out", "run", *flags)
+        reports_error(driver(*words, status=1, cwd=tmp_path), "tokenizer", expected)
 
 
 def test_patience_stops_a_run_early(base):

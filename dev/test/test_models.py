@@ -16,7 +16,7 @@ import pytest
 import train_gpt2
 from conftest import (as_bytes, as_huggingface, convert, driver, encoded, header, HERE, hub_folder,
                       one_sentence, random_model, rejects, relative, reports_error, run, tensors, TEXT,
-                      token_rows, with_entry, write_safetensors)
+                      token_rows, vocabulary, with_entry, write_safetensors)
 from train_gpt2 import GPT2, GPT2Config, GPT2Error
 
 
@@ -259,12 +259,14 @@ def test_unsupported_model_files_are_reported(tmp_path, name, contents, words):
 def test_fine_tuning_a_huggingface_model_and_exporting_it(tmp_path):
     hub_folder(tmp_path / "hf", GPT2(GPT2Config(16, 256, 1, 1, 16)))
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    driver(*"--init hf --data text.txt --batch-size 2 --steps 2 --sample-tokens 0".split(), cwd=tmp_path)
+    words = "--init hf --data text.txt --batch-size 2 --steps 2 --sample-tokens 0".split()
+    reports_error(driver(*words, status=1, cwd=tmp_path), "hf/model.safetensors", "256", "--tokenizer")
+    driver(*words, "--tokenizer", "bytes", cwd=tmp_path)
     driver("export", "--out", "ours", cwd=tmp_path)
     ours, run = (train_gpt2.open_model(str(tmp_path / name), "cpu") for name in ("ours", "runs/1"))
     assert as_bytes(tensors(ours)) == as_bytes(tensors(run))
     assert sorted(os.listdir(tmp_path / "ours")) == ["config.json", "merges.txt", "model.safetensors",
-                                                     "tokenizer_config.json", "vocab.json"]
+                                                     "tokenizer.json", "tokenizer_config.json", "vocab.json"]
     texts = [driver("sample", name, "--tokens", 9, cwd=tmp_path).stdout for name in ("ours", "runs/1")]
     assert texts[0] == texts[1]
 
@@ -297,17 +299,20 @@ def toy_bpe():
 
 def test_a_tokenizers_merges_are_recovered(toy_bpe):
     tokenizer, merges = toy_bpe
-    tokens, pairs = convert.vocabulary(tokenizer.pieces, tokenizer.end)
-    assert pairs == [" ".join(piece.decode().replace(" ", "\u0120") for piece in pair) for pair in merges]
+    recovered = vocabulary.from_table(tokenizer.pieces, tokenizer.end)
+    tokens = list(recovered.vocab)
+    assert recovered.merges == [tuple(piece.decode().replace(" ", "\u0120") for piece in pair)
+                                for pair in merges]
     assert tokens[24:30] == ["y", "z", "\u0120", "<|endoftext|>", "th", "the"] and len(tokens) == 35
     byte = train_gpt2.ByteTokenizer()
-    tokens, pairs = convert.vocabulary(byte.pieces, byte.end)
+    recovered = vocabulary.from_table(byte.pieces, byte.end)
+    tokens, pairs = list(recovered.vocab), recovered.merges
     assert [tokens[i] for i in (0, 10, 65, 0xAD, 0xFF)] == ["<|endoftext|>", "\u010a", "A", "\u0143", "\xff"]
     assert pairs == [] and len(set(tokens)) == 256
     for piece, end in ((b"abc", 27), (b"", 27), (b"a", 27), (b"aZ", 27), (b"th", 27), (b"ab", -1)):
         pieces = [*tokenizer.pieces[:28], piece, *tokenizer.pieces[28:]]
         with rejects("of the tokenizer", "byte-level BPE"):
-            convert.vocabulary(pieces, end)
+            vocabulary.from_table(pieces, end)
 
 
 def gpt2s_vocabulary():
@@ -382,7 +387,9 @@ def test_gguf_reader_finds_the_whole_model(tmp_path, toy_bpe, dtype):
     assert facts["gpt2.attention.layer_norm_epsilon"] == pytest.approx(1e-5)
     assert (facts["tokenizer.ggml.model"], facts["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     found = (facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.merges"])
-    assert found == convert.vocabulary(tokenizer.pieces, tokenizer.end) and len(found[1]) == len(merges)
+    recovered = vocabulary.from_table(tokenizer.pieces, tokenizer.end)
+    assert found == (list(recovered.vocab), [" ".join(pair) for pair in recovered.merges])
+    assert len(found[1]) == len(merges)
     assert facts["tokenizer.ggml.token_type"] == [3 if i == 27 else 1 for i in range(35)]
     assert facts["tokenizer.ggml.bos_token_id"] == facts["tokenizer.ggml.eos_token_id"] == 27
     found = {tensor.name: tensor for tensor in reader.tensors}

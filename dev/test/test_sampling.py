@@ -23,7 +23,7 @@ def draws(model, tokens, n, temperature, top_k=0, top_p=1.0):
     """n tokens that continue the same prompt."""
     rng = ctypes.c_uint64(1)
     ids = (ctypes.c_int32 * len(tokens))(*tokens)
-    place = (model.handle, ids, len(tokens), temperature, top_k, top_p, ctypes.byref(rng))
+    place = (model.handle, ids, len(tokens), temperature, top_k, top_p, None, ctypes.byref(rng))
     return [LIB.gpt2_next(*place) for _ in range(n)]
 
 
