@@ -2249,8 +2249,8 @@ static Run open_run(void) {
     set_gpu_options(run.model);
     const GPT2Config c = gpt2_config(run.model);
     if (run.tokenizer && run.tokenizer->V > c.V)
-        die("the tokenizer table of the run has %d tokens, expected at most the model's %d; remove or replace "
-            "tokenizer.bin", run.tokenizer->V, c.V);
+        die("the run's tokenizer.bin has %d tokens, expected at most the model's %d; remove or replace it",
+            run.tokenizer->V, c.V);
     run.train = gpt2_loader_open(settings.train_shards, B, T, c.V, !settings.overfit, seed);
     check_ok(run.train != NULL);
     if (*settings.val_shards) {

@@ -8,6 +8,7 @@
     python3 train_gpt2.py sample --prompt "ROMEO:"       generate text with the newest run
     python3 train_gpt2.py eval runs/1 --data book.txt    loss, perplexity, bits per byte
     python3 train_gpt2.py prepare texts/ --out shards    encode texts into token shards
+    python3 train_gpt2.py train-tokenizer texts/ --vocab-size 4096     a vocabulary for your own language
     python3 train_gpt2.py export --out hf                write the newest run's model for transformers
     python3 train_gpt2.py plot runs/1 runs/2             draw the curves of runs
     python3 train_gpt2.py check tiny_reference.bin       compare with a saved reference
@@ -1227,8 +1228,8 @@ class Tokenizer:
     def encode(self, text):
         """The token ids of a str, as an array of uint16. End-of-text in it is ordinary text."""
         if text:
-            raise GPT2Error(f"{self.source} can only decode its {len(self.pieces)} tokens; to encode text, put"
-                            f" the {TOKENIZER_JSON} that belongs to it into its folder")
+            raise GPT2Error(f"{self.source} can only decode its {len(self.pieces)} tokens; to encode text,"
+                            f" put the {TOKENIZER_JSON} that belongs to it into its folder")
         return array.array("H")
 
     def encode_prompt(self, text):
@@ -2014,6 +2015,21 @@ def prepare_command(args):
     print(f"train on them: {command_line('--data', args.out)}")
 
 
+def train_tokenizer_command(args):
+    if not args.out.endswith(".json"):
+        raise GPT2Error(f"--out is {args.out}, expected a name that ends in .json")
+    progress = Progress(unit="MB", label="read: ")
+    parts = read_parts(find_texts(args.inputs), args.jsonl, [], progress)
+    with contextlib.closing(progress), optional_module("vocabulary") as module:
+        vocabulary = module.train((part.decode(errors="replace") for part in parts), args.vocab_size)
+    if not progress.done:
+        raise GPT2Error(f"{' '.join(args.inputs)}: no text there, only empty files or lines")
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    replace_file(args.out, vocabulary.json())
+    print(f"{args.out}: {len(vocabulary.pieces):,} tokens; train with it:"
+          f" {command_line('--tokenizer', args.out, '--data', *args.inputs)}")
+
+
 def import_command(args):
     export_command(argparse.Namespace(**vars(args), format="llmc", type="f32"))
 
@@ -2105,6 +2121,12 @@ COMMANDS = {
         ("shard-tokens", 100_000_000, COUNT, "tokens per shard"),
         ("jsonl", False, bool, "all inputs are JSON lines"),
         ("out", REQUIRED, "DIR", "output folder")]),
+    "train-tokenizer": (train_tokenizer_command, "train a byte-level BPE tokenizer on texts", [
+        ("inputs", "+", "INPUT", "text, JSON lines, .gz, folder, or -, as for prepare")], [
+        ("vocab-size", REQUIRED, number(int, 257, 65536), "number of tokens, of which 257 are end-of-text and"
+         " the bytes"),
+        ("jsonl", False, bool, "all inputs are JSON lines"),
+        ("out", "tokenizer.json", "FILE", "file to write, for --tokenizer")]),
     "import": (import_command, "convert a Hugging Face model to a model file", [
         ("model", None, "MODEL", f"{WEIGHTS}, its folder, or {', '.join(HUB_MODELS)}")], [
         TOKENIZER,

@@ -11,7 +11,7 @@ vocabulary is trained. train_gpt2.py uses it for --tokenizer, for models with th
 train-tokenizer, convert.py to export tokenizers.
 """
 import functools
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -77,6 +77,16 @@ def components(part):
     return [found for item in inner for found in components(item)]
 
 
+def check_kind(data, source):
+    """Raises Error unless a tokenizer.json has a byte-level BPE."""
+    kind = data["model"].get("type", "BPE")      # older files have no type
+    levels = [part["type"] for key in ("pre_tokenizer", "decoder") for part in components(data.get(key))]
+    if kind == "BPE" and (data["model"].get("byte_fallback") or "ByteLevel" not in levels):
+        kind = "SentencePiece (a BPE of characters)"
+    if kind != "BPE":
+        raise Error(f"{source} is a {printable(str(kind)):.40} tokenizer, {EXPECTED}")
+
+
 def token_ids(data):
     """The id of each token of a tokenizer.json."""
     added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
@@ -88,15 +98,9 @@ class Vocabulary:
     end-of-text, or -1; data: the contents of its tokenizer.json; source: its file."""
 
     def __init__(self, data, source, end):
-        """Raises Error for any other kind of tokenizer."""
+        """Raises Error if a token cannot be one of a byte-level BPE."""
         self.data, self.source, self.end = data, source, end
         model = data["model"]
-        kind = model.get("type", "BPE")      # older files have no type
-        levels = [part["type"] for key in ("pre_tokenizer", "decoder") for part in components(data.get(key))]
-        if kind == "BPE" and (model.get("byte_fallback") or "ByteLevel" not in levels):
-            kind = "SentencePiece (a BPE of characters)"
-        if kind != "BPE":
-            raise Error(f"{source} is a {printable(str(kind)):.40} tokenizer, {EXPECTED}")
         self.vocab = model["vocab"]
         self.merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
                        for merge in model["merges"]]
@@ -104,10 +108,10 @@ class Vocabulary:
         self.pieces = self._pieces(token_ids(data))
 
     def _pieces(self, ids):
-        if not ids or not all(type(i) is int and 0 <= i < MOST for i in ids.values()):
-            largest = max(map(str, ids.values()), key=len, default="no ids")
-            raise Error(f"{self.source} has ids up to {largest:.20}, expected from 0 to {MOST - 1:,}, since"
-                        " shards store 16 bits per token")
+        wrong = [i for i in ids.values() if type(i) is not int or not 0 <= i < MOST]
+        if wrong or not ids:
+            raise Error(f"{self.source} has the id {[*wrong, None][0]!r:.20}, expected integers from 0 to"
+                        f" {MOST - 1:,}, since shards store 16 bits per token")
         pieces = [b""] * (1 + max(ids.values()))
         for token, i in ids.items():
             if pieces[i]:
@@ -120,7 +124,8 @@ class Vocabulary:
                 raise Error(f"{self.source} has a token {token!r:.60} that is not spelled in the letters for"
                             f" bytes, {EXPECTED}")
             if len(pieces[i]) > LONGEST:
-                raise Error(f"{self.source}: token {i} has {len(pieces[i])} bytes, expected at most {LONGEST}")
+                raise Error(f"{self.source}: token {i} has {len(pieces[i])} bytes, expected at most"
+                            f" {LONGEST}")
         return pieces
 
     def json(self):
@@ -222,9 +227,12 @@ class Vocabulary:
         return checked
 
     def _by_tiktoken(self):
-        if not self.is_plain or not importlib.util.find_spec("tiktoken"):
+        if not self.is_plain:
             return None
-        tiktoken = importlib.import_module("tiktoken")
+        try:
+            import tiktoken
+        except ImportError:
+            return None
         ranks = self.ranks()
         special = [token for token in self.added if self.added[token]["id"] != self.end]
         ids = [self.vocab[spelled(piece)] for piece in ranks] + [self.added[t]["id"] for t in special]
@@ -291,6 +299,7 @@ def read(path):
         if not isinstance(data.get("model"), dict):
             data = from_pair(data, file, config)
         add_tokens(data, folder, config)
+        check_kind(data, file)
         ids = token_ids(data)
         return Vocabulary(data, file, ids.get(content(config.get("eos_token")), ids.get(END_OF_TEXT, -1)))
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:

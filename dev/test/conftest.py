@@ -275,6 +275,7 @@ def byte_model(tmp_path):
     """A model of bytes with uneven probabilities, and its file."""
     model = random_model(16, 256, 1, 2, 8, spread=0.2)
     model.save(tmp_path / "model.bin")
+    train_gpt2.ByteTokenizer().save(str(tmp_path / "tokenizer.bin"))
     return model, tmp_path / "model.bin"
 
 
