@@ -10,7 +10,7 @@ import pytest
 
 import train_gpt2
 from conftest import (binary, command, driver, header, hub_folder, make_data, prepare, random_model, rejects,
-                      reports_error, run, TEXT, tokens_of, vocabulary)
+                      reports_error, run, SMALL, TEXT, tokens_of, vocabulary)
 from train_gpt2 import GPT2, GPT2Config
 
 MIXED = ("To be, or not to be: don't! ¿Qué? Übung, naïve — “quotes”\r\n\r\n\tThe 漢字 日本語。 😀👍🏽 12345 ½"
@@ -364,3 +364,62 @@ def test_a_vocabulary_larger_than_the_model_is_rejected(tmp_path):
     pieces = b"".join(b"\1a" for _ in range(98))
     (tmp_path / "data" / "tokenizer.bin").write_bytes(header(20240328, 2, 98, 5) + pieces)
     reports_error(run(*command("binary", tmp_path, "-x 1 -n 0"), status=1), "98 tokens", "tokenizer.bin")
+
+
+def test_gguf_has_a_token_for_each_id_gguf(padded):
+    gguf = pytest.importorskip("gguf")
+    folder, _, contents = padded
+    driver("export", "hf", "--format", "gguf", "--out", "m.gguf", cwd=folder)
+    facts = {key: field.contents() for key, field in gguf.GGUFReader(folder / "m.gguf").fields.items()}
+    tokens, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
+    vocab = contents["model"]["vocab"]
+    assert len(tokens) == len(kinds) == facts["gpt2.vocab_size"] == 300
+    assert all(tokens[i] == token for token, i in vocab.items())
+    assert tokens[266] == "<|bot|>" and tokens[265] == "[PAD265]" and tokens[299] == "[PAD299]"
+    assert [i for i, kind in enumerate(kinds) if kind == 3] == [vocab[END], 266]     # control
+    assert [i for i, kind in enumerate(kinds) if kind == 5] == [264, 265, *range(267, 300)]     # unused
+    assert facts["tokenizer.ggml.merges"] == contents["model"]["merges"]
+
+
+def test_gguf_rejects_another_pre_tokenizer(tmp_path):
+    own_model(tmp_path / "hf", 264, own_vocabulary(pre_tokenizer=SPLIT))
+    done = driver("export", "hf", "--format", "gguf", "--out", "m.gguf", status=1, cwd=tmp_path)
+    reports_error(done, "hf/tokenizer.json", "--format hf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+# --- train-tokenizer ----------------------------------------------------------------------------------------
+def test_a_trained_tokenizer_is_used_by_a_run_tokenizers(tmp_path):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("tiktoken")
+    text = (TEXT + MIXED) * 20
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(text, encoding="utf-8")
+    shown = driver("train-tokenizer", "texts", "--vocab-size", 300, "--out", "my/t.json", cwd=tmp_path).stdout
+    assert "300 tokens" in shown and "--tokenizer my/t.json --data texts" in shown
+    trained = vocabulary.read(str(tmp_path / "my" / "t.json"))
+    assert len(trained.pieces) == 300 and trained.pieces[0] == END.encode() and trained.end == 0
+    assert trained.is_plain
+    driver("--data", "texts", "--tokenizer", "my/t.json", *SMALL, "--sample-tokens", 5, cwd=tmp_path)
+    tokens = tokens_of(tmp_path / "runs" / "1" / "tokens" / "train_000000.bin")
+    assert len(tokens) < 0.75 * len(text.encode())
+    model = GPT2.load(tmp_path / "runs" / "1" / "model_00000003.bin")
+    assert model.config.V == 300
+    assert driver("sample", "--prompt", "the", "--tokens", 9, cwd=tmp_path).stdout.startswith("the")
+    driver("train-tokenizer", "texts", "--vocab-size", 300, "--out", "again.json", cwd=tmp_path)
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "my" / "t.json").read_bytes()
+
+
+def test_train_tokenizer_reports_mistakes(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    train = functools.partial(driver, "train-tokenizer", cwd=tmp_path)
+    reports_error(train("text.txt", "--vocab-size", 256, status=2), "256", "257")
+    reports_error(train("text.txt", "--vocab-size", 300, "--out", "text.txt", status=1), "text.txt", ".json")
+    reports_error(train("none.txt", "--vocab-size", 300, status=1), "none.txt")
+    environment = no_package(tmp_path / "none", "tokenizers")
+    done = train("text.txt", "--vocab-size", 300, status=1, **environment)
+    reports_error(done, "pip install tokenizers")
+    assert not (tmp_path / "tokenizer.json").exists()
+    pytest.importorskip("tokenizers")
+    reports_error(train("empty.txt", "--vocab-size", 300, status=1), "empty.txt", "no text")
