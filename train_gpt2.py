@@ -26,7 +26,8 @@ Contents:
      8. Command line
 
 Needs Python 3.9 or newer and its standard library; all arithmetic is in the C library. tiktoken is imported
-for GPT-2's tokenizer only, dev/convert.py, dev/curves.py and dev/data/fetch.py by what needs them.
+to encode for GPT-2's vocabulary, dev/convert.py, dev/vocabulary.py, dev/curves.py and dev/data/fetch.py by
+what needs them.
 In Python: from train_gpt2 import GPT2, GPT2Config.
 """
 import argparse
@@ -1333,7 +1334,11 @@ class BPETokenizer(Tokenizer):
 
     def save(self, path):
         super().save(path)
-        replace_file(os.path.join(os.path.dirname(path), TOKENIZER_JSON), self.json)
+        file = os.path.join(os.path.dirname(path), TOKENIZER_JSON)
+        if not os.path.exists(file):
+            replace_file(file, self.json)
+        elif self.read(file).pieces != self.pieces:
+            raise GPT2Error(f"{file} belongs to a different tokenizer; choose another folder with --out")
 
 
 def named_tokenizer(name, lib):
@@ -1579,7 +1584,10 @@ def write_shards(stream, tokens, cut, folder, shard_tokens):
 
 def replace_shards(source, folder, shards):
     """Replaces the shards in a folder by those in another."""
-    for pattern in ("manifest.json", TABLE, TOKENIZER_JSON, "train_[0-9]*.bin", "val_[0-9]*.bin"):
+    patterns = ["manifest.json", TABLE, "train_[0-9]*.bin", "val_[0-9]*.bin"]
+    if os.path.exists(os.path.join(folder, "manifest.json")):
+        patterns.append(TOKENIZER_JSON)      # otherwise it may be the user's
+    for pattern in patterns:
         for old in glob.glob(os.path.join(glob.escape(folder), pattern)):
             os.remove(old)
     for shard in shards:
@@ -1705,10 +1713,14 @@ def find_model(source, lib):
     if not os.path.isdir(source):
         return source
     checkpoint = model_path(source, lib.gpt2_newest(source))
-    for path in (checkpoint, *(os.path.join(source, name)
-                               for name in (WEIGHTS, WEIGHTS + ".index.json", "pytorch_model.bin"))):
+    pickles = glob.glob(os.path.join(glob.escape(source), "pytorch_model*.bin"))
+    for path in (checkpoint, os.path.join(source, WEIGHTS), os.path.join(source, WEIGHTS + ".index.json"),
+                 *sorted(pickles)):
         if os.path.lexists(path):
             return path
+    if os.path.lexists(os.path.join(source, "config.json")) or glob.glob(f"{glob.escape(source)}/adapter_*"):
+        with optional_module("convert") as convert:
+            convert.check_architecture(source)
     raise GPT2Error(f"{source} has neither a checkpoint nor {WEIGHTS}; name a folder that has one, or a model"
                     " file")
 
@@ -1726,10 +1738,11 @@ def open_model(source, device="auto"):
     if path.endswith((".safetensors", ".json")) or (head[8:] == b"{" and head[:4] != MAGIC_MODEL):
         model = import_model(path, device)
     elif re.match(rb"PK\x03\x04|\x80[\x02-\x05]", head) or path.endswith((".pt", ".pth", ".pkl", ".ckpt")):
-        raise GPT2Error(f"{path} is a pickle, which is rejected because loading one can execute code; if"
-                        " you trust it, convert it: python3 -c \"import torch, safetensors.torch; w ="
-                        f" torch.load({path!r}, weights_only=True); safetensors.torch.save_file("
-                        f"{{n: w[n].clone() for n in w}}, '{WEIGHTS}')\"")
+        folder = os.path.splitext(path)[0] + "_hf"
+        convert = os.path.relpath(os.path.join(HERE, "dev", "convert.py"))
+        raise GPT2Error(f"{path} is a pickle, which is rejected because loading one can execute code; convert"
+                        " it, for which torch must be installed, and use the folder:"
+                        f" {shlex.join(('python3', convert, 'unpickle', path, folder))}")
     else:
         model = GPT2.load(path, device)
     model.file = path
@@ -1764,9 +1777,9 @@ def import_model(path, device):
     return model
 
 
-def export_model(model, tokenizer, format, path, dtype):
-    """Writes a model and its tokenizer (None: without) as a Hugging Face folder ("hf"), a GGUF file ("gguf")
-    or a model file ("llmc") with numbers of dtype F32, F16 or BF16."""
+def export_model(model, tokenizer, format, path, dtype, **options):
+    """Writes a model and its tokenizer (None: without) as a Hugging Face folder ("hf"), a GGUF file ("gguf",
+    with the option untied) or a model file ("llmc") with numbers of dtype F32, F16 or BF16."""
     if format == "llmc":
         export_llmc(model, tokenizer, path, dtype)
         return
@@ -1781,7 +1794,8 @@ def export_model(model, tokenizer, format, path, dtype):
         c = model.config
         shape = convert.Shape(c.max_T, c.V, c.L, c.NH, c.C)
         vocabulary = tokenizer.vocabulary() if tokenizer else None
-        convert.FORMATS[format](path, shape, read, vocabulary, dtype, report_tensors("written"))
+        convert.FORMATS[format](path, shape, read, vocabulary, dtype, report_tensors("written"),
+                                **options)
 
 
 def export_llmc(model, tokenizer, path, dtype):
@@ -2031,12 +2045,19 @@ def train_tokenizer_command(args):
 
 
 def import_command(args):
-    export_command(argparse.Namespace(**vars(args), format="llmc", type="f32"))
+    export_command(argparse.Namespace(**vars(args), format="llmc", type="f32", untied=False))
 
 
 def export_command(args):
     if args.format == "llmc" and args.type == "f16":
         raise GPT2Error("llm.c's model files have --type f32 or bf16; f16 is for --format hf and gguf")
+    options = {}
+    if args.untied:
+        options = {"untied": True}
+        if args.format != "gguf":
+            raise GPT2Error(f"--untied is for --format gguf, and the format is {args.format}")
+    with optional_module("convert") as convert:
+        convert.check_target(args.out, args.format)
     model = open_model(args.model, "cpu")
     tokenizer, note = None, ""
     try:
@@ -2047,7 +2068,7 @@ def export_command(args):
         note = f", without a tokenizer: {error}"
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     try:
-        export_model(model, tokenizer, args.format, args.out, args.type.upper())
+        export_model(model, tokenizer, args.format, args.out, args.type.upper(), **options)
     except OverflowError:
         raise GPT2Error(f"{model.file} has values beyond F16's range, 65504; use --type f32 or"
                         " bf16") from None
@@ -2136,6 +2157,8 @@ COMMANDS = {
         ("format", "hf", ("hf", "llmc", "gguf"), "for transformers, for llm.c and ./train_gpt2, or for"
          " llama.cpp"),
         ("type", "f32", ("f32", "f16", "bf16"), "number format"),
+        ("untied", False, bool, "gguf: write the tied head as output.weight as well, for llama.cpp before"
+         " March 2025 and gpt4all"),
         ("out", REQUIRED, "PATH", "file, or folder for hf, to write")]),
     "plot": (plot_command, "draw the curves of runs in one picture", [
         ("runs", "+", "RUN", "run directory, or main.log (llm.c's too)")], [

@@ -4,32 +4,40 @@
     python3 dev/convert.py import hf/ model.bin                      Hugging Face folder or model.safetensors
     python3 dev/convert.py export model.bin hf/                      folder that transformers loads
     python3 dev/convert.py export model.bin model.gguf --format gguf --type f16
+    python3 dev/convert.py unpickle ckpt.pt hf/                      PyTorch checkpoint; needs torch
 
-Standard library only; no arithmetic beyond transposes and rounding. A tokenizer table (tokenizer.bin) beside
-the model is exported with it. train_gpt2.py calls read_model() and FORMATS for its commands import and export
-and for --init; these take and give tensors piece by piece, so that a model is never in memory twice.
+Standard library only, except for unpickle; no arithmetic beyond transposes and rounding. A tokenizer table
+(tokenizer.bin) beside the model is exported with it. train_gpt2.py calls read_model() and FORMATS for its
+commands import and export and for --init; these take and give tensors piece by piece, so that a model is
+never in memory twice.
 
     1. Number formats     F32, F16, BF16
     2. Tensor names       ours, Hugging Face's, GGUF's
     3. safetensors, in    read_model
     4. Formats, out       Hugging Face folder, GGUF
-    5. Model file         in and out, for the command line
+    5. Targets            what export and import may overwrite
+    6. Pickles            PyTorch's checkpoints to safetensors
+    7. Model file         in and out, for the command line
 """
 import argparse
 import array
 import collections
+import glob
 import json
 import math
 import os
 import re
+import shutil
 import struct
 import sys
+import warnings
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 import vocabulary  # noqa: E402
 from fileio import Error, naming, printable, regular, write_file  # noqa: E402
 
 Shape = collections.namedtuple("Shape", "max_T V L NH C")     # as in the header of a model file
+WRITER = "written by train_gpt2.py"          # in the files that convert.py writes
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 TABLE = "tokenizer.bin"
@@ -44,12 +52,19 @@ def silent(done, total):
 
 
 # --- 1. Number formats --------------------------------------------------------------------------------------
-BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}     # F64 is only read
 GGUF_TYPES = {"F32": 0, "F16": 1, "BF16": 30}
+LARGEST_F32 = 3.4028235e38
 
 
 def from_bytes(data, dtype):
-    """F32, F16 or BF16 data as an array of float32."""
+    """F32, F16, BF16 or F64 data as an array of float32. Raises OverflowError for an F64 value beyond its
+    range."""
+    if dtype == "F64":
+        values = array.array("d", data)
+        if any(LARGEST_F32 < abs(value) < math.inf for value in values):
+            raise OverflowError
+        return array.array("f", values)
     if dtype == "F16":
         return array.array("f", struct.unpack(f"<{len(data) // 2}e", data))
     if dtype == "BF16":                      # the upper half of a float32
@@ -105,15 +120,15 @@ def tensor_shapes(shape):
 class Part(collections.namedtuple("Part", "name first shape transposed dtype")):
     """One layer of our tensor `name`, from element `first` on, with its shape and dtype in the other format.
 
-    transposed: it is (in,out) there, and (out,in) here."""
+    transposed: it is (in,out) there, as in Conv1D, and (out,in) here, as in nn.Linear."""
     @property
     def size(self):
         """Bytes in the other format."""
         return math.prod(self.shape) * BYTES[self.dtype]
 
 
-def model_parts(shape, dtype="F32", gguf=False):
-    """All parts of a model by Hugging Face's names, or by GGUF's."""
+def model_parts(shape, dtype="F32", gguf=False, linear=False):
+    """All parts of a model by Hugging Face's names, or by GGUF's; linear: matrices are (out,in)."""
     parts = {}
     for name, dimensions in tensor_shapes(shape).items():
         other = NAMES.get(name) or NAMES[name[:-1]]
@@ -123,7 +138,7 @@ def model_parts(shape, dtype="F32", gguf=False):
         if "*" in other:
             layers, *dimensions = dimensions
         count = math.prod(dimensions)
-        transposed = "*" in other and len(dimensions) == 2 and not gguf
+        transposed = "*" in other and len(dimensions) == 2 and not gguf and not linear
         if transposed:
             dimensions = dimensions[::-1]
         kind = dtype
@@ -185,7 +200,11 @@ def read_tensor(tensor):
             data = file.read(min(size, tensor.end - at))
             if len(data) < min(size, tensor.end - at):
                 raise Error(f"{tensor.path} became shorter while it was read; try again")
-            yield from_bytes(data, tensor.dtype)
+            try:
+                yield from_bytes(data, tensor.dtype)
+            except OverflowError:
+                raise Error(f"{tensor.path} has F64 values beyond float32's range, {LARGEST_F32:g}; scale"
+                            " them") from None
 
 
 def read_heads(path, C):
@@ -204,6 +223,39 @@ def read_heads(path, C):
     return heads
 
 
+# What the names of tensors tell about other architectures.
+ARCHITECTURES = {
+    "lora_": "a LoRA adapter", "self_attn.q_proj": "Llama or a relative", "c_attn_q": "GPT-BigCode",
+    "attention.query_key_value": "GPT-NeoX or Falcon", "attn.attention.k_proj": "GPT-Neo",
+    "attn.q_proj": "GPT-J", "attention.self.query": "BERT", "SelfAttention": "T5",
+    "self_attn.k_proj": "OPT", "mixer.": "Mamba"}
+PREFIX = re.compile(r"^((module|_orig_mod|transformer|model)\.)+")     # of DDP, torch.compile and others
+
+
+def check_architecture(folder):
+    """Raises Error if a folder says that its model is not a GPT-2."""
+    config = os.path.join(folder, "config.json")
+    adapter = os.path.join(folder, "adapter_config.json")
+    kind = "gpt2"
+    if os.path.lexists(config):
+        kind = read_json(config).get("model_type", kind)
+    if kind != "gpt2":
+        raise Error(f"{config}: model_type is {kind!r:.60}, expected 'gpt2'")
+    if os.path.lexists(adapter) and not os.path.lexists(os.path.join(folder, WEIGHTS)):
+        raise Error(f"{adapter} describes a LoRA adapter, expected a whole model; merge it into its base"
+                    " model (merge_and_unload() of the package peft) and save that")
+
+
+def check_names(path, stored):
+    """Raises Error if the names of the tensors are those of another architecture."""
+    if "wte.weight" in stored:
+        return
+    for part, kind in ARCHITECTURES.items():
+        name = next((name for name in stored if part in name), None)
+        if name:
+            raise Error(f"{path} has a tensor {name[:99]!r}, as {kind} has, expected GPT-2's")
+
+
 def read_stored(path):
     """All Stored tensors of a model.safetensors, or of the files that an index names; without the masks."""
     folder, *names = os.path.split(path)
@@ -214,7 +266,7 @@ def read_stored(path):
     stored = {}
     for file in sorted(set(names)):
         for name, tensor in read_safetensors(os.path.join(folder, file)).items():
-            name = name.removeprefix("transformer.")
+            name = PREFIX.sub("", name)
             if name in stored:
                 raise Error(f"{path} has {name[:99]!r} twice")
             if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):     # the causal mask
@@ -226,7 +278,7 @@ def check_stored(path, stored, parts, wte_shape):
     """Raises unless the tensors are exactly those of the parts, and lm_head, if it is there, is wte."""
     found = {name: t.shape if t.dtype in BYTES else t.dtype for name, t in stored.items()}
     expected = {name: part.shape for name, part in parts.items()}
-    head, wte = stored.get("lm_head.weight"), stored["wte.weight"]
+    head, wte = stored.get("lm_head.weight"), stored.get("wte.weight")
     if head:
         expected["lm_head.weight"] = wte_shape
     for name in sorted({*expected, *found}):
@@ -252,14 +304,20 @@ def read_pieces(stored, parts, report):
 
 def read_model(path, report=silent):
     """The Shape of the GPT-2 in a model.safetensors or its index, and an iterator of its pieces: (tensor's
-    name, first element, array of float32)."""
+    name, first element, array of float32); biases that no layer has, as in nanoGPT's bias=False, are absent
+    and 0."""
+    folder = os.path.dirname(path)
     try:
+        check_architecture(folder)
         stored = read_stored(path)
+        check_names(path, stored)
         (V, C), (max_T, _) = stored["wte.weight"].shape, stored["wpe.weight"].shape
         L = sum(name.endswith(".ln_1.weight") for name in stored)
-        config = os.path.join(os.path.dirname(path), "config.json")
-        shape = Shape(max_T, V, L, read_heads(config, C), C)
-        parts = model_parts(shape)
+        shape = Shape(max_T, V, L, read_heads(os.path.join(folder, "config.json"), C), C)
+        attention = stored.get("h.0.attn.c_attn.weight")
+        parts = model_parts(shape, linear=bool(attention) and attention.shape == (3 * C, C))
+        if not any(name.endswith(".bias") for name in stored):
+            parts = {name: part for name, part in parts.items() if not name.endswith(".bias")}
         check_stored(path, stored, parts, (V, C))
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise Error(f"{path} is not a GPT-2 in Hugging Face's format ({type(error).__name__}: {error});"
@@ -292,13 +350,13 @@ def hf_config(shape, end):
             "eos_token_id": end, **dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0)}
 
 
-def safetensors_header(parts):
-    """The header of a safetensors file that stores the parts in order."""
-    entries, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, part in parts.items():
-        entries["transformer." + name] = {"dtype": part.dtype, "shape": part.shape,
-                                          "data_offsets": (at, at + part.size)}
-        at += part.size
+def safetensors_header(tensors):
+    """The header of a safetensors file that stores tensors in order, given as dtype and shape by name."""
+    entries, at = {"__metadata__": {"format": "pt", "writer": WRITER}}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (at, at + size)}
+        at += size
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
@@ -316,7 +374,8 @@ def write_hf(folder, shape, read, tokenizer, dtype, report=silent):
     for name, content in files.items():
         write_file(os.path.join(folder, name), content)
     parts = model_parts(shape, dtype)
-    write_file(os.path.join(folder, WEIGHTS), safetensors_header(parts), model_bytes(parts, read, report))
+    header = safetensors_header({"transformer." + name: (p.dtype, p.shape) for name, p in parts.items()})
+    write_file(os.path.join(folder, WEIGHTS), header, model_bytes(parts, read, report))
 
 
 def gguf_value(value):
@@ -336,7 +395,8 @@ def gguf_value(value):
 def gguf_metadata(name, shape, tokenizer):
     """The metadata of a GGUF file by key."""
     metadata = {
-        "general.architecture": "gpt2", "general.name": name, "general.alignment": 32,
+        "general.architecture": "gpt2", "general.name": name, "general.description": WRITER,
+        "general.alignment": 32,
         "gpt2.context_length": shape.max_T, "gpt2.embedding_length": shape.C,
         "gpt2.feed_forward_length": 4 * shape.C, "gpt2.block_count": shape.L,
         "gpt2.attention.head_count": shape.NH, "gpt2.vocab_size": shape.V,
@@ -346,11 +406,14 @@ def gguf_metadata(name, shape, tokenizer):
     return metadata
 
 
-def write_gguf(path, shape, read, tokenizer, dtype, report=silent):
+def write_gguf(path, shape, read, tokenizer, dtype, report=silent, untied=False):
     """Writes a GGUF file, version 3, for llama.cpp: metadata, names and offsets of the tensors, then their
-    data, aligned to 32 bytes. There is no output.weight, since the head is tied to token_embd."""
+    data, aligned to 32 bytes. The head is tied to token_embd; untied: it is written as output.weight as well,
+    which llama.cpp before March 2025 and gpt4all need."""
     metadata = gguf_metadata(os.path.basename(path), shape, tokenizer)
     parts, at = model_parts(shape, dtype, gguf=True), 0
+    if untied:
+        parts["output.weight"] = parts["token_embd.weight"]
     header = b"GGUF" + struct.pack("<IQQ", 3, len(parts), len(metadata))
     for key, value in metadata.items():
         code, data = gguf_value(value)
@@ -365,7 +428,109 @@ def write_gguf(path, shape, read, tokenizer, dtype, report=silent):
 FORMATS = {"hf": write_hf, "gguf": write_gguf}
 
 
-# --- 5. Model file ------------------------------------------------------------------------------------------
+# --- 5. Targets ---------------------------------------------------------------------------------------------
+# Nothing is overwritten but what this project wrote in the same format, as its first bytes tell.
+KINDS = {"llmc": ("a model file", struct.pack("<i", MAGIC_MODEL)),
+         "gguf": ("a GGUF file that it wrote", b"GGUF"), "hf": ("a model that it wrote", b"")}
+
+
+def check_target(path, format):
+    """Raises Error if a model of this format ("llmc", "gguf" or "hf") must not be written to a path."""
+    what, magic = KINDS[format]
+    if format == "hf":
+        if os.path.lexists(path) and not os.path.isdir(path):
+            raise Error(f"{path} exists and is not a folder, as --format hf needs; choose another --out")
+        written = [os.path.join(path, name) for name in (WEIGHTS, INDEX, "config.json")]
+        if not any(map(os.path.lexists, written)):
+            return
+        path = written[0]
+    elif os.path.isdir(path):
+        raise Error(f"{path} is a folder, expected the name of a file; choose another --out")
+    elif not os.path.lexists(path):
+        return
+    head = b""
+    if os.path.isfile(path):
+        with naming(path), open(path, "rb", opener=regular) as file:
+            head = file.read(1000)
+    if not head.startswith(magic) or format != "llmc" and WRITER.encode() not in head:
+        raise Error(f"{path} is not {what}, as it would have to be to be overwritten; choose another --out")
+
+
+# --- 6. Pickles ---------------------------------------------------------------------------------------------
+STATES = ("model", "state_dict", "model_state_dict", "module")     # keys under which checkpoints have weights
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt",
+          "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def load_pickle(path):
+    """What is in a file that torch.save wrote, without executing code that it may contain."""
+    try:
+        import torch
+    except ImportError:
+        raise Error("reading a pickle needs torch; pip install torch") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:               # pickle.UnpicklingError, RuntimeError and others
+        raise Error(f"torch cannot load {path} without executing code in it ({type(error).__name__}); save"
+                    " only the model's state_dict()") from None
+
+
+def weights_in(checkpoint, path):
+    """The tensors by name in what load_pickle returned: at the top level, or under one of STATES."""
+    if not isinstance(checkpoint, dict):
+        raise Error(f"{path} has a {type(checkpoint).__name__}, expected tensors by name")
+    weights = {name: value for name, value in checkpoint.items() if hasattr(value, "data_ptr")}
+    if any(value.dim() == 2 for value in weights.values()):
+        return weights
+    for key in STATES:
+        if isinstance(checkpoint.get(key), dict):
+            return weights_in(checkpoint[key], path)
+    raise Error(f"{path} has {', '.join(map(str, checkpoint))!s:.200}, expected tensors by name, or"
+                f" {', '.join(STATES)} with them")
+
+
+def unpickle(path, folder):
+    """Writes the tensors of a pickle, or of all files pytorch_model-0000N-of-0000M.bin that belong to it, as
+    they are into model.safetensors in a folder, with config.json and the tokenizer: those beside the pickle,
+    or a config.json by nanoGPT's model_args."""
+    import ctypes
+    target = os.path.join(folder, WEIGHTS)
+    if os.path.lexists(target):
+        raise Error(f"{target} exists; choose another folder")
+    pattern = re.sub(r"\d{5}-of-", "[0-9]" * 5 + "-of-", glob.escape(path))
+    checkpoints = [load_pickle(name) for name in sorted(glob.glob(pattern)) or [path]]
+    dtypes = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16",
+              "torch.bfloat16": "BF16"}
+    tensors, seen = {}, set()
+    for checkpoint in checkpoints:
+        for name, tensor in weights_in(checkpoint, path).items():
+            place = tensor.data_ptr(), tuple(tensor.shape)
+            if str(tensor.dtype) in dtypes and place not in seen:     # no masks; a tied head once
+                tensors[name] = tensor.contiguous()
+                seen.add(place)
+    os.makedirs(folder, exist_ok=True)
+    beside = os.path.dirname(path)
+    for name in COPIED:
+        source, copy = os.path.join(beside, name), os.path.join(folder, name)
+        if os.path.isfile(source) and not os.path.lexists(copy):
+            shutil.copyfile(source, copy)
+    arguments = checkpoints[0].get("model_args")
+    config = os.path.join(folder, "config.json")
+    if isinstance(arguments, dict) and "n_head" in arguments and not os.path.lexists(config):
+        print("nanoGPT's exact GELU becomes GPT-2's tanh approximation, which changes logits slightly",
+              file=sys.stderr)
+        settings = {"model_type": "gpt2", "n_head": arguments["n_head"], "activation_function": "gelu_new"}
+        write_file(config, json.dumps(settings, indent=1).encode())
+    header = safetensors_header({name: (dtypes[str(t.dtype)], tuple(t.shape)) for name, t in tensors.items()})
+    write_file(target, header, (ctypes.string_at(t.data_ptr(), t.numel() * t.element_size())
+                                for t in tensors.values()))
+
+
+# --- 7. Model file ------------------------------------------------------------------------------------------
 def tensor_starts(shape):
     """The first element of each tensor in a model file, and their total; wte is padded to 128 rows."""
     starts, at = {}, 0
@@ -435,7 +600,10 @@ def read_table(path):
 
 
 def import_command(args):
+    check_target(args.target, "llmc")
     source = args.source
+    if os.path.isdir(source):
+        check_architecture(source)
     if os.path.isdir(source):
         names = [name for name in (WEIGHTS, INDEX) if os.path.exists(os.path.join(source, name))]
         if not names:
@@ -445,11 +613,19 @@ def import_command(args):
     write_model(args.target, shape, pieces)
 
 
+def unpickle_command(args):
+    unpickle(args.source, args.target)
+
+
 def export_command(args):
+    check_target(args.target, args.format)
+    options = {"untied": True} if args.untied else {}
+    if args.untied and args.format != "gguf":
+        raise Error("--untied is for --format gguf")
     tokenizer = read_table(os.path.join(os.path.dirname(args.source), TABLE))
     with open(args.source, "rb", opener=regular) as file:
         shape, read = open_model(file, args.source)
-        FORMATS[args.format](args.target, shape, read, tokenizer, args.type.upper())
+        FORMATS[args.format](args.target, shape, read, tokenizer, args.type.upper(), **options)
 
 
 def main(argv=None):
@@ -467,6 +643,12 @@ def main(argv=None):
     command.add_argument("target", help="folder or file to write")
     command.add_argument("--format", choices=tuple(FORMATS), default="hf", help="target format (hf)")
     command.add_argument("--type", choices=("f32", "f16", "bf16"), default="f32", help="number format (f32)")
+    command.add_argument("--untied", action="store_true", help="write output.weight as well, for llama.cpp"
+                         " before March 2025 and gpt4all")
+    command = commands.add_parser("unpickle", help="PyTorch checkpoint to model.safetensors; needs torch")
+    command.set_defaults(run=unpickle_command)
+    command.add_argument("source", help="nanoGPT's ckpt.pt, pytorch_model.bin or another file of torch.save")
+    command.add_argument("target", help="folder to write")
     args = parser.parse_args(argv)
     try:
         args.run(args)

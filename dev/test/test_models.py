@@ -36,7 +36,7 @@ def read_safetensors(path):
     start = 8 + struct.unpack("<Q", contents[:8])[0]
     assert start % 8 == 0
     entries = json.loads(contents[8:start])
-    assert entries.pop("__metadata__") == {"format": "pt"}
+    assert entries.pop("__metadata__") == {"format": "pt", "writer": convert.WRITER}
     return {name: (entry["dtype"], tuple(entry["shape"]), contents[start:][slice(*entry["data_offsets"])])
             for name, entry in entries.items()}
 
@@ -128,7 +128,7 @@ def rename(name, new):
 
 
 @pytest.mark.parametrize("change, words", [
-    (with_entry("dtype", "F64"), "'ln_f.bias' is F64"), (with_entry("dtype", ["F32"]), "TypeError"),
+    (with_entry("dtype", "I64"), "'ln_f.bias' is I64"), (with_entry("dtype", ["F32"]), "TypeError"),
     (with_entry("dtype", "F16", "wte.weight"), "wte.weight"),
     (with_entry("shape", [12, 130], "wte.weight"), "(390,)"),
     (with_entry("shape", [1560], "wte.weight"), "not a GPT-2"),
@@ -244,7 +244,7 @@ def test_a_hub_model_is_downloaded_once(tmp_path, small, monkeypatch):
 
 @pytest.mark.parametrize("name, contents, words", [
     ("model.pt", b"anything", "convert"), ("pytorch_model.bin", b"PK\3\4" + b"\0" * 99, "convert"),
-    ("model.bin", b"\x80\x02\x8a\ncsomething", "torch.load"), ("model.gguf", b"GGUF" + b"{" * 99, "GGUF"),
+    ("model.bin", b"\x80\x02\x8a\ncsomething", "convert.py unpickle"), ("model.gguf", b"GGUF" + b"{" * 99, "GGUF"),
     ("model.txt", b"To be or not to be", "20240326"), ("empty", b"", "20240326")])
 def test_unsupported_model_files_are_reported(tmp_path, name, contents, words):
     (tmp_path / name).write_bytes(contents)

@@ -184,7 +184,7 @@ def test_tiktoken_is_used_only_where_it_gives_the_same_ids():
     assert not plain([("a", "b")], unk_token="<unk>")
 
 
-def test_bytes_without_a_token_are_reported(tmp_path):
+def test_bytes_without_a_token_are_reported_tokenizers(tmp_path):
     """The package would drop them."""
     pytest.importorskip("tokenizers")
     contents = own_vocabulary()
@@ -410,7 +410,7 @@ def test_a_trained_tokenizer_is_used_by_a_run_tokenizers(tmp_path):
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "my" / "t.json").read_bytes()
 
 
-def test_train_tokenizer_reports_mistakes(tmp_path):
+def test_train_tokenizer_reports_mistakes_tokenizers(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     train = functools.partial(driver, "train-tokenizer", cwd=tmp_path)
