@@ -1798,11 +1798,22 @@ def export_model(model, tokenizer, format, path, dtype, **options):
                                 **options)
 
 
+def check_model_target(path):
+    """Raises GPT2Error unless a model file may be written to a path: there is nothing, or a model file."""
+    if os.path.isdir(path):
+        raise GPT2Error(f"{path} is a folder, expected the name of a file; choose another --out")
+    if os.path.lexists(path):
+        with naming(path), open(path, "rb", opener=regular) as file:
+            if file.read(4) != MAGIC_MODEL:
+                raise GPT2Error(f"{path} is not a model file, as it would have to be to be overwritten; choose"
+                                " another --out")
+
+
 def export_llmc(model, tokenizer, path, dtype):
     """Writes a model file, F32 or BF16, which llm.c reads too, and the tokenizer's table beside it."""
     table = os.path.join(os.path.dirname(path), TABLE)
-    other = tokenizer and tokenizer_beside(path, model.lib)
-    if other and other.pieces != tokenizer.pieces:
+    replaced = tokenizer and os.path.exists(table)
+    if replaced and Tokenizer.load(table, model.lib).pieces != tokenizer.pieces:
         raise GPT2Error(f"{table} belongs to a different tokenizer; choose another folder with --out")
     model.save(path, 5 if dtype == "BF16" else 3)
     if tokenizer:
@@ -1815,6 +1826,9 @@ def tokenizer_beside(file, lib):
     table = os.path.join(folder, TABLE)
     if os.path.exists(table):
         return Tokenizer.load(table, lib)
+    others = (TOKENIZER_JSON, "vocab.json", "encoder.json", "config.json", "tokenizer_config.json")
+    if not any(os.path.lexists(os.path.join(folder, name)) for name in others):
+        return None
     return BPETokenizer.read(folder or ".")
 
 
@@ -2056,8 +2070,11 @@ def export_command(args):
         options = {"untied": True}
         if args.format != "gguf":
             raise GPT2Error(f"--untied is for --format gguf, and the format is {args.format}")
-    with optional_module("convert") as convert:
-        convert.check_target(args.out, args.format)
+    if args.format == "llmc":
+        check_model_target(args.out)
+    else:
+        with optional_module("convert") as convert:
+            convert.check_target(args.out, args.format)
     model = open_model(args.model, "cpu")
     tokenizer, note = None, ""
     try:

@@ -430,12 +430,12 @@ FORMATS = {"hf": write_hf, "gguf": write_gguf}
 
 # --- 5. Targets ---------------------------------------------------------------------------------------------
 # Nothing is overwritten but what this project wrote in the same format, as its first bytes tell.
-KINDS = {"llmc": ("a model file", struct.pack("<i", MAGIC_MODEL)),
+KINDS = {"model": ("a model file", struct.pack("<i", MAGIC_MODEL)),
          "gguf": ("a GGUF file that it wrote", b"GGUF"), "hf": ("a model that it wrote", b"")}
 
 
 def check_target(path, format):
-    """Raises Error if a model of this format ("llmc", "gguf" or "hf") must not be written to a path."""
+    """Raises Error if a model of this format ("model", "gguf" or "hf") must not be written to a path."""
     what, magic = KINDS[format]
     if format == "hf":
         if os.path.lexists(path) and not os.path.isdir(path):
@@ -452,7 +452,7 @@ def check_target(path, format):
     if os.path.isfile(path):
         with naming(path), open(path, "rb", opener=regular) as file:
             head = file.read(1000)
-    if not head.startswith(magic) or format != "llmc" and WRITER.encode() not in head:
+    if not head.startswith(magic) or format != "model" and WRITER.encode() not in head:
         raise Error(f"{path} is not {what}, as it would have to be to be overwritten; choose another --out")
 
 
@@ -600,7 +600,7 @@ def read_table(path):
 
 
 def import_command(args):
-    check_target(args.target, "llmc")
+    check_target(args.target, "model")
     source = args.source
     if os.path.isdir(source):
         check_architecture(source)

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import train_gpt2
-from conftest import BINARY, hellaswag_file, HERE, LIBRARY, run, TENSORS, TEXT
+from conftest import as_huggingface, BINARY, hellaswag_file, HERE, LIBRARY, run, TENSORS, TEXT
 from train_gpt2 import GPT2, GPT2Config, GPT2Error
 
 
@@ -117,6 +117,15 @@ SHORTER = {
 ELSEWHERE = ("make test", "python3 dev/data/gpt2_vocab.py", "make cuda", "./train_gpt2cu", ".venv/")
 
 
+# What commands with these words need.
+PACKAGES = {"train-tokenizer": "tokenizers", "my_tokenizer.json": "tokenizers", "unpickle": "torch",
+            "ckpt_hf": "torch"}
+
+
+def installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
 @pytest.fixture
 def sandbox(tmp_path):
     """A folder with the built project and the files that the README mentions."""
@@ -135,6 +144,11 @@ def sandbox(tmp_path):
     GPT2(GPT2Config(1024, 50257, 1, 1, 16)).save(tmp_path / "small.bin")
     hub = data / "gpt2"
     train_gpt2.export_model(GPT2.load(tmp_path / "small.bin"), None, "hf", str(hub), "F32")
+    if installed("torch"):
+        import torch
+        weights = {name: torch.tensor(values).view(shape) for name, (shape, values) in
+                   as_huggingface(GPT2(GPT2Config(16, 50257, 1, 2, 4))).items()}
+        torch.save({"model": weights, "model_args": {"n_head": 2}}, tmp_path / "ckpt.pt")
     for split in ("train_000001", "val_000000"):
         tokens = array.array("H", [i * 7919 % 50257 for i in range(2000)])
         (data / "fineweb10B").mkdir(exist_ok=True)
@@ -159,12 +173,13 @@ def test_the_commands_of_the_readme(sandbox, monkeypatch):
         line = line.split("  #")[0].strip()  # a comment
         first, _, last = line.rpartition(" && ")
         words = last.split()
-        if line.startswith(ELSEWHERE) or ("gpt2" in words and not bpe):
+        needed = [package for word, package in PACKAGES.items() if word in words]
+        if line.startswith(ELSEWHERE) or ("gpt2" in words and not bpe) or not all(map(installed, needed)):
             continue
         if "dev/data/fetch.py" in words:
             fetch.make_parser().parse_args(words[2:])
             continue
-        command_words = ("sample", "eval", "prepare", "plot", "export", "import", "check")
+        command_words = ("sample", "eval", "prepare", "train-tokenizer", "plot", "export", "import", "check")
         key = next((k for k in sorted(SHORTER, key=len, reverse=True) if last.startswith(k)), "")
         if key == "python3 train_gpt2.py" and words[2:3] and words[2] in (*command_words, "train"):
             key = ""

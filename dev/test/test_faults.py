@@ -172,6 +172,7 @@ def test_the_driver_names_a_path_that_is_not_a_file(run_main, tmp_path, whole_ru
         write_safetensors(tmp_path / "model.safetensors", as_huggingface(small))
     if "eval" in command:
         GPT2(GPT2Config(8, 256, 1, 1, 4)).save("good.bin")
+        train_gpt2.ByteTokenizer().save("tokenizer.bin")
     if "run/" in name:
         shutil.copytree(whole_runs["driver"][1], "run")
         os.remove(name)
@@ -204,6 +205,7 @@ def test_messages_about_files_are_one_printable_line(tmp_path, small, run_main):
 def test_the_length_of_json_is_limited(tmp_path, small, run_main):
     hub_folder(tmp_path, small, x="x" * 10_000_000)
     one_sentence(run_main("import", ".", "--out", "m.bin"), "config.json", "10,000,000")
+    (tmp_path / "config.json").unlink()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 10_000_001) + b"{}" + b" " * 10_000_000)
     one_sentence(run_main("import", ".", "--out", "m.bin"), "model.safetensors", "10,000,000")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * (1 << 24) + b'"}')

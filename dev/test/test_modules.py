@@ -8,7 +8,8 @@ import pytest
 
 from conftest import driver, HERE, LIBRARY, one_sentence, REFERENCES, run, SMALL, TEXT
 
-MODULES = ("dev/convert.py", "dev/curves.py", "dev/data/fetch.py", "dev/fileio.py")
+MODULES = ("dev/convert.py", "dev/curves.py", "dev/data/fetch.py", "dev/fileio.py",
+           "dev/vocabulary.py")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -19,7 +20,7 @@ def test_a_module_does_not_import_the_driver(name):
 
 
 def test_importing_the_driver_loads_no_module():
-    code = "import sys, train_gpt2; print(*{'convert', 'curves', 'fetch', 'fileio'} & set(sys.modules))"
+    code = "import sys, train_gpt2; print(*{'convert', 'curves', 'fetch', 'fileio', 'vocabulary'} & set(sys.modules))"
     assert run(sys.executable, "-c", code, cwd=HERE).stdout == "\n"
 
 
