@@ -1805,8 +1805,8 @@ def check_model_target(path):
     if os.path.lexists(path):
         with naming(path), open(path, "rb", opener=regular) as file:
             if file.read(4) != MAGIC_MODEL:
-                raise GPT2Error(f"{path} is not a model file, as it would have to be to be overwritten; choose"
-                                " another --out")
+                raise GPT2Error(f"{path} is not a model file, as it would have to be to be overwritten;"
+                                " choose another --out")
 
 
 def export_llmc(model, tokenizer, path, dtype):

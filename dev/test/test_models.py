@@ -244,7 +244,8 @@ def test_a_hub_model_is_downloaded_once(tmp_path, small, monkeypatch):
 
 @pytest.mark.parametrize("name, contents, words", [
     ("model.pt", b"anything", "convert"), ("pytorch_model.bin", b"PK\3\4" + b"\0" * 99, "convert"),
-    ("model.bin", b"\x80\x02\x8a\ncsomething", "convert.py unpickle"), ("model.gguf", b"GGUF" + b"{" * 99, "GGUF"),
+    ("model.bin", b"\x80\x02\x8a\ncsomething", "convert.py unpickle"),
+    ("model.gguf", b"GGUF" + b"{" * 99, "GGUF"),
     ("model.txt", b"To be or not to be", "20240326"), ("empty", b"", "20240326")])
 def test_unsupported_model_files_are_reported(tmp_path, name, contents, words):
     (tmp_path / name).write_bytes(contents)

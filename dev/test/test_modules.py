@@ -20,7 +20,8 @@ def test_a_module_does_not_import_the_driver(name):
 
 
 def test_importing_the_driver_loads_no_module():
-    code = "import sys, train_gpt2; print(*{'convert', 'curves', 'fetch', 'fileio', 'vocabulary'} & set(sys.modules))"
+    names = {"convert", "curves", "fetch", "fileio", "vocabulary"}
+    code = f"import sys, train_gpt2; print(*{names} & set(sys.modules))"
     assert run(sys.executable, "-c", code, cwd=HERE).stdout == "\n"
 
 
