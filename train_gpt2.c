@@ -1652,8 +1652,8 @@ static int loader_find(GPT2Loader *l, const char *globs) {
     }
     l->at.tokens = (uint64_t)l->size.tokens;
     if (l->size.batches) return 0;
-    return gpt2_fail("the shards '%.*s' have %lld tokens, expected at least B T + 1 = %lld in one; reduce the "
-                     "batch size or the sequence length",
+    return gpt2_fail("the shards '%.*s' have %lld tokens, expected at least B T + 1 = %lld in one; reduce "
+                     "the batch size or the sequence length",
                      (int)strcspn(globs, "\n"), globs, (long long)l->size.tokens, BT + 1);
 }
 
