@@ -1025,46 +1025,51 @@ def tokens_in(path):
     return max(0, os.path.getsize(path) - 1024) // 2
 
 
-def settle_size(s, given, resumed, train, val):
+def settle_size(s, given, train):
     """Reduces the batch size and the sequence length that were not given to what a small text has, and
-    reports it. Returns the validation shards that remain: none if they have fewer than two tokens."""
-    sizes = {"training": max(map(tokens_in, train)), "validation": max(map(tokens_in, val), default=0)}
-    if sizes["validation"] < 2:
-        if val:
-            print(f"data:   {sizes['validation']} validation tokens are too few, so no validation")
-        del sizes["validation"]
-        val = []
-    part = min(sizes, key=sizes.get)
-    room = sizes[part] - 1                   # the tokens with a successor
-    if resumed or s.batch_size * s.seq_len <= room:
-        return val
-    before = s.batch_size, s.seq_len
+    reports it."""
+    before, tokens = (s.batch_size, s.seq_len), max(map(tokens_in, train))
+    room = tokens - 1                        # tokens with a successor
+    if s.batch_size * s.seq_len <= room:
+        return
     if "seq_len" not in given:
         s.seq_len = max(1, min(s.seq_len, room))
     if "batch_size" not in given:
         s.batch_size = max(1, min(s.batch_size, room // s.seq_len))
     if s.batch_size * s.seq_len > room:
-        raise GPT2Error(f"{some(s.data or ['the text'])} has {sizes[part]:,} tokens for {part},"
-                        f" expected at least {s.batch_size * s.seq_len + 1:,}, which is --batch-size"
-                        f" {s.batch_size} times --seq-len {s.seq_len} plus 1; give more text, or reduce"
-                        " these")
+        raise GPT2Error(f"{some(s.data or ['the text'])} has {tokens:,} tokens for training, expected at least"
+                        f" {s.batch_size * s.seq_len + 1:,}, which is --batch-size {s.batch_size} times --seq-len"
+                        f" {s.seq_len} plus 1; give more text, or reduce these")
     s.total_batch_size = given.get("total_batch_size")
     settle_batch(s, s.seq_len)
     print(f"batch:  {s.batch_size} x {s.seq_len} instead of {before[0]} x {before[1]}, since there are only"
-          f" {sizes[part]:,} {part} tokens")
-    return val
+          f" {tokens:,} tokens for training")
 
 
-def settle_fine_tuning(s, given, config, train, val):
+def open_val_loader(s, val, V, device):
+    """The loader of the validation shards, with smaller batches if they are small; None, if they have fewer
+    than two tokens."""
+    tokens = max(map(tokens_in, val), default=0)
+    if tokens < 2:
+        if val:
+            print(f"batch:  no validation, since there are only {tokens} tokens for it")
+        return None
+    T = min(s.seq_len, tokens - 1)
+    B = min(s.batch_size, (tokens - 1) // T)
+    if (B, T) != (s.batch_size, s.seq_len):
+        print(f"batch:  {B} x {T} for validation, since there are only {tokens:,} tokens for it")
+    return Loader(exact_globs(val), B, T, V, device=device)
+
+
+def settle_fine_tuning(s, given, config, train):
     """Fills in the settings that were not given for fine-tuning on these shards: batches of 1,000 tokens, or
     of what the smallest shard has, two epochs, ten validations, a peak learning rate of 3e-5 for 768 channels
     and more for fewer."""
     sizes = [max(1, tokens_in(path) - 1) for path in train]     # tokens with a successor
-    sizes += [tokens_in(path) - 1 for path in val if tokens_in(path) > 1]
     s.seq_len = given.get("seq_len", min(config.max_T, 256, *sizes))
     s.batch_size = given.get("batch_size", max(1, min(1024, *sizes) // s.seq_len))
     settle_batch(s, config.max_T)
-    s.steps = given.get("steps", min(max(50, 2 * sum(sizes[:len(train)]) // s.total_batch_size), 1000))
+    s.steps = given.get("steps", min(max(50, 2 * sum(sizes) // s.total_batch_size), 1000))
     tenth = max(1, s.steps // 10)
     vars(s).update({"lr": float(f"{3e-5 * 768 / config.C:.1e}"), "warmup": tenth, "final_lr_frac": 0.1,
                     "val_every": tenth, "val_batches": 40, "patience": 3, "sample_tokens": 100, **given})
@@ -2228,14 +2233,13 @@ def train_command(args):
     train_shards, val_shards, data_tokenizer = find_shards(s, folder, lib, model, resumed=step is not None)
     tokenizer = settle_tokenizer(model, data_tokenizer, config)
     if tuning:
-        settle_fine_tuning(s, given, config, train_shards, val_shards)
-    val_shards = settle_size(s, given, step is not None, train_shards, val_shards)
+        settle_fine_tuning(s, given, config, train_shards)
+    if step is None:
+        settle_size(s, given, train_shards)
     model = model or GPT2(config, s.seed, args.device)
     B, T = s.batch_size, s.seq_len
     train_loader = Loader(exact_globs(train_shards), B, T, config.V, True, s.seed, args.device)
-    val_loader = None
-    if val_shards:
-        val_loader = Loader(exact_globs(val_shards), B, T, config.V, device=args.device)
+    val_loader = open_val_loader(s, val_shards, config.V, args.device)
 
     run = Run(folder, s, model, tokenizer)
     start_run(run, tokenizer, step, source, train_loader)
