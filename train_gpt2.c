@@ -94,11 +94,11 @@ int gpt2_init(GPT2 *model, uint64_t seed);       /* as GPT-2: N(0, 0.02), residu
 GPT2 *gpt2_load(const char *path);               /* model file, version 3 (fp32) or 5 (bf16); verifies the */
 int gpt2_save(GPT2 *model, const char *path, int version);     /* checksum, if there is one */
 
-/* Batches of B sequences of T tokens from the shards that a glob matches, in order of names. No sequence
-   crosses shards; an incomplete last batch of a shard is skipped. With shuffle each epoch has a new order of
-   shards and of sequences, and a new offset. */
+/* Batches of B sequences of T tokens from the shards that a glob matches, or several globs with '\n' between
+   them, in order of names and each file once. No sequence crosses shards; an incomplete last batch of a shard
+   is skipped. With shuffle each epoch has a new order of shards and of sequences, and a new offset. */
 typedef struct GPT2Loader GPT2Loader;
-GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuffle, uint64_t seed);
+GPT2Loader *gpt2_loader_open(const char *globs, int B, int T, int V, int shuffle, uint64_t seed);
 void gpt2_loader_close(GPT2Loader *loader);
 const int32_t *gpt2_loader_next(GPT2Loader *loader);     /* x (B,T), then y (B,T), until the next call */
 void gpt2_loader_reset(GPT2Loader *loader);      /* to the first batch */
@@ -1561,7 +1561,8 @@ typedef struct { int64_t tokens; struct timespec changed; } Shard;     /* as fir
 
 struct GPT2Loader {
     glob_t files;
-    Shard *shards;                        /* of each file */
+    char **paths;                         /* of the shards: those in files, sorted and without duplicates */
+    Shard *shards;                        /* of each path */
     GPT2Size size;
     int B, V, shuffle;
     Position at;
@@ -1601,24 +1602,49 @@ static int shard_open(File *in, const char *path, Shard *was) {
 void gpt2_loader_close(GPT2Loader *l) {
     if (!l) return;
     globfree(&l->files);
+    free(l->paths);
     free(l->shards);
     free(l->row);
     free(l->x);
     free(l);
 }
 
+static int path_order(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+
+/* The paths that the globs match, one glob per line. */
+static int loader_glob(GPT2Loader *l, const char *globs) {
+    char *lines = strdup(globs), *rest = NULL, *line = NULL;
+    int failed = 0, flags = 0;
+    if (!lines) return gpt2_fail("no memory for the names of the shards");
+    for (line = strtok_r(lines, "\n", &rest); line && !failed; line = strtok_r(NULL, "\n", &rest)) {
+        if (glob(line, flags, NULL, &l->files))
+            failed = gpt2_fail("no token shards match '%s'; make some: python3 train_gpt2.py prepare", line);
+        flags = GLOB_APPEND;
+    }
+    free(lines);
+    const size_t found = l->files.gl_pathc;
+    if (!failed && !found) failed = gpt2_fail("no token shards match '': it is no glob");
+    if (failed || !(l->paths = alloc_bytes((found + 1) * sizeof *l->paths))) return -1;
+    for (size_t i = 0; i < found; i++) l->paths[i] = l->files.gl_pathv[i];
+    qsort(l->paths, found, sizeof *l->paths, path_order);
+    size_t n = 0;
+    for (size_t i = 0; i < found; i++)
+        if (!n || strcmp(l->paths[n - 1], l->paths[i])) l->paths[n++] = l->paths[i];
+    l->size.shards = (int64_t)n;
+    return 0;
+}
+
 /* Finds the shards, and opens each for its number of tokens. */
-static int loader_find(GPT2Loader *l, const char *pattern) {
+static int loader_find(GPT2Loader *l, const char *globs) {
     const long long BT = (long long)l->B * (long long)l->at.T;
-    if (glob(pattern, 0, NULL, &l->files))
-        return gpt2_fail("no token shards match '%s'; make some: python3 train_gpt2.py prepare", pattern);
-    l->shards = alloc_bytes(l->files.gl_pathc * sizeof *l->shards);
+    if (loader_glob(l, globs)) return -1;
+    l->shards = alloc_bytes((size_t)l->size.shards * sizeof *l->shards);
     l->row = alloc_bytes((l->at.T + 1) * sizeof *l->row);
     l->x = alloc_bytes(2 * (size_t)BT * sizeof *l->x);
     if (!l->shards || !l->row || !l->x) return -1;
-    for (size_t i = 0; i < l->files.gl_pathc; i++, l->size.shards++) {
+    for (int64_t i = 0; i < l->size.shards; i++) {
         File in;
-        if (shard_open(&in, l->files.gl_pathv[i], &l->shards[i])) return -1;
+        if (shard_open(&in, l->paths[i], &l->shards[i])) return -1;
         file_close(&in, 0);
         const int64_t n = l->shards[i].tokens;
         l->size.tokens += n;
@@ -1626,16 +1652,17 @@ static int loader_find(GPT2Loader *l, const char *pattern) {
     }
     l->at.tokens = (uint64_t)l->size.tokens;
     if (l->size.batches) return 0;
-    return gpt2_fail("the shards '%s' have %lld tokens, expected at least B T + 1 = %lld in one; reduce the "
-                     "batch size or the sequence length", pattern, (long long)l->size.tokens, BT + 1);
+    return gpt2_fail("the shards '%.*s' have %lld tokens, expected at least B T + 1 = %lld in one; reduce "
+                     "the batch size or the sequence length",
+                     (int)strcspn(globs, "\n"), globs, (long long)l->size.tokens, BT + 1);
 }
 
-GPT2Loader *gpt2_loader_open(const char *pattern, int B, int T, int V, int shuffle, uint64_t seed) {
+GPT2Loader *gpt2_loader_open(const char *globs, int B, int T, int V, int shuffle, uint64_t seed) {
     GPT2Loader *l = alloc_bytes(sizeof *l);
     if (!l) return NULL;
     *l = (GPT2Loader){.B = B, .V = V, .shuffle = shuffle, .at = {.T = (uint64_t)T, .seed = seed}};
     if (B < 1 || T < 1 || V < 1) gpt2_fail("loader has B %d, T %d, V %d, expected at least 1 each", B, T, V);
-    else if (!loader_find(l, pattern)) return l;
+    else if (!loader_find(l, globs)) return l;
     gpt2_loader_close(l);
     return NULL;
 }
@@ -1648,7 +1675,7 @@ typedef struct { uint64_t file, key, offset, rows; } Place;     /* a shard, in t
 /* The shard of the next batch: moves on until one has B sequences left. */
 static Place loader_place(GPT2Loader *l) {
     Position *at = &l->at;
-    const uint64_t B = (uint64_t)l->B, T = at->T, shards = l->files.gl_pathc;
+    const uint64_t B = (uint64_t)l->B, T = at->T, shards = (uint64_t)l->size.shards;
     for (;; at->shard++, at->row = 0) {
         Place p = {0};
         at->epoch += at->shard / shards;
@@ -1669,7 +1696,7 @@ const int32_t *gpt2_loader_next(GPT2Loader *l) {
     int32_t *x = l->x, *y = l->x + B * T;
     File in;
     int failed = 0;
-    if (shard_open(&in, l->files.gl_pathv[p.file], &l->shards[p.file])) return NULL;
+    if (shard_open(&in, l->paths[p.file], &l->shards[p.file])) return NULL;
     for (uint64_t b = 0; b < B && !failed; b++) {
         const uint64_t first = p.offset + T * permuted(l->at.row + b, p.rows, p.key);
         if (fseeko(in.f, (off_t)(1024 + 2 * first), SEEK_SET)) failed = read_failed(in.f);

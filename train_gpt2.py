@@ -104,21 +104,39 @@ COUNT = number(int, 1, 2**31 - 1)
 COUNT0 = number(int, 0, 2**31 - 1)
 REAL = number(float, 0)
 FRACTION = number(float, 0, 1)
-PATH = os.path.abspath                       # resuming may happen in another working directory
-METAVARS = {str: "PATH", PATH: "PATH", REAL: "X", FRACTION: "X", tokenizer_name: "NAME|PATH"}
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+def PATHS(text):
+    """A type for argparse: one of several paths, absolute, since resuming may happen in another folder."""
+    if text in ("", "-") or URL.match(text):
+        return text
+    return os.path.abspath(text)
+
+
+METAVARS = {str: "PATH", PATHS: "PATH", REAL: "X", FRACTION: "X", tokenizer_name: "NAME|PATH"}
 REQUIRED = object()
+END_OF_TEXT = "<|endoftext|>"
 MODELS = ("d2", "d4", "d6", "d12", "d24", "d36", "d48")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
+
+# How texts are read; of train, eval and prepare.
+READING = [
+    ("encoding", None, "NAME", "encoding of the texts, such as latin-1 (UTF-8, or by a byte-order mark)"),
+    ("text-field", "text", "NAME", "field with the text in JSON lines; dotted for a nested one"),
+    ("document-separator", END_OF_TEXT, "TEXT", "what becomes end-of-text in texts; empty for nothing"),
+    ("jsonl", False, bool, "all texts are JSON lines, whatever their names"),
+]
 
 # Flag, default, type or choices, help. run.json in the run directory keeps them. The defaults are those of
 # the default run: the best that two minutes on two cores gave on tiny Shakespeare.
 SETTINGS = {
     "data": [
-        ("data", None, PATH, "text file, folder of texts, or folder or quoted glob of token shards"
-         " (Shakespeare)"),
-        ("val-data", None, PATH, "quoted glob of validation shards (those with \"val\" in their names)"),
+        ("data", None, PATHS, "texts, or token shards: files, folders, globs, - for stdin (Shakespeare)"),
+        ("val-data", None, PATHS, "validation shards (those of --data with \"val\" in their names)"),
         ("tokenizer", "bytes", tokenizer_name, "tokenizer for texts: bytes, gpt2, a tokenizer.json or its"
          " folder; with --init the model's own"),
+        *READING,
     ],
     "model": [
         ("model", None, MODELS, "size by number of layers, d12 to d48 are GPT-2's; refine it with the next"
@@ -163,7 +181,9 @@ OLD_FLAGS = {"skip-not-finite": "skip-nonfinite"}     # still accepted, and not 
 # --- Messages, progress, files ------------------------------------------------------------------------------
 def describe(error):
     """An exception as part of a sentence."""
-    text = str(error).split("\n")[0] or type(error).__name__
+    text = str(error)
+    if not isinstance(error, GPT2Error):
+        text = text.split("\n")[0] or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
         if error.filename:
@@ -900,6 +920,9 @@ def read_settings(path):
     for old, new in OLD_FLAGS.items():
         if old.replace("-", "_") in saved:
             saved[new.replace("-", "_")] = saved.pop(old.replace("-", "_"))
+    for name in ("data", "val_data"):
+        if isinstance(saved.get(name), str):     # of an earlier version
+            saved[name] = [saved[name]]
     for flag, default, kind, _ in itertools.chain(*SETTINGS.values()):
         name = flag.replace("-", "_")
         value = saved["data"] if name == "data" else saved.setdefault(name, default)
@@ -915,8 +938,12 @@ def is_valid(value, default, kind):
         return default is None
     if isinstance(kind, tuple):
         return value in kind
-    if kind in (str, PATH, tokenizer_name):
+    if kind is PATHS:
+        return isinstance(value, list) and value != [] and all(is_valid(path, default, str) for path in value)
+    if kind in (str, tokenizer_name) or isinstance(kind, str):
         return isinstance(value, str) and "\0" not in value
+    if kind is bool:
+        return isinstance(value, bool)
     if type(value) in (int, float):
         with contextlib.suppress(argparse.ArgumentTypeError):
             return kind(repr(value)) == value
@@ -947,30 +974,42 @@ def open_run(args, given, lib):
         raise GPT2Error(f"no settings in {path} (the binary's runs have none); give --data and the other"
                         " settings again") from None
     if given.get("data", data) != data:
-        raise GPT2Error(f"{folder} trains on {data or 'the default text'}, which cannot change; for other"
-                        f" data start a new run with --init {model_path(folder, step)}")
+        raise GPT2Error(f"{folder} trains on {some(data or ['the default text'])}, which cannot change; for"
+                        f" other data start a new run with --init {model_path(folder, step)}")
     return folder, argparse.Namespace(**{**DEFAULTS, **saved, **given}), step
 
 
 def find_shards(settings, given, folder, lib, model, resumed):
-    """The globs of training and validation shards (None: there are none).
+    """The training and validation shards, two lists of files.
 
     Text is encoded into the run directory, unless a resumed run has done so already, by the model's tokenizer
     if there is a model."""
-    pattern = shards_of(settings.data or "")
-    if pattern is None:
+    tokens = os.path.join(folder, "tokens")
+    encoded = resumed and os.path.exists(os.path.join(tokens, TABLE))
+    paths, shards = settings.data, []
+    try:
+        if paths:
+            shards = find_data(paths).shards
+    except (GPT2Error, OSError):             # a pipe, for instance, is gone
+        if not encoded:
+            raise
+    if not shards:
         if settings.val_data:
             raise GPT2Error("--val-data is for shards; of a text, the last tenth is for validation")
-        tokens = os.path.join(folder, "tokens")
-        pattern = os.path.join(glob.escape(tokens), "*.bin")
-        if not (resumed and os.path.exists(os.path.join(tokens, TABLE))):
+        if not encoded:
             if model:
                 tokenizer = find_tokenizer(model, given.get("tokenizer"))
                 settings.tokenizer = tokenizer.source
             else:
                 tokenizer = new_tokenizer(settings.tokenizer, lib)
-            prepare([settings.data or default_text()], tokens, tokenizer)
-    return shard_globs(pattern, settings.val_data)
+            paths = paths or [default_text()]
+            prepare(paths, tokens, tokenizer, **reading_options(settings))
+        shards = find_data([tokens]).shards
+    train, val = split_shards(shards, settings.val_data)
+    if not train:
+        raise GPT2Error(f"{some(paths)} has no training tokens, expected more text, or shards without"
+                        " \"val\" in their names")
+    return train, val
 
 
 def new_config(settings, given, lib):
@@ -1000,15 +1039,56 @@ def settle_batch(s, context):
                         " which is --batch-size times --seq-len")
 
 
-def settle_fine_tuning(s, given, config, train, val):
+def tokens_in(path):
+    """The number of tokens of a shard, by its size."""
+    return max(0, os.path.getsize(path) - 1024) // 2
+
+
+def settle_size(s, given, train):
+    """Reduces the batch size and the sequence length that were not given to what a small text has, and
+    reports it."""
+    before, tokens = (s.batch_size, s.seq_len), max(map(tokens_in, train))
+    room = tokens - 1                        # tokens with a successor
+    if s.batch_size * s.seq_len <= room:
+        return
+    if "seq_len" not in given:
+        s.seq_len = max(1, min(s.seq_len, room))
+    if "batch_size" not in given:
+        s.batch_size = max(1, min(s.batch_size, room // s.seq_len))
+    if s.batch_size * s.seq_len > room:
+        raise GPT2Error(f"{some(s.data or ['the text'])} has {tokens:,} tokens for training, expected at"
+                        f" least {s.batch_size * s.seq_len + 1:,}, which is --batch-size {s.batch_size} times"
+                        f" --seq-len {s.seq_len} plus 1; give more text, or reduce these")
+    s.total_batch_size = given.get("total_batch_size")
+    settle_batch(s, s.seq_len)
+    print(f"batch:  {s.batch_size} x {s.seq_len} instead of {before[0]} x {before[1]}, since there are only"
+          f" {tokens:,} tokens for training")
+
+
+def open_val_loader(s, val, V, device):
+    """The loader of the validation shards, with smaller batches if they are small; None, if they have fewer
+    than two tokens."""
+    tokens = max(map(tokens_in, val), default=0)
+    if tokens < 2:
+        if val:
+            print(f"batch:  no validation, since there are only {tokens} tokens for it")
+        return None
+    T = min(s.seq_len, tokens - 1)
+    B = min(s.batch_size, (tokens - 1) // T)
+    if (B, T) != (s.batch_size, s.seq_len):
+        print(f"batch:  {B} x {T} for validation, since there are only {tokens:,} tokens for it")
+    return Loader(exact_globs(val), B, T, V, device=device)
+
+
+def settle_fine_tuning(s, given, config, train):
     """Fills in the settings that were not given for fine-tuning on these shards: batches of 1,000 tokens, or
     of what the smallest shard has, two epochs, ten validations, a peak learning rate of 3e-5 for 768 channels
     and more for fewer."""
-    sizes = [max(1, os.path.getsize(path) // 2 - 513) for path in train + val]     # tokens with a successor
+    sizes = [max(1, tokens_in(path) - 1) for path in train]     # tokens with a successor
     s.seq_len = given.get("seq_len", min(config.max_T, 256, *sizes))
     s.batch_size = given.get("batch_size", max(1, min(1024, *sizes) // s.seq_len))
     settle_batch(s, config.max_T)
-    s.steps = given.get("steps", min(max(50, 2 * sum(sizes[:len(train)]) // s.total_batch_size), 1000))
+    s.steps = given.get("steps", min(max(50, 2 * sum(sizes) // s.total_batch_size), 1000))
     tenth = max(1, s.steps // 10)
     vars(s).update({"lr": float(f"{3e-5 * 768 / config.C:.1e}"), "warmup": tenth, "final_lr_frac": 0.1,
                     "val_every": tenth, "val_batches": 40, "patience": 3, "sample_tokens": 100, **given})
@@ -1096,21 +1176,21 @@ def token_bytes(tokenizer, V):
 def eval_text(model, folder, args):
     """Prints the loss on a text or on shards, in sequences of --seq-len tokens; the rest of the last one is
     left out. Bits per byte count the bytes of the predicted tokens, without end-of-text."""
-    pattern = shards_of(args.data)
-    if pattern is None:
-        tokenizer = find_tokenizer(model, args.tokenizer)
-        prepare([args.data], folder, tokenizer, val_fraction=0)
-        pattern = os.path.join(folder, "train_*.bin")
+    shards = find_data(args.data).shards
+    if shards:
+        shards = split_shards(shards, folders=args.data)[1] or shards
+        tokenizer = find_tokenizer(model, args.tokenizer, shards[:1])
     else:
-        if os.path.isdir(args.data):
-            train_glob, val_glob = shard_globs(pattern)
-            pattern = val_glob or train_glob
-        tokenizer = find_tokenizer(model, args.tokenizer, glob.glob(pattern)[:1])
+        tokenizer = find_tokenizer(model, args.tokenizer)
+        prepare(args.data, folder, tokenizer, val_fraction=0, **reading_options(args))
+        shards = find_data([folder]).shards
     sizes = token_bytes(tokenizer, model.config.V)
-    V, context = model.config.V, model.config.max_T
-    tokens = Loader(pattern, 1, 1, V, device=args.device).tokens
-    T = min(args.seq_len or context, context, tokens - 1)
-    B = max(1, min(1024, tokens - 1) // T)
+    V, context, most = model.config.V, model.config.max_T, max(map(tokens_in, shards)) - 1
+    if most < 1:
+        raise GPT2Error(f"{some(args.data)} has {most + 1} tokens, expected at least 2")
+    T = min(args.seq_len or context, context, most)
+    B = max(1, min(1024, most) // T)
+    pattern = exact_globs(shards)
     loader = Loader(pattern, B, T, V, device=args.device)
     progress, count, nats, size = Progress(loader.batches, "batches"), 0, 0.0, 0
     for _ in range(loader.batches):
@@ -1159,7 +1239,6 @@ def header(*entries):
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------------------
-END_OF_TEXT = "<|endoftext|>"
 GPT2_TABLE = "a622700e3255b4a6186e052c4c715c1d05634cb6041c12ab6c95c9ee0a2c9772"     # its tokens' SHA-256
 
 
@@ -1189,8 +1268,9 @@ class Tokenizer:
     @property
     def end_texts(self):
         """What stands for end-of-text in a text."""
-        own = self.pieces[self.end].decode(errors="replace")
-        return sorted({END_OF_TEXT, own} - {"", "\0"}, reverse=True)     # longest first
+        if self.end < 0 or self.pieces[self.end] in (b"", b"\0", END_OF_TEXT.encode()):
+            return [END_OF_TEXT]
+        return [END_OF_TEXT, self.pieces[self.end].decode(errors="replace")]
 
     def allowed(self, V):
         """For V ids, a byte that is 0 if there is no such token; None if all have one. See generate()."""
@@ -1370,8 +1450,189 @@ def new_tokenizer(name, lib):
 TOKENIZERS = {kind.name: kind for kind in (ByteTokenizer, GPT2Tokenizer)}
 
 
+# --- What data arguments mean -------------------------------------------------------------------------------
+JSON_LINES = re.compile(r"\.jsonl(\.gz)?$", re.IGNORECASE)     # files with a JSON object per line
+TEXTS = re.compile(r"\.(txt|text|md|markdown|rst|jsonl)(\.gz)?$", re.IGNORECASE)     # of a folder
+RUN_FILES = re.compile(r"main\.log$|run\.json$|metrics\.jsonl$|DONE_\d+$|state_\d+_\d+\.bin$")
+Data = collections.namedtuple("Data", "shards texts skipped")     # two lists of files, a Counter of types
+
+
+def find_data(paths):
+    """What data arguments mean: token shards or texts, never both.
+
+    A path is a file, which is a shard if it begins like one, whatever its name; a folder of shards; a folder
+    of texts, those in it and its subfolders with a name as in TEXTS; a glob of any of these; a pipe; "-" for
+    stdin. In a folder hidden files, and subfolders that are hidden, runs or of shards, are skipped. A text
+    that several paths or links lead to counts once."""
+    data = Data([], [], collections.Counter())
+    for path in itertools.chain.from_iterable(map(matches, paths)):
+        if path != "-" and os.path.isdir(path):
+            add_folder(path, data)
+        elif magic_of(path) == MAGIC_SHARD:
+            data.shards.append(path)
+        elif path.endswith(".bin"):
+            add_bin(path)
+        else:
+            data.texts.append(path)
+    if data.shards and data.texts:
+        raise GPT2Error(f"{data.shards[0]} is a token shard and {data.texts[0]} a text, expected only shards"
+                        " or only texts; make shards of the texts with prepare")
+    if not data.shards and not data.texts:
+        raise GPT2Error(f"{some(paths)} has neither texts nor token shards; name some")
+    places = {}
+    for path in data.texts:
+        places.setdefault(os.path.realpath(path), path)
+    return Data(sorted({*data.shards}), [*places.values()], data.skipped)
+
+
+def matches(path):
+    """The files and folders that a data argument names."""
+    if not path:
+        raise GPT2Error("the name of the data is empty (''), expected a file, a folder, a glob, or - for"
+                        " stdin; . is this folder")
+    if URL.match(path):
+        raise GPT2Error(f"{path} is a URL, expected a file; download it first, as with curl -LO {path}")
+    found = [path]
+    if path != "-" and re.search(r"[*?[]", path) and not os.path.lexists(path):
+        found = sorted(glob.glob(path, recursive=True))
+        if not found:
+            raise GPT2Error(f"{path} matches no file, expected texts or token shards; check the glob")
+    return found
+
+
+def magic_of(path):
+    """The int32 at the beginning of a file; 0 for what is not a regular file, such as a pipe."""
+    if path == "-" or not stat.S_ISREG(os.stat(path).st_mode):
+        return 0
+    with open(path, "rb") as file:
+        return int.from_bytes(file.read(4), "little")
+
+
+def add_folder(folder, data):
+    """Adds the shards or the texts of a folder."""
+    names = os.listdir(folder)
+    if any(map(RUN_FILES.match, names)):
+        raise GPT2Error(f"{folder} is a run directory, expected texts or token shards; a run's shards are in"
+                        f" {os.path.join(folder, 'tokens')}, and a model is named before --data")
+    shards = shards_in(folder, names)
+    texts = []
+    if not shards:
+        texts = texts_in(folder, data.skipped)
+    if not shards and not texts:
+        for path in glob.glob(os.path.join(glob.escape(folder), "*.bin")):
+            add_bin(path)
+        raise GPT2Error(f"{folder}: no text there, expected .txt, .text, .md, .markdown, .rst or .jsonl"
+                        f" files, or each as .gz, as in .jsonl.gz{skipped_files(data.skipped, '; skipped')}")
+    data.shards.extend(shards)
+    data.texts.extend(texts)
+
+
+def shards_in(folder, names):
+    """The .bin files of a folder that has token shards, else none. The tokenizer's table is not a shard."""
+    found = [os.path.join(folder, name) for name in names if name.endswith(".bin") and name != TABLE]
+    if any(os.path.isfile(path) and magic_of(path) == MAGIC_SHARD for path in found):
+        return found
+    return []
+
+
+def texts_in(top, skipped):
+    """The texts in a folder and its subfolders, sorted, through links; counts what is skipped by type."""
+    folders, seen, texts = [top], {os.path.realpath(top)}, []
+    for folder in folders:                   # which grows
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name)
+            if name.startswith("."):
+                skipped["hidden"] += 1
+            elif os.path.isdir(path):
+                names = os.listdir(path)
+                if any(map(RUN_FILES.match, names)):
+                    skipped["run directory"] += 1
+                elif shards_in(path, names):
+                    skipped["folder of token shards"] += 1
+                elif os.path.realpath(path) not in seen:     # a link may lead back
+                    folders.append(path)
+                    seen.add(os.path.realpath(path))
+            elif TEXTS.search(name):
+                os.close(regular(path, os.O_RDONLY))     # a pipe must be named to be read
+                texts.append(path)
+            else:
+                skipped[os.path.splitext(name)[1].lower() or "without extension"] += 1
+    return sorted(texts)
+
+
+def add_bin(path):
+    """Rejects a .bin file that is not a shard, except for the tokenizer's table beside shards."""
+    if os.path.basename(path) == TABLE:
+        return
+    with open(path, "rb") as file:
+        reject(path, file.read(HEAD))
+    command = command_line("prepare", "--raw-uint16", path, "--tokenizer", "gpt2", "--out", "shards")
+    raise GPT2Error(f"{path} does not begin as a token shard; if it has nanoGPT's headerless uint16 tokens,"
+                    f" convert it: {command}")
+
+
+def skipped_files(skipped, before):
+    """A sentence, or a part of one, about what was skipped."""
+    if not skipped:
+        return ""
+    types = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(9))
+    return printable(f"{before} {sum(skipped.values())} files: {types}")
+
+
+def some(paths):
+    """Paths as part of a sentence."""
+    rest = ""
+    if len(paths) > 2:
+        rest = f" and {len(paths) - 2} more"
+    return printable(", ".join(paths[:2]) + rest)
+
+
+def find_texts(paths):
+    """The texts that paths mean."""
+    data = find_data(paths)
+    if data.shards:
+        raise GPT2Error(f"{data.shards[0]} is a token shard, expected texts; train on shards as they are with"
+                        " --data")
+    if data.skipped:
+        print(skipped_files(data.skipped, "text:   skipped"))
+    return data.texts
+
+
 # --- Reading texts ------------------------------------------------------------------------------------------
-JSON_LINES = (".jsonl", ".jsonl.gz")         # files with a JSON object per line
+HEAD = 1024                                  # bytes from which the type of a file is known
+MARKS = [(codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+         (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, None)]     # and the encoding that each means
+GZIP = b"\x1f\x8b"
+HTML = re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html[\s>])",
+                  re.IGNORECASE | re.DOTALL)
+JSON_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{\s*\"")
+
+# What is not a text, by its beginning: a pattern, the type, and what to do.
+UNPACK, EXPORT, OURS = "unpack it first", "export its text as .txt or .jsonl first", "name texts instead"
+SIGNATURES = [(re.compile(pattern, re.DOTALL), kind, advice) for pattern, kind, advice in [
+    (rb"PK(\x03\x04|\x05\x06|\x07\x08)", "a zip archive (as .epub, .docx and PyTorch's files are)", UNPACK),
+    (rb".{257}ustar", "a tar archive", UNPACK), (rb"\xfd7zXZ\0", "xz data", UNPACK),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "bzip2 data", UNPACK),
+    (rb"[\x22-\x28]\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd data", UNPACK),
+    (rb"\x04\x22\x4d\x18", "lz4 data", UNPACK), (GZIP, "gzip data in gzip data", UNPACK),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK), (rb"Rar!\x1a\x07", "a rar archive", UNPACK),
+    (rb"PAR1", "a Parquet file", EXPORT), (rb"ARROW1|FEA1|\xff{4}.{3}\0", "an Arrow file", EXPORT),
+    (rb"Obj\x01", "an Avro file", EXPORT), (rb"\x89HDF", "an HDF5 file", EXPORT),
+    (rb"SQLite format 3\0", "an SQLite database", EXPORT), (rb"%PDF-", "a PDF", EXPORT),
+    (rb"\{\\rtf", "an RTF document", EXPORT), (rb"\xd0\xcf\x11\xe0", "an Office document", EXPORT),
+    (rb".{60}BOOKMOBI", "an e-book", EXPORT),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|II\*\0|MM\0\*|BM.{4}\0{4}|RIFF.{4}WEBP|8BPS\0", "an image", OURS),
+    (rb"ID3[\x02-\x04]|\xff[\xfb\xf3\xf2]|OggS\0|fLaC\0|MThd\0|RIFF.{4}WAVE|\0\0\0.ftypM4A", "audio", OURS),
+    (rb"\0\0\0.ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", "a video", OURS),
+    (rb"\x80[\x02-\x05]", "a pickle", EXPORT), (rb"\x93NUMPY", "a NumPy array", EXPORT),
+    (rb"\x7fELF", "an ELF program", OURS), (rb"\0asm|\xca\xfe\xba\xbe|\xcf\xfa\xed\xfe", "a program", OURS),
+    (rb"GGUF(?![\s -~])", "a GGUF model", OURS), (rb".{4}\0{4}\{", "a safetensors file", OURS),
+    (rb"version https://git-lfs\.github\.com/spec/", "a Git LFS pointer to a file", "run `git lfs pull`"),
+    (b"\xc6\xd7\x34\x01", "a GPT-2 model", "a model is named before --data"),     # 20240326, little-endian
+    (b"\xc7\xd7\x34\x01", "a reference", OURS), (b"\xc8\xd7\x34\x01", "a tokenizer's table", OURS),
+    (b"\x88\xd8\x34\x01", "a token shard", "shards are for --data, without texts"),
+    (b"\x8a\xd8\x34\x01", "a multiple-choice file", "it is for --hellaswag"),
+    (b"\xf9\x26\x35\x01", "a training state", OURS)]]
 
 # Texts are encoded in parts. A part ends where GPT-2's pattern starts a new word in any case, before a space
 # or line end that follows something else, so that the tokens are those of the whole text. (Of Unicode's other
@@ -1382,24 +1643,266 @@ BOUNDARY = re.compile(rb".*[!-~\x80-\xbf](?<!\xc2\xa0)(?=[ \t\r\n])", re.DOTALL)
 CHARACTER = re.compile(rb".+(?=[^\x80-\xbf])|.+", re.DOTALL)
 
 
-def find_texts(paths):
-    """The text files of paths; of a folder, those in it and its subfolders by their extensions."""
-    def fail(error):
-        raise error
+def reading_options(settings):
+    """The settings of READING, as arguments of TextReader."""
+    names = [flag.replace("-", "_") for flag, *_ in READING]
+    return {name: getattr(settings, name) for name in names}
 
-    files = []
-    for path in paths:
-        found = [path]
-        if os.path.isdir(path):
-            found = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path, onerror=fail)
-                           for name in names if name.endswith((".txt", ".txt.gz", *JSON_LINES))
-                           and name[0] != ".")
-            for name in found:
-                os.close(regular(name, os.O_RDONLY))     # a pipe must be named to be read
-        if not found:
-            raise GPT2Error(f"{path}: no text there, expected .txt, .jsonl, .txt.gz or .jsonl.gz files")
-        files += found
-    return files
+
+class TextReader:
+    """Reads texts in parts for a tokenizer.
+
+    A text is plain, or JSON lines (named .jsonl, or all with jsonl) with a document in the field text_field
+    each; either as gzip. It is UTF-8 unless a byte-order mark or else `encoding` says otherwise. Bytes that
+    are not UTF-8 stay for byte tokens, and become U+FFFD for GPT-2's. Each document_separator becomes the
+    tokenizer's end-of-text, if it has one."""
+
+    def __init__(self, tokenizer, progress, encoding=None, text_field="text",
+                 document_separator=END_OF_TEXT, jsonl=False):
+        self.tokenizer, self.progress, self.jsonl = tokenizer, progress, jsonl
+        self.encoding, self.field = encoding, text_field
+        self.marks = [mark for mark in [document_separator] if mark]     # which separate documents
+        if document_separator == END_OF_TEXT:
+            self.marks = tokenizer.end_texts
+        self.separators, self.documents = 0, jsonl     # found; whether there are several documents
+        self.invalid = []                    # what was found in each file with bytes that are not UTF-8
+        try:
+            "a".encode(encoding or "utf-8")
+            codecs.getincrementaldecoder(encoding or "utf-8")
+        except (LookupError, ValueError):
+            raise GPT2Error(f"--encoding is {encoding!r}, which Python does not know as an encoding of text;"
+                            " latin-1, cp1252 and utf-16 are some") from None
+
+    def report(self):
+        """Prints how many document separators there were, if any or if a particular one was expected, and on
+        stderr which bytes were not UTF-8."""
+        if self.separators or self.marks and END_OF_TEXT not in self.marks:
+            shown = " or ".join(map(repr, self.marks))
+            print(f"text:   {self.separators:,} document separators {shown}")
+        if self.invalid:
+            print(f"train_gpt2.py: {some(self.invalid)}; another encoding must be named with --encoding",
+                  file=sys.stderr)
+
+    def parts(self, files):
+        """Yields the parts of all documents. Before each one is end-of-text, unless there is only one; never
+        twice in a row."""
+        last, end = b"", self.tokenizer.end
+        for path in files:
+            for part in self.file_parts(path, several=len(files) > 1):
+                if part is not None:
+                    yield part
+                elif last is not None and end >= 0:
+                    yield end
+                last = part
+
+    def file_parts(self, path, several):
+        """Yields the parts of a file, and None before each document, unless there is only one."""
+        place, own = path, True
+        if path == "-":
+            place, own = 0, False            # stdin stays open
+        try:
+            with naming(path), open(place, "rb", closefd=own) as file:
+                blocks = self.blocks(path, file)
+                if self.jsonl or JSON_LINES.search(path):
+                    self.documents = True
+                    yield from self.json_parts(path, blocks)
+                    return
+                if several:
+                    yield None
+                yield from self.document_parts(blocks)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise GPT2Error(f"{path}: incomplete or damaged gzip file ({error}); download or compress it"
+                            " again") from None
+
+    def blocks(self, path, file):
+        """Yields the bytes of a text as UTF-8, decompressed. Rejects what is not a text."""
+        head = file.read(HEAD)
+        if head.startswith(GZIP):
+            file = gzip.GzipFile(fileobj=as_file(itertools.chain([head], blocks_of(file))))
+            head = file.read(HEAD)
+        elif head and path.lower().endswith(".gz"):
+            reject(path, head)
+            raise gzip.BadGzipFile("it does not begin as one")
+        reject(path, head)
+        reject_table(path, head, self.jsonl)
+        encoding = next((name for mark, name in MARKS if head.startswith(mark)), self.encoding)
+        blocks = self.counted(itertools.chain([head], blocks_of(file)))
+        if encoding:
+            return without_nul(path, decoded(path, blocks, encoding))
+        return without_nul(path, self.checked(path, blocks))
+
+    def counted(self, blocks):
+        """Passes blocks through, and shows the progress."""
+        for block in blocks:
+            self.progress.advance(len(block) / 1e6)
+            yield block
+
+    def checked(self, path, blocks):
+        """Passes blocks through, and counts bytes that are not UTF-8; more than 5 in 1,000 are rejected,
+        unless bytes are the tokens."""
+        rest, size, wrong, first = b"", 0, 0, None
+        for block in itertools.chain(blocks, [b""]):
+            data, offset = rest + block, size - len(rest)
+            size += len(block)
+            try:
+                used = codecs.utf_8_decode(data, "strict", not block)[1]
+            except UnicodeDecodeError as error:
+                text, used = codecs.utf_8_decode(data, "surrogateescape", not block)
+                wrong += len(re.findall("[\udc80-\udcff]", text))
+                if first is None:
+                    first = offset + error.start
+            rest = data[used:]
+            yield block
+        if not wrong:
+            return
+        found = f"{path}: {wrong:,} of {size:,} bytes are not UTF-8, the first at offset {first:,}"
+        if self.tokenizer.name != "bytes" and wrong > 0.005 * size:
+            raise GPT2Error(f"{found}, expected at most 5 in 1,000; name the encoding of the text, as with"
+                            " --encoding latin-1")
+        self.invalid.append(found)
+
+    def document_parts(self, blocks):
+        """Yields the parts of a text, and None for document separators."""
+        pieces = split_blocks(blocks, [mark.encode(errors="surrogateescape") for mark in self.marks])
+        for separators, group in itertools.groupby(pieces, key=lambda piece: piece is None):
+            if separators:
+                self.separators += sum(1 for _ in group)
+                self.documents = True
+                yield None
+            else:
+                file = without_mark(as_file(group))
+                if self.tokenizer.parts:
+                    yield from text_parts(file)
+                else:
+                    yield file.read()
+
+    def json_parts(self, path, blocks):
+        """Yields the parts of each line's text, after None."""
+        file = without_mark(as_file(blocks))
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+            if line.strip():
+                text = self.json_text(f"{path}, line {number}", line)
+                yield None
+                yield from self.document_parts(blocks_of(io.BytesIO(text)))
+
+    def json_text(self, place, line):
+        """The text of a JSON line, as bytes."""
+        document = None
+        try:
+            text = document = json.loads(line)
+            if self.field in document:
+                text = document[self.field]
+            else:
+                for name in self.field.split("."):
+                    text = text[name]
+            text = text.encode(errors="replace")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            found = line[:40].decode(errors="replace")
+            advice = ""
+            if isinstance(document, dict):
+                advice = f"; name one of its fields with --text-field: {', '.join(document)[:99]}"
+            elif line.lstrip().startswith(b"["):
+                advice = f"; convert a JSON array: {table_command(place.rpartition(', line ')[0], 'json')}"
+            raise GPT2Error(printable(f"{place}: found {found!r}, expected a JSON object with a"
+                                      f" \"{self.field}\", in less than {LONGEST_LINE:,} bytes of UTF-8"
+                                      f"{advice}")) from None
+        if b"\0" in text:
+            raise GPT2Error(f"{place}: the text has a NUL (\\u0000), expected none; remove it")
+        return text
+
+
+def reject(path, head):
+    """Rejects a file that is not a text, by its first bytes."""
+    for pattern, kind, advice in SIGNATURES:
+        if pattern.match(head):
+            raise GPT2Error(f"{path} is {kind}, expected text; {advice}")
+    if HTML.match(head) and not re.search(r"\.html?(\.gz)?$", path, re.IGNORECASE):
+        raise GPT2Error(f"{path} is a web page (HTML), expected text; if a server answered so, download the"
+                        " text itself, and if it is meant, name it .html")
+
+
+def reject_table(path, head, jsonl):
+    """Rejects a JSON array, and tables whose names are those of CSV or TSV files."""
+    name = re.search(r"\.(csv|tsv|json)(\.gz)?$", path, re.IGNORECASE)
+    kind = ""
+    if JSON_ARRAY.match(head):
+        kind = "json"
+    elif name and not jsonl:
+        kind = name[1].lower()
+    if kind == "json" and not head.lstrip(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        raise GPT2Error(f"{path} is JSON, expected text or JSON lines; if each line is a JSON object, add"
+                        " --jsonl")
+    if kind:
+        what = {"json": "a JSON array", "csv": "a CSV table", "tsv": "a TSV table"}[kind]
+        raise GPT2Error(f"{path} is {what}, expected text or JSON lines; name the field or column of the text"
+                        f" with --text-field, and convert it: {table_command(path, kind)}")
+
+
+def table_command(path, kind):
+    """The shell command that converts a JSON array, CSV or TSV file to JSON lines."""
+    rows = 'csv.DictReader(open(0, newline="", encoding="utf-8-sig"))'
+    if kind == "tsv":
+        rows = rows[:-1] + ', delimiter="\\t")'
+    code = f"import csv, json; csv.field_size_limit(1 << 30); [print(json.dumps(row)) for row in {rows}]"
+    if kind == "json":
+        code = ('import json, sys; [print(json.dumps(x if isinstance(x, dict) else {"text": x}))'
+                ' for x in json.load(sys.stdin.buffer)]')
+    name = "texts"
+    if os.path.isfile(path):
+        name = re.sub(r"(\.\w+)?(\.gz)?$", "", path, flags=re.IGNORECASE)
+    read = f"cat {shlex.quote(path)}"
+    if path.lower().endswith(".gz"):
+        read = f"gzip -dc {shlex.quote(path)}"
+    return f"{read} | python3 -c {shlex.quote(code)} > {shlex.quote(name + '_lines.jsonl')}"
+
+
+def decoded(path, blocks, encoding):
+    """Yields blocks of an encoding as UTF-8."""
+    decoder, size = codecs.getincrementaldecoder(encoding)(), 0
+    try:
+        for block in itertools.chain(blocks, [b""]):
+            size += len(block)
+            yield decoder.decode(block, not block).encode(errors="replace")
+    except UnicodeError as error:
+        offset = size - len(getattr(error, "object", b"")) + getattr(error, "start", 0)
+        raise GPT2Error(f"{path}: the bytes at offset {offset:,} are not {encoding}, expected that encoding;"
+                        " correct --encoding or the file") from None
+
+
+def without_nul(path, blocks):
+    """Passes blocks of text through, and rejects a NUL."""
+    offset, line = 0, 1
+    for block in blocks:
+        at = block.find(0)
+        if at >= 0:
+            order = ("be", "le")[(offset + at) % 2]     # where ASCII's NULs are in UTF-16
+            line += block.count(b"\n", 0, at)
+            raise GPT2Error(f"{path} has a NUL at offset {offset + at:,}, line {line:,}, expected text; if it"
+                            f" is UTF-16, add --encoding utf-16-{order}, else remove it")
+        offset += len(block)
+        line += block.count(b"\n")
+        yield block
+
+
+def split_blocks(blocks, marks):
+    """Yields blocks of text, with None in place of each mark."""
+    if not marks:
+        yield from blocks
+        return
+    pattern = re.compile(b"|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
+    rest, keep = b"", max(map(len, marks)) - 1     # the last bytes may begin a mark
+    for block in blocks:
+        *texts, last = pattern.split(rest + block)
+        for text in texts:
+            if text:
+                yield text
+            yield None
+        ready = max(0, len(last) - keep)
+        if ready:
+            yield last[:ready]
+        rest = last[ready:]
+    if rest:
+        yield rest
 
 
 def text_parts(file):
@@ -1415,39 +1918,40 @@ def text_parts(file):
         yield rest
 
 
-def json_parts(path, file, end, progress):
-    """Yields the parts of the "text" of each JSON line, each after `end`."""
-    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
-        progress.advance(len(line) / 1e6)
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"].encode(errors="replace")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            found = line[:40].decode(errors="replace")
-            raise GPT2Error(f"{path}, line {number}: found {found!r}, expected a JSON object with a \"text\","
-                            f" in less than {LONGEST_LINE:,} bytes") from None
-        yield from end
-        yield from text_parts(io.BytesIO(text))
+def blocks_of(file):
+    """The blocks of a file."""
+    return iter(lambda: file.read(1 << 16), b"")
 
 
-def read_parts(files, jsonl, end, progress):
-    """Yields the parts of all documents, each document after `end`, unless it is a single text."""
-    for path in files:
-        try:
-            with naming(path), open(0 if path == "-" else path, "rb", closefd=path != "-") as plain, \
-                    gzip.open(plain) if path.endswith(".gz") else plain as file:
-                if jsonl or path.endswith(JSON_LINES):
-                    yield from json_parts(path, file, end, progress)
-                    continue
-                if len(files) > 1:
-                    yield from end
-                for part in text_parts(file):
-                    progress.advance(len(part) / 1e6)
-                    yield part
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise GPT2Error(f"{path}: incomplete or damaged gzip file ({error}); download or compress it"
-                            " again") from None
+class Blocks(io.RawIOBase):
+    """The reverse: a file of blocks."""
+    def __init__(self, blocks):
+        self.blocks, self.rest = blocks, b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while len(self.rest) < len(buffer):
+            block = next(self.blocks, None)
+            if block is None:
+                break
+            self.rest += block
+        count = min(len(buffer), len(self.rest))
+        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
+        return count
+
+
+def as_file(blocks):
+    """Blocks as a file."""
+    return io.BufferedReader(Blocks(iter(blocks)), 1 << 16)
+
+
+def without_mark(file):
+    """A file from its first byte after a UTF-8 byte-order mark."""
+    if file.peek(3).startswith(codecs.BOM_UTF8):
+        file.read(3)
+    return file
 
 
 # --- Encoding, in several processes -------------------------------------------------------------------------
@@ -1530,35 +2034,35 @@ def split_at(tokens, tokenizer, val_fraction, documents):
     return cut
 
 
-def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000, jsonl=False):
+def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000, raw=False, **reading):
     """Encodes texts into train and val shards, a tokenizer table and, written last, manifest.json. Returns
     the numbers of training and validation tokens.
 
-    A path is a text, JSON lines with a "text" each (named .jsonl, or all with jsonl), either of them as .gz,
-    a folder of such files, or "-" for stdin. Each document (a text, a JSON line) starts with end-of-text,
-    unless it is a single text. The last val_fraction of all tokens is for validation; see split_at. Bytes
-    that are not UTF-8 stay for byte tokens, and become U+FFFD for GPT-2's. The output replaces what is in the
-    folder when it is complete."""
+    paths: what find_data accepts, or with raw files of uint16 tokens (see find_raw). reading: the options of
+    TextReader. The last val_fraction of all tokens is for validation; see split_at. The output replaces what
+    is in the folder when it is complete."""
     tokenizer.encode(" ")                    # fails here, and not in a worker process
-    files = find_texts(paths)
-    size = sum(os.path.getsize(path) for path in files if path != "-")
-    if any(path == "-" or path.endswith(".gz") for path in files):
-        size = math.inf                      # unknown
+    progress = Progress(unit="MB")
+    reader = TextReader(tokenizer, progress, **reading)
+    files = (find_raw if raw else find_texts)(paths)
+    if all(map(os.path.isfile, files)) and not any(path.lower().endswith(".gz") for path in files):
+        progress.total = sum(map(os.path.getsize, files)) / 1e6     # else unknown
     os.makedirs(folder, exist_ok=True)
-    progress = Progress(size / 1e6, "MB")
     with contextlib.closing(progress), \
             tempfile.TemporaryDirectory(".tmp", "prepare-", folder) as temporary, \
             open(os.path.join(temporary, "tokens"), "w+b") as stream:
-        end = [tokenizer.end] if tokenizer.end >= 0 else []
-        parts = read_parts(files, jsonl, end, progress)
-        for tokens in encode_all(tokenizer.encode, parts, parallel=size > 1 << 22):
+        batches = raw_tokens(files, tokenizer, progress)
+        if not raw:
+            batches = encode_all(tokenizer.encode, reader.parts(files), parallel=progress.total > 4.2)
+        for tokens in batches:
             tokens.tofile(stream)
         if not progress.done or not stream.tell():
-            raise GPT2Error(f"{' '.join(paths)}: no text there, only empty files or lines")
+            raise GPT2Error(f"{some(paths)}: no text there, only empty files or lines")
         stream.flush()
         tokens = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)).cast("H")
-        documents = jsonl or any(path.endswith(JSON_LINES) for path in files)
-        cut = split_at(tokens, tokenizer, val_fraction, documents)
+        cut = split_at(tokens, tokenizer, val_fraction, raw or reader.documents)
+        if raw and "val" in os.path.basename(files[-1]):
+            cut = sum(os.path.getsize(path) // 2 for path in files if "val" not in os.path.basename(path))
         shards = write_shards(stream, tokens, cut, temporary, shard_tokens)
         replace_shards(temporary, folder, shards)
     total = sum(shard["tokens"] for shard in shards)
@@ -1566,7 +2070,34 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
     manifest = {"tokenizer": tokenizer.name, "end_of_text": tokenizer.end,
                 "train_tokens": cut, "val_tokens": total - cut, "shards": shards, "sources": files}
     replace_file(os.path.join(folder, "manifest.json"), json.dumps(manifest, indent=1).encode())
+    reader.report()
     return cut, total - cut
+
+
+def find_raw(paths):
+    """Files of headerless uint16 tokens, those for validation last: files, or the .bin files of folders."""
+    files = [found for path in paths for place in matches(path)
+             for found in (glob.glob(os.path.join(glob.escape(place), "*.bin")) or [place])]
+    for path in files:
+        if magic_of(path) == MAGIC_SHARD or os.path.getsize(path) % 2:
+            raise GPT2Error(f"{path} is a token shard or has an odd size of {os.path.getsize(path):,} bytes,"
+                            " expected headerless uint16 tokens; --data takes shards as they are")
+    return sorted(files, key=lambda path: ("val" in os.path.basename(path), path))
+
+
+def raw_tokens(files, tokenizer, progress):
+    """Yields the uint16 tokens of headerless files."""
+    V = len(tokenizer.pieces)
+    for path in files:
+        with open(path, "rb", opener=regular) as file:
+            while data := file.read(1 << 20):
+                tokens = array.array("H", data)
+                if max(tokens) >= V:
+                    raise GPT2Error(f"{path} has the token {max(tokens)}, expected less than the {V} of"
+                                    f" --tokenizer {tokenizer.name}; choose the tokenizer that made the file,"
+                                    " such as --tokenizer gpt2")
+                progress.advance(len(data) / 1e6)
+                yield tokens
 
 
 def write_shards(stream, tokens, cut, folder, shard_tokens):
@@ -1619,35 +2150,23 @@ def write_choices(path, source, encode):
     return len(examples)
 
 
-def shards_of(data):
-    """The glob of the shards that --data names, or None if it names a text."""
-    pattern = os.path.join(glob.escape(data), "*.bin") if os.path.isdir(data) else data
-    if data.endswith(".bin"):
-        return pattern
-    if os.path.isfile(data) or not glob.glob(pattern):
-        return None
-    return pattern
-
-
-def shard_globs(pattern, val_data=None):
-    """The globs of training and validation shards (None: there are none) among the files that a pattern
-    matches. The library needs one glob for each, which must match those files and no others."""
-    shards = {path for path in glob.glob(pattern) if os.path.basename(path) != TABLE}
+def split_shards(shards, val_data=None, folders=()):
+    """Training and validation shards among files: the latter are those of --val-data, or have "val" in their
+    names. With folders, names count only if all of them are folders."""
     val = {path for path in shards if "val" in os.path.basename(path)}
     if val_data:
-        val = {*glob.glob(val_data)}
-    globs = []
-    for split, files, given in (("train", shards - val, pattern), ("val", val, val_data)):
-        if given and not files:
-            raise GPT2Error(f"{given} matches no {split} shards, expected .bin files, those for validation"
-                            " with \"val\" in their names")
-        candidates = given or pattern, os.path.join(os.path.dirname(pattern), f"*{split}*.bin")
-        fitting = [candidate for candidate in candidates if {*glob.glob(candidate)} == files]
-        if files and not fitting:
-            raise GPT2Error(f"{pattern} matches training and validation shards that no simple glob separates;"
-                            " name the first with --data 'GLOB' and the others with --val-data 'GLOB'")
-        globs.append(fitting[0] if files else None)
-    return globs
+        val = find_data(val_data).shards
+        if not val:
+            raise GPT2Error(f"--val-data {some(val_data)} is a text, expected token shards")
+        val = {*split_shards(val, folders=val_data)[1]} or {*val}
+    if not all(map(os.path.isdir, folders)):
+        val = set()
+    return [path for path in shards if path not in val], sorted(val)
+
+
+def exact_globs(files):
+    """The argument of Loader that matches these files and no others: globs, one per line."""
+    return "\n".join(re.sub(r"([*?[\\])", r"\\\1", path).replace("\n", "?") for path in files)
 
 
 # --- The default text ---------------------------------------------------------------------------------------
@@ -1893,10 +2412,9 @@ def command_line(*words):
     return shlex.join(("python3", os.path.relpath(__file__), *words))
 
 
-def settle_tokenizer(model, train_glob, config, lib):
+def settle_tokenizer(model, shard, config, lib):
     """The tokenizer of a run, which that of the data and that of the model must agree on; None if neither is
-    known. Sets the vocabulary size of a new model."""
-    shard = glob.glob(train_glob)[0]
+    known. Sets the vocabulary size of a new model. shard: a training shard."""
     tokenizer = tokenizer_beside(shard, lib)
     if model and tokenizer:
         return find_tokenizer(model, shards=[shard])
@@ -1926,14 +2444,16 @@ def train_command(args):
     tuning = model and step is None
     if not tuning:
         settle_batch(s, config.max_T)
-    train_glob, val_glob = find_shards(s, given, folder, lib, model, resumed=step is not None)
-    tokenizer = settle_tokenizer(model, train_glob, config, lib)
+    train_shards, val_shards = find_shards(s, given, folder, lib, model, resumed=step is not None)
+    tokenizer = settle_tokenizer(model, train_shards[0], config, lib)
     if tuning:
-        settle_fine_tuning(s, given, config, glob.glob(train_glob), glob.glob(val_glob or ""))
+        settle_fine_tuning(s, given, config, train_shards)
+    if step is None:
+        settle_size(s, given, train_shards)
     model = model or GPT2(config, s.seed, args.device)
     B, T = s.batch_size, s.seq_len
-    train_loader = Loader(train_glob, B, T, config.V, shuffle=True, seed=s.seed, device=args.device)
-    val_loader = Loader(val_glob, B, T, config.V, device=args.device) if val_glob else None
+    train_loader = Loader(exact_globs(train_shards), B, T, config.V, True, s.seed, args.device)
+    val_loader = open_val_loader(s, val_shards, config.V, args.device)
 
     run = Run(folder, s, model, tokenizer)
     start_run(run, tokenizer, step, source, train_loader)
@@ -1965,7 +2485,7 @@ def print_summary(run, train_loader, val_loader, memory):
     model, s = run.model, run.settings
     c, B, T = model.config, s.batch_size, s.seq_len
     tokens, needed = s.steps * s.total_batch_size, memory_needed(model, B, T)
-    validation = "no validation shards, so no validation"
+    validation = "no validation"
     if val_loader:
         validation = f"{val_loader.tokens:,} validation tokens"
     print(f"device: {run.lib.gpt2_device().decode()}")
@@ -2009,6 +2529,9 @@ def sample_command(args):
     prompt = args.prompt or ""
     if prompt == "-":
         prompt = sys.stdin.read()
+        if "\0" in prompt:
+            raise GPT2Error(f"the prompt from stdin has a NUL as character {prompt.index(chr(0))}, expected"
+                            " text in UTF-8")
     context = list(tokenizer.encode_prompt(prompt)) or [tokenizer.start]
     if args.interactive:
         converse(model, tokenizer, context, args)
@@ -2020,8 +2543,8 @@ def sample_command(args):
 
 def eval_command(args):
     if not args.data and not args.hellaswag:
-        raise GPT2Error("nothing to evaluate on; give a text or a quoted glob of shards with --data, or"
-                        " HellaSwag's file with --hellaswag")
+        raise GPT2Error("nothing to evaluate on; give texts or shards with --data, or HellaSwag's file with"
+                        " --hellaswag")
     model = open_model(args.model, args.device)
     with tempfile.TemporaryDirectory() as folder:
         if args.data:
@@ -2035,7 +2558,7 @@ def prepare_command(args):
     tokenizer = new_tokenizer(args.tokenizer, library("cpu"))
     try:
         train, val = prepare(args.inputs, args.out, tokenizer, args.val_fraction, args.shard_tokens,
-                             args.jsonl)
+                             args.raw_uint16, **reading_options(args))
     except KeyboardInterrupt:
         print(f"train_gpt2.py: stopped; {args.out} has no new shards", file=sys.stderr)
         return 130
@@ -2047,9 +2570,11 @@ def train_tokenizer_command(args):
     if not args.out.endswith(".json"):
         raise GPT2Error(f"--out is {args.out}, expected a name that ends in .json")
     progress = Progress(unit="MB", label="read: ")
-    parts = read_parts(find_texts(args.inputs), args.jsonl, [], progress)
+    reader = TextReader(ByteTokenizer(), progress, **reading_options(args))
+    parts = reader.parts(find_texts(args.inputs))
+    texts = (part.decode(errors="replace") for part in parts if isinstance(part, bytes))
     with contextlib.closing(progress), optional_module("vocabulary") as module:
-        vocabulary = module.train((part.decode(errors="replace") for part in parts), args.vocab_size)
+        vocabulary = module.train(texts, args.vocab_size)
     if not progress.done:
         raise GPT2Error(f"{' '.join(args.inputs)}: no text there, only empty files or lines")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -2146,24 +2671,26 @@ COMMANDS = {
     "eval": (eval_command, "loss, perplexity and bits per byte of a text; HellaSwag", [MODEL], [
         DEVICE,
         TOKENIZER,
-        ("data", None, str, "text file, folder of texts, or folder (its validation shards) or quoted glob"
-         " of token shards"),
+        ("data", None, PATHS, "texts, or token shards: files, folders (their validation shards), globs, -"
+         " for stdin"),
+        *READING,
         ("seq-len", None, COUNT, "tokens per sequence (the model's context)"),
         ("hellaswag", None, str, "HellaSwag's .jsonl file, or a .bin made from it"),
         ("examples", 2**31 - 1, COUNT, "maximum number of HellaSwag examples")]),
     "prepare": (prepare_command, "encode texts into token shards for train --data", [
         ("inputs", "+", "INPUT", "text, JSON lines with a \"text\" each (.jsonl), either as .gz, folder of"
-         " such files, or - for stdin")], [
+         " such files, glob, or - for stdin")], [
         ("tokenizer", "bytes", tokenizer_name, "bytes, gpt2, a tokenizer.json or its folder"),
         ("val-fraction", 0.1, FRACTION, "fraction of the tokens, at their end, for validation"),
         ("shard-tokens", 100_000_000, COUNT, "tokens per shard"),
-        ("jsonl", False, bool, "all inputs are JSON lines"),
+        *READING,
+        ("raw-uint16", False, bool, "inputs are headerless uint16 tokens (nanoGPT's train.bin, val.bin)"),
         ("out", REQUIRED, "DIR", "output folder")]),
     "train-tokenizer": (train_tokenizer_command, "train a byte-level BPE tokenizer on texts", [
         ("inputs", "+", "INPUT", "text, JSON lines, .gz, folder, or -, as for prepare")], [
         ("vocab-size", REQUIRED, number(int, 257, 65536), "number of tokens, of which 257 are end-of-text and"
          " the bytes"),
-        ("jsonl", False, bool, "all inputs are JSON lines"),
+        *READING,
         ("out", "tokenizer.json", "FILE", "file to write, for --tokenizer")]),
     "import": (import_command, "convert a Hugging Face model to a model file", [
         ("model", None, "MODEL", f"{WEIGHTS}, its folder, or {', '.join(HUB_MODELS)}")], [
@@ -2194,6 +2721,8 @@ def add_flags(parser, rows, **common):
         form = {"type": kind, "metavar": METAVARS.get(kind, "N")}
         if kind is bool:
             form = {"action": "store_true"}
+        elif kind is PATHS:
+            form.update(nargs="+", action="extend")
         elif isinstance(kind, tuple):
             form = {"choices": kind}
         elif isinstance(kind, str):

@@ -71,7 +71,7 @@ NEW_RUN = ("--data {f}/data --init {f}/model.bin --batch-size 2 --seq-len 8 --st
     --tokenizer foo
     sample {f}/model.bin --tokens x | sample {f}/model.bin --temperature -1 | prepare {f}/text.txt => --out
     prepare {f}/text.txt --out {t} --val-fraction 2 | check => REFERENCE""") + cases(1, """
-    --data {f}/none.txt | --data {f}/nothing | --data {f}/empty.txt | --data {f}/val
+    --data {f}/none.txt | --data {f}/nothing | --init scratch --data {f}/empty.txt | --data {f}/val
     --data {f}/few => 16 tokens | --data {f}/cut => train_000.bin | --data {f}/large => train_000.bin
     --data {f}/table => tokenizer.bin | --data {f}/text.txt => vocabulary of 97 | --val-data {f}/none*.bin
     --data {f}/text.txt --val-data {f}/val/* => --val-data | --seq-len 25 | --total-batch-size 17
@@ -92,7 +92,10 @@ NEW_RUN = ("--data {f}/data --init {f}/model.bin --batch-size 2 --seq-len 8 --st
     plot {f}/run {f}/model.bin => model.bin | plot {f}/run --out {f}/nothing"""))
 def test_the_driver_reports_a_mistake_in_one_sentence(mistakes, tmp_path, words, status, expected):
     if words.startswith("--") and "--resume" not in words:
-        words = NEW_RUN + words
+        base = NEW_RUN
+        if words.startswith("--data"):       # which would add to the shards
+            base = NEW_RUN.replace("--data {f}/data ", "")
+        words = base + words
     words = [word.format(f=mistakes, t=tmp_path, r=REFERENCES) for word in words.split()]
     reports_error(driver(*words, status=status, cwd=tmp_path), expected)
 
@@ -191,7 +194,7 @@ def test_prepare_takes_files_and_folders(tmp_path, fraction, size):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train_000099.bin").write_bytes(b"of an earlier time")
     texts = {"texts/a.txt": "–" * 50, "texts/b.txt": "second\n" * 20, "c.text": "third"}
-    for name, text in {**texts, "texts/other.md": "not this one"}.items():
+    for name, text in {**texts, "texts/other.html": "not this one"}.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     driver("prepare", "texts", "c.text", "--out", "out", "--val-fraction", fraction, "--shard-tokens", size,
            cwd=tmp_path)
