@@ -2,7 +2,7 @@
 """Trains GPT-2 and uses trained models: the Python front end of the C library in train_gpt2.c.
 
     make && python3 train_gpt2.py                        train a small GPT-2 on Shakespeare, then sample
-    python3 train_gpt2.py --data book.txt --steps 500    train on your own text
+    python3 train_gpt2.py --data book.txt --steps 500    train on your own text, or several
     python3 train_gpt2.py --resume                       resume the newest run
     python3 train_gpt2.py --init gpt2 --data book.txt    fine-tune GPT-2
     python3 train_gpt2.py sample --prompt "ROMEO:"       generate text with the newest run
@@ -667,7 +667,8 @@ class GPT2(Handle):
 
 
 class Loader(Handle):
-    """Batches of B sequences of T tokens, all below V, from the token shards that a glob matches."""
+    """Batches of B sequences of T tokens, all below V, from the token shards that a glob matches, or several
+    globs, one per line."""
 
     def __init__(self, pattern, B, T, V, shuffle=False, seed=0, device="auto"):
         lib = library(device)
@@ -1603,7 +1604,7 @@ HEAD = 1024                                  # bytes from which the type of a fi
 MARKS = [(codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
          (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, None)]     # and the encoding that each means
 GZIP = b"\x1f\x8b"
-HTML = re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html[\s>])",
+HTML = re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head)\b",
                   re.IGNORECASE | re.DOTALL)
 JSON_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{\s*\"")
 
@@ -1653,9 +1654,9 @@ class TextReader:
     """Reads texts in parts for a tokenizer.
 
     A text is plain, or JSON lines (named .jsonl, or all with jsonl) with a document in the field text_field
-    each; either as gzip. It is UTF-8 unless a byte-order mark or else `encoding` says otherwise. Bytes that
-    are not UTF-8 stay for byte tokens, and become U+FFFD for GPT-2's. Each document_separator becomes the
-    tokenizer's end-of-text, if it has one."""
+    each; either as gzip, which its first bytes tell (named .gz it must be). It is UTF-8 unless a byte-order
+    mark or else `encoding` says otherwise. Bytes that are not UTF-8 stay for byte tokens, and become U+FFFD
+    for GPT-2's. Each document_separator becomes end-of-text, if the tokenizer has that."""
 
     def __init__(self, tokenizer, progress, encoding=None, text_field="text",
                  document_separator=END_OF_TEXT, jsonl=False):
@@ -1800,7 +1801,7 @@ class TextReader:
             found = line[:40].decode(errors="replace")
             advice = ""
             if isinstance(document, dict):
-                advice = f"; name one of its fields with --text-field: {', '.join(document)[:99]}"
+                advice = f"; name one of its fields with --text-field: {', '.join(document)[:99] or 'none'}"
             elif line.lstrip().startswith(b"["):
                 advice = f"; convert a JSON array: {table_command(place.rpartition(', line ')[0], 'json')}"
             raise GPT2Error(printable(f"{place}: found {found!r}, expected a JSON object with a"
@@ -2044,7 +2045,10 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
     tokenizer.encode(" ")                    # fails here, and not in a worker process
     progress = Progress(unit="MB")
     reader = TextReader(tokenizer, progress, **reading)
-    files = (find_raw if raw else find_texts)(paths)
+    find = find_texts
+    if raw:
+        find = find_raw
+    files = find(paths)
     if all(map(os.path.isfile, files)) and not any(path.lower().endswith(".gz") for path in files):
         progress.total = sum(map(os.path.getsize, files)) / 1e6     # else unknown
     os.makedirs(folder, exist_ok=True)
@@ -2076,8 +2080,9 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
 
 def find_raw(paths):
     """Files of headerless uint16 tokens, those for validation last: files, or the .bin files of folders."""
-    files = [found for path in paths for place in matches(path)
-             for found in (glob.glob(os.path.join(glob.escape(place), "*.bin")) or [place])]
+    files = []
+    for path in itertools.chain.from_iterable(map(matches, paths)):
+        files += glob.glob(os.path.join(glob.escape(path), "*.bin")) or [path]
     for path in files:
         if magic_of(path) == MAGIC_SHARD or os.path.getsize(path) % 2:
             raise GPT2Error(f"{path} is a token shard or has an odd size of {os.path.getsize(path):,} bytes,"

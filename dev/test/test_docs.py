@@ -140,6 +140,8 @@ def sandbox(tmp_path):
     (tmp_path / "texts" / "a.txt").write_text(TEXT * 9, encoding="utf-8")
     stories = "".join(json.dumps({"text": f"Story {i}. " + TEXT[:200]}) + "\n" for i in range(60))
     (tmp_path / "stories.jsonl.gz").write_bytes(gzip.compress(stories.encode()))
+    for name in ("train.bin", "val.bin"):    # nanoGPT's
+        (tmp_path / name).write_bytes(array.array("H", [i * 7919 % 50257 for i in range(2000)]).tobytes())
     data = tmp_path / "dev" / "data"
     GPT2(GPT2Config(1024, 50257, 1, 1, 16)).save(tmp_path / "small.bin")
     hub = data / "gpt2"

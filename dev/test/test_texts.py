@@ -8,7 +8,6 @@ import lzma
 import os
 import pickle
 import re
-import sqlite3
 import struct
 import subprocess
 import sys
@@ -104,7 +103,8 @@ def test_pipes_are_texts_for_all_commands(tmp_path, byte_model):
 @pytest.mark.parametrize("command", ["--out run --data", "prepare --out out", "eval {model} --data"])
 @pytest.mark.parametrize("words, expected", [
     ([""], ["''", "file"]), (["https://example.com/a.txt"], ["URL", "download it first"]),
-    (["s3://b/*.txt"], ["URL"]), (["none*.txt"], ["none*.txt", "matches no file"]), (["none.txt"], ["none.txt"]),
+    (["s3://b/*.txt"], ["URL"]), (["none*.txt"], ["none*.txt", "matches no file"]),
+    (["none.txt"], ["none.txt"]),
     (["a.txt", "shards"], ["train_000.bin", "a.txt", "only shards or only texts"]),
     (["nanogpt"], ["train.bin", "--raw-uint16"]), (["nanogpt/train.bin"], ["train.bin", "--raw-uint16"]),
     (["run"], ["run", "run directory"]), (["model.bin"], ["model.bin", "GPT-2 model"])])
@@ -154,7 +154,8 @@ def test_training_twice_on_the_working_directory(tmp_path):
 def test_shards_are_found_by_their_contents(tmp_path, byte_model):
     """Any number of folders and files of shards, with names that no glob separates; a table is no shard."""
     draw = [n % 256 for n in range(400)]
-    write(tmp_path, {"tokenizer.bin": header(20240328, 2, 256, 0) + b"".join(bytes([1, n]) for n in range(256))})
+    pieces = b"".join(bytes([1, n]) for n in range(256))
+    write(tmp_path, {"tokenizer.bin": header(20240328, 2, 256, 0) + pieces})
     for name in ("a[1]/x", "a[1]/back\\slash", "b/interval", "b/y"):
         shards((tmp_path / name).parent, draw, name=(tmp_path / name).name)
     os.rename(tmp_path / "b" / "y_000.bin", tmp_path / "b" / "new\nline.shard")
@@ -164,10 +165,11 @@ def test_shards_are_found_by_their_contents(tmp_path, byte_model):
     assert "trl" in log and "tel" in log     # "interval" has val in its name
     found = find_data([str(tmp_path / "a[1]"), str(tmp_path / "b" / "*")]).shards
     train, val = train_gpt2.split_shards(found)
-    assert [os.path.basename(path) for path in train] == ["back\\slash_000.bin", "x_000.bin", "new\nline.shard"]
+    names = [os.path.basename(path) for path in train]
+    assert names == ["back\\slash_000.bin", "x_000.bin", "new\nline.shard"]
     assert Loader(train_gpt2.exact_globs(train), 1, 8, 256).tokens == 1200
-    shown = driver("eval", byte_model[1], "--data", "b", "a[1]", cwd=tmp_path).stdout     # folders: validation
-    assert "over 384 tokens" in shown
+    shown = driver("eval", byte_model[1], "--data", "b", "a[1]", cwd=tmp_path).stdout
+    assert "over 384 tokens" in shown        # of folders the validation shards
 
 
 def test_a_loader_takes_several_globs(tmp_path):
@@ -186,7 +188,7 @@ def test_a_loader_takes_several_globs(tmp_path):
 
 # --- What is not a text -------------------------------------------------------------------------------------
 def archive(kind):
-    """A zip or tar archive, or a database, in memory."""
+    """A zip or tar archive in memory."""
     buffer = io.BytesIO()
     if kind == "zip":
         with zipfile.ZipFile(buffer, "w") as file:
@@ -197,18 +199,13 @@ def archive(kind):
     return buffer.getvalue()
 
 
-def database():
-    with sqlite3.connect(":memory:") as connection:
-        connection.execute("create table t (text)")
-        return b"".join(line.encode() for line in connection.iterdump()) and b"SQLite format 3\0" + bytes(84)
-
-
 BINARY_FILES = {
-    "zip": archive("zip"), "tar": archive("tar"), "xz": lzma.compress(b"text"), "bzip2": bz2.compress(b"text"),
+    "zip": archive("zip"), "tar": archive("tar"), "xz": lzma.compress(b"text"),
+    "bzip2": bz2.compress(b"text"), "pickle": pickle.dumps(["text"]), "SQLite": b"SQLite format 3\0\4",
     "zstd": b"\x28\xb5\x2f\xfd\4text", "7z": b"7z\xbc\xaf\x27\x1c\0\4", "rar": b"Rar!\x1a\7\1text",
-    "Parquet": b"PAR1\x15\4\x15\x10", "Arrow": b"ARROW1\0\0", "PDF": b"%PDF-1.7\nx", "image": b"\x89PNG\r\n\x1a\nx",
+    "Parquet": b"PAR1\x15\4\x15\x10", "Arrow": b"ARROW1\0\0", "PDF": b"%PDF-1.7\nx",
+    "image": b"\x89PNG\r\n\x1a\nx", "NumPy": b"\x93NUMPY\1text", "ELF": b"\x7fELF\2\1\1",
     "an image": b"\xff\xd8\xff\xe0JFIF", "audio": b"ID3\3text", "a video": b"\0\0\0\x18ftypmp42",
-    "pickle": pickle.dumps(["text"]), "NumPy": b"\x93NUMPY\1text", "SQLite": database(), "ELF": b"\x7fELF\2\1\1",
     "safetensors": struct.pack("<Q", 20) + b'{"__metadata__": {}}', "GGUF": b"GGUF\3\0\0\0",
     "GPT-2 model": header(20240326, 3), "reference": header(20240327), "table": header(20240328),
     "token shard": header(20240520, 1, 0), "multiple-choice": header(20240522), "state": header(20260601),
@@ -224,19 +221,19 @@ def test_what_is_not_a_text_is_rejected_by_its_type(tmp_path, kind):
     write(tmp_path, {"in/a.txt": TEXT, "in/b.txt": BINARY_FILES[kind],
                      "b.md.gz": gzip.compress(BINARY_FILES[kind]), "b.jsonl": BINARY_FILES[kind]})
     for words in ("in", "in/b.txt", "b.md.gz", "b.jsonl"):
-        word = "b." if words != "in/b.txt" or kind != "token shard" else "in/b.txt"
-        reports_error(prepare(words, status=1, cwd=tmp_path), word, kind)
-    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
-    done = subprocess.run([sys.executable, HERE / "train_gpt2.py", "prepare", "-", "--out", "out"], cwd=tmp_path,
-                          input=BINARY_FILES[kind], capture_output=True)
+        reports_error(prepare(words, status=1, cwd=tmp_path), "b.", kind)
+    assert text_of(tmp_path / "out") == b""
+    done = subprocess.run([sys.executable, HERE / "train_gpt2.py", "prepare", "-", "--out", "out"],
+                          cwd=tmp_path, input=BINARY_FILES[kind], capture_output=True)
     assert done.returncode == 1
     one_sentence(done.stderr.decode(), "train_gpt2.py: -", kind)
 
 
 def test_texts_that_resemble_other_types_are_read(tmp_path):
     """HTML under its own name, gzip under a text's, words that begin as a binary file does."""
-    texts = {"a.html": b"<!doctype html>x", "b.txt": b"BM, the PNG and PK of GGUF", "c.txt": b"GGUF is a format",
-             "d.txt": b"[Verse 1]\nBZh9", "e.dat": b"ID3, Rar! <html>", "f.txt": b"MThd and RIFF", "g": b"{x: 1}"}
+    texts = {"a.html": b"<!doctype html>x", "b.txt": b"BM, the PNG and PK of GGUF", "f.txt": b"MThd, RIFF",
+             "c.txt": b"GGUF is a format", "d.txt": b"[Verse 1]\nBZh9", "e.dat": b"ID3, Rar! <html>",
+             "g": b"{x: 1}"}
     for name, contents in texts.items():
         write(tmp_path, {name: contents, "z.txt": gzip.compress(contents)})
         reads(tmp_path, name, "--val-fraction", 0, expected=contents)
@@ -290,7 +287,8 @@ def test_bytes_that_are_not_utf8_are_reported(tmp_path, bpe):
     done = reads(tmp_path, "a.txt", expected=text)
     one_sentence(done.stderr, "a.txt", "4 of 160,004 bytes", "offset 160,000", "--encoding")
     assert prepare("b.txt", cwd=tmp_path).stderr == ""
-    one_sentence(reads(tmp_path, "c.txt", expected=("Wörter " * 9).encode("latin-1")).stderr, "9 of 63", "offset 1")
+    done = reads(tmp_path, "c.txt", expected=("Wörter " * 9).encode("latin-1"))
+    one_sentence(done.stderr, "9 of 63", "offset 1")
     reports_error(prepare("c.txt", "--tokenizer", "gpt2", status=1, cwd=tmp_path), "c.txt", "9 of 63",
                   "--encoding latin-1")
     one_sentence(prepare("few.txt", "--tokenizer", "gpt2", cwd=tmp_path).stderr, "few.txt", "1 of 2,005")
@@ -316,13 +314,15 @@ def test_the_field_of_json_lines_is_a_flag(tmp_path):
     for field, expected in (("content", b"\0a\0b"), ("data.body.text", b"\0x\0y"), ("d.b", b"\0p\0q")):
         reads(tmp_path, "a.jsonl", "--text-field", field, expected=expected)
     for field in ("data.body", "data.none", "content.x"):
-        reports_error(prepare("a.jsonl", "--text-field", field, status=1, cwd=tmp_path), "a.jsonl, line 1", field,
-                      "--text-field", "text, content, data")
+        done = prepare("a.jsonl", "--text-field", field, status=1, cwd=tmp_path)
+        reports_error(done, "a.jsonl, line 1", field, "--text-field", "text, content, data")
     for words in (["-"], ["/dev/stdin"]):
         with open(tmp_path / "a.jsonl", "rb") as stdin:
-            subprocess.run([sys.executable, HERE / "train_gpt2.py", "--data", *words, "--jsonl", "--text-field",
-                            "content", "--out", f"run{words[0][-1]}", "--steps", "1", "--sample-tokens", "0"],
+            flags = "--jsonl --text-field content --steps 1 --sample-tokens 0 --out".split()
+            subprocess.run([sys.executable, HERE / "train_gpt2.py", "--data", *words, *flags,
+                            f"run{words[0][-1]}"],
                            cwd=tmp_path, check=True, stdin=stdin, capture_output=True)
+        assert text_of(tmp_path / f"run{words[0][-1]}" / "tokens") == b"\0a\0b"
 
 
 @pytest.mark.parametrize("name, contents", [
@@ -351,15 +351,15 @@ def test_json_that_is_no_array_is_reported(tmp_path):
 def test_raw_tokens_become_shards(tmp_path):
     train, val = [50256, 1, 2, 3] * 30, [9, 8, 7]
     pack = lambda tokens: struct.pack(f"<{len(tokens)}H", *tokens)     # noqa: E731
-    write(tmp_path, {"n/train.bin": pack(train), "n/val.bin": pack(val), "n/input.txt": "x", "odd.bin": b"abc",
-                     "small.bin": pack([1, 2, 255] * 10)})
+    write(tmp_path, {"n/train.bin": pack(train), "n/val.bin": pack(val), "n/input.txt": "x",
+                     "odd.bin": b"abc", "small.bin": pack([1, 2, 255] * 10)})
     table = header(20240328, 2, 50257, 50256) + b"\1a" * 50257     # stands for tiktoken's
-    module = ("import train_gpt2, sys; train_gpt2.GPT2Tokenizer.__init__ = lambda self: train_gpt2.Tokenizer."
-              "__init__(self, [b'a'] * 50257, 50256); train_gpt2.GPT2Tokenizer.encode = lambda self, text: None;"
-              "sys.exit(train_gpt2.main(sys.argv[1:]))")
+    module = ("import sys, train_gpt2 as t; t.GPT2Tokenizer.encode = lambda self, text: None\n"
+              "t.GPT2Tokenizer.__init__ = lambda self: t.Tokenizer.__init__(self, [b'a'] * 50257, 50256)\n"
+              "sys.exit(t.main(sys.argv[1:]))")
     for words in (["n/val.bin", "n/train.bin"], ["n"], ["n/*.bin"]):
-        run(sys.executable, "-c", module, "prepare", "--raw-uint16", *words, "--tokenizer", "gpt2", "--out", "out",
-            cwd=tmp_path, PYTHONPATH=str(HERE))
+        flags = "--raw-uint16 --tokenizer gpt2 --out out".split()
+        run(sys.executable, "-c", module, "prepare", *flags, *words, cwd=tmp_path, PYTHONPATH=str(HERE))
         assert tokens_of(tmp_path / "out" / "train_000000.bin") == train
         assert tokens_of(tmp_path / "out" / "val_000000.bin") == val
         assert (tmp_path / "out" / "tokenizer.bin").read_bytes() == table
@@ -374,32 +374,35 @@ def test_raw_tokens_become_shards(tmp_path):
 # --- Documents ----------------------------------------------------------------------------------------------
 def test_separators_become_end_of_text(tmp_path, byte_model):
     text = "one\n<|endoftext|>\ntwo<|endoftext|><|endoftext|>\ufeffthree<|endoftext|>"
-    write(tmp_path, {"a.txt": text, "b.txt": "four", "c.jsonl": json_lines("x<|endoftext|>y", "<|endoftext|>z")})
+    lines = json_lines("x<|endoftext|>y", "<|endoftext|>z")
+    write(tmp_path, {"a.txt": text, "b.txt": "four", "c.jsonl": lines})
     shown = reads(tmp_path, "a.txt", expected=b"one\n\0\ntwo\0three\0").stdout
     assert "4 document separators '<|endoftext|>'" in shown
     reads(tmp_path, "a.txt", "b.txt", expected=b"\0one\n\0\ntwo\0three\0four")
     reads(tmp_path, "c.jsonl", expected=b"\0x\0y\0z")
     off = reads(tmp_path, "a.txt", "--document-separator", "", expected=text.encode()).stdout
     assert "separator" not in off
-    shown = reads(tmp_path, "a.txt", "--document-separator", "two<", expected=text.replace("two<", "\0").encode())
-    assert "1 document separators" in shown.stdout
+    words = ("a.txt", "--document-separator", "two<")
+    shown = reads(tmp_path, *words, expected=text.replace("two<", "\0").encode()).stdout
+    assert "1 document separators" in shown
     assert "0 document separators" in prepare("b.txt", "--document-separator", "xyz", cwd=tmp_path).stdout
-    driver("--data", "a.txt", "--document-separator", "\n", "--out", "run", *SMALL[:8], "--steps", 2, *NO_SAMPLE,
-           cwd=tmp_path)
+    words = ("--data", "a.txt", "--document-separator")
+    driver(*words, "\n", "--out", "run", *SMALL[:8], "--steps", 2, *NO_SAMPLE, cwd=tmp_path)
     assert text_of(tmp_path / "run" / "tokens") == text.replace("\n", "\0").encode()
-    shown = driver("eval", byte_model[1], "--data", "a.txt", "--document-separator", "three", cwd=tmp_path).stdout
+    shown = driver("eval", byte_model[1], *words, "three", cwd=tmp_path).stdout
     assert "1 document separators 'three'" in shown
 
 
 @pytest.mark.parametrize("separator", ["<|endoftext|>", " \n\n ", "\n", "–", "<sep>\r\n" * 9])
 def test_separators_are_found_across_blocks(separator):
     """For blocks of all sizes, the documents are those of the whole text."""
-    text = ("Wörter, \n\n<|end" + separator + "Wörter–<|endof\n" + separator + separator + "x" + separator).encode()
+    text = ("Wörter, \n\n<|end" + separator + "Wörter–<|endof\n" + 2 * separator + "x" + separator).encode()
     marked = text.replace(separator.encode(), b"\0")
     while b"\0\0" in marked:
         marked = marked.replace(b"\0\0", b"\0")
     for size in (1, 2, 3, 7, 10, 1000):
-        reader = train_gpt2.TextReader(train_gpt2.ByteTokenizer(), train_gpt2.Progress(), None, "text", separator)
+        reader = train_gpt2.TextReader(train_gpt2.ByteTokenizer(), train_gpt2.Progress(),
+                                       document_separator=separator)
         blocks = (text[i:i + size] for i in range(0, len(text), size))
         parts = [b"\0" if part is None else part for part in reader.document_parts(blocks)]
         assert b"".join(parts) == marked and reader.documents
@@ -453,7 +456,8 @@ def test_ordinary_texts_keep_the_batch(tmp_path):
 @pytest.mark.parametrize("size, flags, words", [
     (1, "", "no training tokens"), (2, "", "1 tokens for training"),
     (300, "--batch-size 8 --seq-len 64", "270 tokens | 513 | --batch-size 8 | --seq-len 64"),
-    (300, "--batch-size 500", "270 tokens | --batch-size 500"), (50, "--seq-len 64", "45 tokens | --seq-len 64"),
+    (300, "--batch-size 500", "270 tokens | --batch-size 500"),
+    (50, "--seq-len 64", "45 tokens | --seq-len 64"),
     (300, "--init {model} --seq-len 16 --batch-size 20", "270 tokens | 321 | --batch-size 20")])
 def test_what_is_too_small_for_given_sizes_is_reported(tmp_path, byte_model, size, flags, words):
     write(tmp_path, {"a.txt": "x" * size})
@@ -462,4 +466,5 @@ def test_what_is_too_small_for_given_sizes_is_reported(tmp_path, byte_model, siz
     reports_error(done, "a.txt", *words.split(" | "))
     assert "shard" not in done.stderr or size == 1
     write(tmp_path, {"b.txt": "x"})
-    reports_error(driver("eval", byte_model[1], "--data", "b.txt", status=1, cwd=tmp_path), "b.txt", "1 tokens")
+    done = driver("eval", byte_model[1], "--data", "b.txt", status=1, cwd=tmp_path)
+    reports_error(done, "b.txt", "1 tokens")
