@@ -1613,9 +1613,11 @@ static int path_order(const void *a, const void *b) { return strcmp(*(char *cons
 
 /* The paths that the globs match, one glob per line. */
 static int loader_glob(GPT2Loader *l, const char *globs) {
-    char *lines = strdup(globs), *rest = NULL, *line = NULL;
+    const size_t size = strlen(globs) + 1;
+    char *lines = alloc_bytes(size), *rest = NULL, *line = NULL;
     int failed = 0, flags = 0;
-    if (!lines) return gpt2_fail("no memory for the names of the shards");
+    if (!lines) return -1;
+    memcpy(lines, globs, size);
     for (line = strtok_r(lines, "\n", &rest); line && !failed; line = strtok_r(NULL, "\n", &rest)) {
         if (glob(line, flags, NULL, &l->files))
             failed = gpt2_fail("no token shards match '%s'; make some: python3 train_gpt2.py prepare", line);
