@@ -940,7 +940,8 @@ def is_valid(value, default, kind):
     if isinstance(kind, tuple):
         return value in kind
     if kind is PATHS:
-        return isinstance(value, list) and value != [] and all(is_valid(path, default, str) for path in value)
+        paths = value if isinstance(value, list) else []
+        return paths != [] and all(is_valid(path, REQUIRED, str) for path in paths)
     if kind in (str, tokenizer_name) or isinstance(kind, str):
         return isinstance(value, str) and "\0" not in value
     if kind is bool:
@@ -1668,8 +1669,9 @@ class TextReader:
         self.separators, self.documents = 0, jsonl     # found; whether there are several documents
         self.invalid = []                    # what was found in each file with bytes that are not UTF-8
         try:
-            "a".encode(encoding or "utf-8")
-            codecs.getincrementaldecoder(encoding or "utf-8")
+            if encoding is not None:
+                "a".encode(encoding)         # rot13, for instance, is for other types
+                codecs.getincrementaldecoder(encoding)
         except (LookupError, ValueError):
             raise GPT2Error(f"--encoding is {encoding!r}, which Python does not know as an encoding of text;"
                             " latin-1, cp1252 and utf-16 are some") from None

@@ -216,7 +216,8 @@ def test_the_length_of_json_is_limited(tmp_path, small, run_main):
     ({"batch_size": "8"}, "batch_size is '8'"), ({"steps": -1}, "steps is -1"), ({"steps": 8.0}, "is 8.0"),
     ({"seq_len": [8]}, "seq_len is [8]"), ({"lr": math.nan}, "lr is nan"), ({"lr": True}, "lr is True"),
     ({"schedule": "none"}, "schedule is 'none'"), ({"tokenizer": {}}, "tokenizer is {}"),
-    ({"data": 3}, "data is 3"), ({"val_data": "a\0b"}, "val_data"), ({"seed": 2**31}, "seed"),
+    ({"data": 3}, "data is 3"), ({"data": [None]}, "data is [None]"), ({"val_data": "a\0b"}, "val_data"),
+    ({"seed": 2**31}, "seed"),
     ({"keep": None}, "keep is None"),
     ([], "no settings"), ([[1]], "no settings"), (b"[" * 100_000, "no settings"), (b"\xff", "no settings")])
 def test_a_malformed_run_json_is_reported(whole_runs, run_main, change, words):

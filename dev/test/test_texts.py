@@ -270,9 +270,8 @@ def test_encodings_are_named_by_a_flag(tmp_path, byte_model):
     reports_error(prepare("b.txt", status=1, cwd=tmp_path), "b.txt", "NUL at offset 1, line 1",
                   "--encoding utf-16")
     for encoding in ("nonsense", "rot13", "hex", "undefined", ""):
-        words = ("a.txt", "--encoding", encoding)
-        if encoding:
-            reports_error(prepare(*words, status=1, cwd=tmp_path), encoding, "--encoding", "latin-1")
+        done = prepare("a.txt", "--encoding", encoding, status=1, cwd=tmp_path)
+        reports_error(done, f"{encoding!r}", "--encoding", "latin-1")
     for encoding, offset in (("ascii", 1), ("utf-8", 1)):
         reports_error(prepare("a.txt", "--encoding", encoding, status=1, cwd=tmp_path), "a.txt",
                       f"offset {offset}", encoding)
@@ -287,6 +286,8 @@ def test_bytes_that_are_not_utf8_are_reported(tmp_path, bpe):
     done = reads(tmp_path, "a.txt", expected=text)
     one_sentence(done.stderr, "a.txt", "4 of 160,004 bytes", "offset 160,000", "--encoding")
     assert prepare("b.txt", cwd=tmp_path).stderr == ""
+    write(tmp_path, {"d.txt": b"a" * 1023 + "é".encode() + b"\xff"})     # where the reader's first block ends
+    one_sentence(prepare("d.txt", cwd=tmp_path).stderr, "1 of 1,026 bytes", "offset 1,025")
     done = reads(tmp_path, "c.txt", expected=("Wörter " * 9).encode("latin-1"))
     one_sentence(done.stderr, "9 of 63", "offset 1")
     reports_error(prepare("c.txt", "--tokenizer", "gpt2", status=1, cwd=tmp_path), "c.txt", "9 of 63",
