@@ -107,14 +107,14 @@ FRACTION = number(float, 0, 1)
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
-def PATHS(text):
+def data_path(text):
     """A type for argparse: one of several paths, absolute, since resuming may happen in another folder."""
     if text in ("", "-") or URL.match(text):
         return text
     return os.path.abspath(text)
 
 
-METAVARS = {str: "PATH", PATHS: "PATH", REAL: "X", FRACTION: "X", tokenizer_name: "NAME|PATH"}
+METAVARS = {str: "PATH", data_path: "PATH", REAL: "X", FRACTION: "X", tokenizer_name: "NAME|PATH"}
 REQUIRED = object()
 END_OF_TEXT = "<|endoftext|>"
 MODELS = ("d2", "d4", "d6", "d12", "d24", "d36", "d48")
@@ -132,8 +132,8 @@ READING = [
 # the default run: the best that two minutes on two cores gave on tiny Shakespeare.
 SETTINGS = {
     "data": [
-        ("data", None, PATHS, "texts, or token shards: files, folders, globs, - for stdin (Shakespeare)"),
-        ("val-data", None, PATHS, "validation shards (those of --data with \"val\" in their names)"),
+        ("data", None, data_path, "texts, or token shards: files, folders, globs, - for stdin (Shakespeare)"),
+        ("val-data", None, data_path, "validation shards (those of --data with \"val\" in their names)"),
         ("tokenizer", "bytes", tokenizer_name, "tokenizer for texts: bytes, gpt2, a tokenizer.json or its"
          " folder; with --init the model's own"),
         *READING,
@@ -939,7 +939,7 @@ def is_valid(value, default, kind):
         return default is None
     if isinstance(kind, tuple):
         return value in kind
-    if kind is PATHS:
+    if kind is data_path:
         paths = value if isinstance(value, list) else []
         return paths != [] and all(is_valid(path, REQUIRED, str) for path in paths)
     if kind in (str, tokenizer_name) or isinstance(kind, str):
@@ -976,7 +976,7 @@ def open_run(args, given, lib):
         raise GPT2Error(f"no settings in {path} (the binary's runs have none); give --data and the other"
                         " settings again") from None
     if given.get("data", data) != data:
-        raise GPT2Error(f"{folder} trains on {some(data or ['the default text'])}, which cannot change; for"
+        raise GPT2Error(f"{folder} trains on {listed(data or ['the default text'])}, which cannot change; for"
                         f" other data start a new run with --init {model_path(folder, step)}")
     return folder, argparse.Namespace(**{**DEFAULTS, **saved, **given}), step
 
@@ -989,13 +989,11 @@ def find_shards(settings, given, folder, lib, model, resumed):
     tokens = os.path.join(folder, "tokens")
     encoded = resumed and os.path.exists(os.path.join(tokens, TABLE))
     paths, shards = settings.data, []
-    try:
-        if paths:
-            shards = find_data(paths).shards
-    except (GPT2Error, OSError):             # a pipe, for instance, is gone
-        if not encoded:
-            raise
-    if not shards:
+    if paths and not encoded:                # a resumed run does not look at its texts again
+        shards = find_data(paths).shards
+    if shards:
+        reject_reading_options(given, shards)
+    else:
         if settings.val_data:
             raise GPT2Error("--val-data is for shards; of a text, the last tenth is for validation")
         if not encoded:
@@ -1009,7 +1007,7 @@ def find_shards(settings, given, folder, lib, model, resumed):
         shards = find_data([tokens]).shards
     train, val = split_shards(shards, settings.val_data)
     if not train:
-        raise GPT2Error(f"{some(paths)} has no training tokens, expected more text, or shards without"
+        raise GPT2Error(f"{listed(paths)} has no training tokens, expected more text, or shards without"
                         " \"val\" in their names")
     return train, val
 
@@ -1058,7 +1056,7 @@ def settle_size(s, given, train):
     if "batch_size" not in given:
         s.batch_size = max(1, min(s.batch_size, room // s.seq_len))
     if s.batch_size * s.seq_len > room:
-        raise GPT2Error(f"{some(s.data or ['the text'])} has {tokens:,} tokens for training, expected at"
+        raise GPT2Error(f"{listed(s.data or ['the text'])} has {tokens:,} tokens for training, expected at"
                         f" least {s.batch_size * s.seq_len + 1:,}, which is --batch-size {s.batch_size} times"
                         f" --seq-len {s.seq_len} plus 1; give more text, or reduce these")
     s.total_batch_size = given.get("total_batch_size")
@@ -1180,6 +1178,8 @@ def eval_text(model, folder, args):
     left out. Bits per byte count the bytes of the predicted tokens, without end-of-text."""
     shards = find_data(args.data).shards
     if shards:
+        defaults = {flag.replace("-", "_"): default for flag, default, *_ in READING}
+        reject_reading_options({name for name in defaults if getattr(args, name) != defaults[name]}, shards)
         shards = split_shards(shards, folders=args.data)[1] or shards
         tokenizer = find_tokenizer(model, args.tokenizer, shards[:1])
     else:
@@ -1189,7 +1189,7 @@ def eval_text(model, folder, args):
     sizes = token_bytes(tokenizer, model.config.V)
     V, context, most = model.config.V, model.config.max_T, max(map(tokens_in, shards)) - 1
     if most < 1:
-        raise GPT2Error(f"{some(args.data)} has {most + 1} tokens, expected at least 2")
+        raise GPT2Error(f"{listed(args.data)} has {most + 1} tokens, expected at least 2")
     T = min(args.seq_len or context, context, most)
     B = max(1, min(1024, most) // T)
     pattern = exact_globs(shards)
@@ -1480,7 +1480,7 @@ def find_data(paths):
         raise GPT2Error(f"{data.shards[0]} is a token shard and {data.texts[0]} a text, expected only shards"
                         " or only texts; make shards of the texts with prepare")
     if not data.shards and not data.texts:
-        raise GPT2Error(f"{some(paths)} has neither texts nor token shards; name some")
+        raise GPT2Error(f"{listed(paths)} has neither texts nor token shards; name some")
     places = {}
     for path in data.texts:
         places.setdefault(os.path.realpath(path), path)
@@ -1581,7 +1581,7 @@ def skipped_files(skipped, before):
     return printable(f"{before} {sum(skipped.values())} files: {types}")
 
 
-def some(paths):
+def listed(paths):
     """Paths as part of a sentence."""
     rest = ""
     if len(paths) > 2:
@@ -1645,6 +1645,14 @@ BOUNDARY = re.compile(rb".*[!-~\x80-\xbf](?<!\xc2\xa0)(?=[ \t\r\n])", re.DOTALL)
 CHARACTER = re.compile(rb".+(?=[^\x80-\xbf])|.+", re.DOTALL)
 
 
+def reject_reading_options(given, shards):
+    """Raises GPT2Error if an option was given that says how texts are read."""
+    for flag, *_ in READING:
+        if flag.replace("-", "_") in given:
+            raise GPT2Error(f"--{flag} is for texts, and {shards[0]} is a token shard; give it to prepare,"
+                            " which makes the shards")
+
+
 def reading_options(settings):
     """The settings of READING, as arguments of TextReader."""
     names = [flag.replace("-", "_") for flag, *_ in READING]
@@ -1683,7 +1691,7 @@ class TextReader:
             shown = " or ".join(map(repr, self.marks))
             print(f"text:   {self.separators:,} document separators {shown}")
         if self.invalid:
-            print(f"train_gpt2.py: {some(self.invalid)}; another encoding must be named with --encoding",
+            print(f"train_gpt2.py: {listed(self.invalid)}; another encoding must be named with --encoding",
                   file=sys.stderr)
 
     def parts(self, files):
@@ -2063,7 +2071,7 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
         for tokens in batches:
             tokens.tofile(stream)
         if not progress.done or not stream.tell():
-            raise GPT2Error(f"{some(paths)}: no text there, only empty files or lines")
+            raise GPT2Error(f"{listed(paths)}: no text there, only empty files or lines")
         stream.flush()
         tokens = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)).cast("H")
         cut = split_at(tokens, tokenizer, val_fraction, raw or reader.documents)
@@ -2164,7 +2172,7 @@ def split_shards(shards, val_data=None, folders=()):
     if val_data:
         val = find_data(val_data).shards
         if not val:
-            raise GPT2Error(f"--val-data {some(val_data)} is a text, expected token shards")
+            raise GPT2Error(f"--val-data {listed(val_data)} is a text, expected token shards")
         val = {*split_shards(val, folders=val_data)[1]} or {*val}
     if not all(map(os.path.isdir, folders)):
         val = set()
@@ -2419,12 +2427,20 @@ def command_line(*words):
     return shlex.join(("python3", os.path.relpath(__file__), *words))
 
 
-def settle_tokenizer(model, shard, config, lib):
-    """The tokenizer of a run, which that of the data and that of the model must agree on; None if neither is
-    known. Sets the vocabulary size of a new model. shard: a training shard."""
+def settle_tokenizer(model, shard, config, lib, name):
+    """The tokenizer of a run: the one beside a training shard, that --tokenizer names (None: none was given)
+    or that is beside the model, which must agree; None if there is none. Sets the vocabulary size of a new
+    model."""
     tokenizer = tokenizer_beside(shard, lib)
+    named = None
+    if name and not (tokenizer and tokenizer.name == name):     # with a table gpt2 needs no tiktoken
+        named = named_tokenizer(name, lib)
+    if tokenizer and named and not agree(tokenizer, named):
+        raise GPT2Error(f"{shard} was made with another tokenizer than --tokenizer {name}; leave that out, or"
+                        " make the shards again")
+    tokenizer = tokenizer or named
     if model and tokenizer:
-        return find_tokenizer(model, shards=[shard])
+        return find_tokenizer(model, name, shards=[shard])
     if model:
         return tokenizer_beside(model.file, lib)
     if tokenizer:
@@ -2452,7 +2468,7 @@ def train_command(args):
     if not tuning:
         settle_batch(s, config.max_T)
     train_shards, val_shards = find_shards(s, given, folder, lib, model, resumed=step is not None)
-    tokenizer = settle_tokenizer(model, train_shards[0], config, lib)
+    tokenizer = settle_tokenizer(model, train_shards[0], config, lib, given.get("tokenizer"))
     if tuning:
         settle_fine_tuning(s, given, config, train_shards)
     if step is None:
@@ -2576,6 +2592,9 @@ def prepare_command(args):
 def train_tokenizer_command(args):
     if not args.out.endswith(".json"):
         raise GPT2Error(f"--out is {args.out}, expected a name that ends in .json")
+    if os.path.lexists(args.out):
+        with optional_module("vocabulary") as module:
+            module.check_target(args.out)
     progress = Progress(unit="MB", label="read: ")
     reader = TextReader(ByteTokenizer(), progress, **reading_options(args))
     parts = reader.parts(find_texts(args.inputs))
@@ -2678,7 +2697,7 @@ COMMANDS = {
     "eval": (eval_command, "loss, perplexity and bits per byte of a text; HellaSwag", [MODEL], [
         DEVICE,
         TOKENIZER,
-        ("data", None, PATHS, "texts, or token shards: files, folders (their validation shards), globs, -"
+        ("data", None, data_path, "texts, or token shards: files, folders (their validation shards), globs, -"
          " for stdin"),
         *READING,
         ("seq-len", None, COUNT, "tokens per sequence (the model's context)"),
@@ -2728,7 +2747,7 @@ def add_flags(parser, rows, **common):
         form = {"type": kind, "metavar": METAVARS.get(kind, "N")}
         if kind is bool:
             form = {"action": "store_true"}
-        elif kind is PATHS:
+        elif kind is data_path:
             form.update(nargs="+", action="extend")
         elif isinstance(kind, tuple):
             form = {"choices": kind}

@@ -429,6 +429,7 @@ FORMATS = {"hf": write_hf, "gguf": write_gguf}
 
 
 # --- 5. Targets ---------------------------------------------------------------------------------------------
+HF_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 # Nothing is overwritten but what this project wrote in the same format, as its first bytes tell.
 KINDS = {"model": ("a model file", struct.pack("<i", MAGIC_MODEL)),
          "gguf": ("a GGUF file that it wrote", b"GGUF"), "hf": ("a model that it wrote", b"")}
@@ -440,7 +441,7 @@ def check_target(path, format):
     if format == "hf":
         if os.path.lexists(path) and not os.path.isdir(path):
             raise Error(f"{path} exists and is not a folder, as --format hf needs; choose another --out")
-        written = [os.path.join(path, name) for name in (WEIGHTS, INDEX, "config.json")]
+        written = [os.path.join(path, name) for name in (WEIGHTS, INDEX, *HF_FILES)]
         if not any(map(os.path.lexists, written)):
             return
         path = written[0]
@@ -458,8 +459,7 @@ def check_target(path, format):
 
 # --- 6. Pickles ---------------------------------------------------------------------------------------------
 STATES = ("model", "state_dict", "model_state_dict", "module")     # keys under which checkpoints have weights
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt",
-          "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+COPIED = (*HF_FILES, "generation_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_pickle(path):

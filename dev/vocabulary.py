@@ -10,6 +10,7 @@ Reading needs the standard library only; tiktoken and tokenizers are imported wh
 vocabulary is trained. train_gpt2.py uses it for --tokenizer, for models with their own vocabulary and for
 train-tokenizer, convert.py to export tokenizers.
 """
+import contextlib
 import functools
 import importlib
 import itertools
@@ -305,6 +306,15 @@ def read(path):
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise Error(f"{file} is not a tokenizer ({type(error).__name__}: {error!s:.99}); expected a"
                     f" {FILE}, or a vocab.json with merges.txt beside it") from None
+
+
+def check_target(path):
+    """Raises Error if a file exists and is not a tokenizer.json, which is all that is overwritten."""
+    data = {}
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        data = read_json(path)
+    if not isinstance(data.get("model"), dict):
+        raise Error(f"{path} exists and is not a {FILE}; choose another --out")
 
 
 def content(token):

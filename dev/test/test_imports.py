@@ -282,6 +282,9 @@ def test_export_overwrites_only_what_it_wrote(tmp_path, small):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text("{}")
     (tmp_path / "folder").mkdir()
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):     # somebody's tokenizer
+        (tmp_path / f"own_{name}").mkdir()
+        (tmp_path / f"own_{name}" / name).write_text("mine")
     before = snapshot(tmp_path)
     export = functools.partial(driver, cwd=tmp_path, status=1)
     for words, name in [("import source --out notes.txt", "notes.txt"),
@@ -294,6 +297,9 @@ def test_export_overwrites_only_what_it_wrote(tmp_path, small):
                         ("export source --format gguf --out folder", "folder"),
                         ("export source --out notes.txt", "notes.txt"),
                         ("export source --out llama", "llama"),
+                        ("export source --out own_tokenizer.json", "own_tokenizer.json"),
+                        ("export source --out own_vocab.json", "own_vocab.json"),
+                        ("export source --out own_merges.txt", "own_merges.txt"),
                         ("export source --out gpt2", "gpt2"), ("export source --out config", "config"),
                         ("export source --out source", "source")]:
         reports_error(export(*words.split()), name, "--out")

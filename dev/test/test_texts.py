@@ -77,6 +77,7 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path):
         del saved[name]
     path.write_text(json.dumps({**saved, "data": saved["data"][0]}))
     os.remove(tmp_path / "a.txt")            # a resumed run does not read its text again
+    (tmp_path / "a.txt").symlink_to("run/tokens/train_000000.bin")     # not even if it is a shard now
     driver("--resume", "--out", "run", "--steps", 4, cwd=tmp_path)
     assert json.loads(path.read_text())["data"] == saved["data"]
 

@@ -284,6 +284,24 @@ def test_tokenizer_selects_one_but_not_against_the_models_own(tmp_path):
     assert sample("again").stdout == expected
 
 
+def test_training_shards_and_tokenizer_must_agree(tmp_path):
+    """Without a table beside the shards, --tokenizer names the run's; options of texts are rejected."""
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    prepare("text.txt", cwd=tmp_path)
+    write_tokenizer(tmp_path / "hf", own_vocabulary())
+    train = functools.partial(driver, "--data", "out", *SMALL, "--sample-tokens", 0, cwd=tmp_path)
+    reports_error(train("--tokenizer", "hf", status=1), "out/train_000000.bin", "--tokenizer")
+    for flag, value in (("--encoding", "latin-1"), ("--text-field", "a"), ("--document-separator", "")):
+        reports_error(train(flag, value, status=1), flag, "out/train_000000.bin")
+    train("--tokenizer", "bytes", "--out", "run")
+    done = driver("eval", "run", "--data", "out", "--encoding", "latin-1", status=1, cwd=tmp_path)
+    reports_error(done, "--encoding", "is for texts")
+    reports_error(driver("--resume", "--out", "run", "--tokenizer", "hf", status=1, cwd=tmp_path), "hf")
+    (tmp_path / "out" / "tokenizer.bin").unlink()
+    train("--tokenizer", "hf", "--out", "named")
+    assert GPT2.load(tmp_path / "named" / "model_00000003.bin").config.V == 264
+
+
 def test_a_run_of_gpt2_tokens_samples_without_tiktoken(tmp_path, bpe):
     """Only a prompt needs it, and the message does not advise what sample cannot do."""
     model = GPT2(GPT2Config(4, 50257, 1, 1, 2))
@@ -417,6 +435,11 @@ def test_train_tokenizer_reports_mistakes_tokenizers(tmp_path):
     reports_error(train("text.txt", "--vocab-size", 256, status=2), "256", "257")
     reports_error(train("text.txt", "--vocab-size", 300, "--out", "text.txt", status=1), "text.txt", ".json")
     reports_error(train("none.txt", "--vocab-size", 300, status=1), "none.txt")
+    for contents in ('{"name": "a package"}', '{"model": "x"}', "[1]", "not JSON"):
+        (tmp_path / "mine.json").write_text(contents)
+        done = train("text.txt", "--vocab-size", 300, "--out", "mine.json", status=1)
+        reports_error(done, "mine.json exists", "--out")
+        assert (tmp_path / "mine.json").read_text() == contents
     environment = no_package(tmp_path / "none", "tokenizers")
     done = train("text.txt", "--vocab-size", 300, status=1, **environment)
     reports_error(done, "pip install tokenizers")
