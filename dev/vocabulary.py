@@ -30,8 +30,8 @@ EXPECTED = "expected a byte-level BPE, as GPT-2 has"
 LARGEST_JSON = 50_000_000                    # bytes
 MOST = 1 << 16                               # tokens; shards have uint16
 LONGEST = 255                                # bytes of a token; a table has one byte for it
-# How GPT-2 splits text before merging: contractions, letters, digits, others, each after at most one space;
-# spaces. The names of the package tokenizers for it, and of llama.cpp, are ByteLevel and gpt-2.
+# How GPT-2 splits text before merging: contractions; letters, digits or other characters, after at most one
+# space; whitespace. The package tokenizers calls this pre-tokenizer ByteLevel, llama.cpp gpt-2.
 GPT2_PATTERN = r"'(?:[stmd]|re|ve|ll)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"
 
 
@@ -310,7 +310,7 @@ def read(path):
 
 def check_target(path):
     """Raises Error if a file exists and is not a tokenizer.json, which is all that is overwritten."""
-    data = {}
+    data = {}                                # for anything but a JSON object
     with contextlib.suppress(ValueError, TypeError, RecursionError):
         data = read_json(path)
     if not isinstance(data.get("model"), dict):

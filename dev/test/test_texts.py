@@ -68,7 +68,7 @@ def test_all_commands_take_several_data_arguments(tmp_path, byte_model):
 
 
 def test_a_run_of_an_earlier_version_resumes(tmp_path):
-    """Its run.json has one path, not a list."""
+    """Its run.json has one path, not a list. A resumed run does not read its text again."""
     write(tmp_path, {"a.txt": TEXT})
     driver("--data", "a.txt", "--out", "run", *SMALL, *NO_SAMPLE, cwd=tmp_path)
     path = tmp_path / "run" / "run.json"
@@ -76,8 +76,8 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path):
     for name in ("encoding", "text_field", "document_separator", "jsonl"):
         del saved[name]
     path.write_text(json.dumps({**saved, "data": saved["data"][0]}))
-    os.remove(tmp_path / "a.txt")            # a resumed run does not read its text again
-    (tmp_path / "a.txt").symlink_to("run/tokens/train_000000.bin")     # not even if it is a shard now
+    os.remove(tmp_path / "a.txt")
+    (tmp_path / "a.txt").symlink_to("run/tokens/train_000000.bin")     # a shard now
     driver("--resume", "--out", "run", "--steps", 4, cwd=tmp_path)
     assert json.loads(path.read_text())["data"] == saved["data"]
 
