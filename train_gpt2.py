@@ -2396,18 +2396,18 @@ def find_tokenizer(model, name=None, shards=()):
     lib, V = model.lib, model.config.V
     own = tokenizer_beside(model.file, lib)
     found = [named_tokenizer(name, lib)] if name else []
-    found += [tokenizer_beside(file, lib) for file in shards] + [own]
-    tokenizer = next(filter(None, found), None)
+    found += filter(None, [*(tokenizer_beside(file, lib) for file in shards), own])
+    tokenizer = next(iter(found), None)
     if not tokenizer and (kind := assumed_tokenizer(model)):
         tokenizer = kind()
     if not tokenizer:
         raise GPT2Error(f"{model.file} has a vocabulary of {V} tokens and no tokenizer beside it, expected"
                         f" {TABLE}, {TOKENIZER_JSON}, or vocab.json and merges.txt there; name one with"
                         " --tokenizer")
-    openai = from_hub(model) and tokenizer.name != GPT2Tokenizer.name
-    if openai or own and not agree(own, tokenizer):
-        raise GPT2Error(f"the tokenizer of {name or shards[0]} differs from that of {model.file}; use the"
-                        " model's own")
+    other = from_hub(model) and tokenizer.name != GPT2Tokenizer.name
+    if other or not all(agree(tokenizer, another) for another in found):
+        places = ", ".join(filter(None, [name, *shards, model.file]))
+        raise GPT2Error(f"the tokenizers of {places} differ, expected the same; use the model's own")
     size = len(tokenizer.pieces)
     if size > V:
         raise GPT2Error(f"the tokenizer has {size} tokens, expected at most the vocabulary size of"
@@ -2432,9 +2432,9 @@ def settle_tokenizer(model, shard, config, lib, name):
     or that is beside the model, which must agree; None if there is none. Sets the vocabulary size of a new
     model."""
     tokenizer = tokenizer_beside(shard, lib)
-    named = None
-    if name and not (tokenizer and tokenizer.name == name):     # with a table gpt2 needs no tiktoken
-        named = named_tokenizer(name, lib)
+    if tokenizer and tokenizer.name == name:
+        name = None                          # the table is enough; gpt2 would need tiktoken
+    named = named_tokenizer(name, lib) if name else None
     if tokenizer and named and not agree(tokenizer, named):
         raise GPT2Error(f"{shard} was made with another tokenizer than --tokenizer {name}; leave that out, or"
                         " make the shards again")

@@ -54,7 +54,7 @@ def test_fine_tuning_rejects_another_tokenizer(base, tmp_path):
     shutil.copy(base / "model.bin", tmp_path)
     GPT2(GPT2Config(32, 97, 1, 1, 48)).save(tmp_path / "other.bin")
     for name, flags, expected in (("model.bin", (), "tokenizer.bin can only decode its 256 tokens"),
-                                  ("model.bin", ("--tokenizer", "bytes"), "differs from that of model.bin"),
+                                  ("model.bin", ("--tokenizer", "bytes"), "model.bin differ, expected"),
                                   ("other.bin", (), "256 tokens, expected at most")):
         words = ("--init", name, "--data", base / "text.txt", "--out", "run", *flags)
         reports_error(driver(*words, status=1, cwd=tmp_path), "tokenizer", expected)

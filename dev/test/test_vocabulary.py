@@ -272,7 +272,8 @@ def test_tokenizer_selects_one_but_not_against_the_models_own(tmp_path):
     own_model(tmp_path / "hf", 264)
     write_tokenizer(tmp_path / "other", own_vocabulary(9))
     sample = functools.partial(driver, "sample", "--tokens", 3, cwd=tmp_path)
-    reports_error(sample("hf", "--tokenizer", "other", status=1), "other", "differs", "hf/model.safetensors")
+    done = sample("hf", "--tokenizer", "other", status=1)
+    reports_error(done, "other", "hf/model.safetensors", "differ, expected")
     reports_error(sample("hf", "--tokenizer", "nosuch", status=2), "nosuch")
     driver("import", "hf", "--out", "bare/model.bin", cwd=tmp_path)
     for name in ("tokenizer.bin", "tokenizer.json"):
@@ -297,6 +298,9 @@ def test_training_shards_and_tokenizer_must_agree(tmp_path):
     done = driver("eval", "run", "--data", "out", "--encoding", "latin-1", status=1, cwd=tmp_path)
     reports_error(done, "--encoding", "is for texts")
     reports_error(driver("--resume", "--out", "run", "--tokenizer", "hf", status=1, cwd=tmp_path), "hf")
+    GPT2(GPT2Config(16, 264, 1, 1, 8)).save(tmp_path / "bare.bin")
+    done = driver("eval", "bare.bin", "--data", "out", "--tokenizer", "hf", status=1, cwd=tmp_path)
+    reports_error(done, "hf", "differ, expected")
     (tmp_path / "out" / "tokenizer.bin").unlink()
     train("--tokenizer", "hf", "--out", "named")
     assert GPT2.load(tmp_path / "named" / "model_00000003.bin").config.V == 264
