@@ -105,7 +105,8 @@ CUBLAS_LIBS = $(addprefix -Xlinker ,$(firstword $(wildcard $(CUBLAS)/lib/libcubl
 endif
 CUDA_ARCHS ?= $(or $(CUDA_ARCHS_FOUND),80 90)
 NEWEST_ARCH = $(lastword $(CUDA_ARCHS))
-GENCODE = $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
+# sm_90a has wgmma, which sm_90 has not; PTX is for later GPUs, and must not be for 90a.
+GENCODE = $(foreach arch,$(CUDA_ARCHS:90=90a),-gencode arch=compute_$(arch),code=sm_$(arch)) \
 	-gencode arch=compute_$(NEWEST_ARCH),code=compute_$(NEWEST_ARCH)
 NVCC_FLAGS = -O3 -std=c++17 $(GENCODE) -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra \
 	$(CUBLAS_FLAGS) $(FP_FLAGS) $(NVCC_EXTRA)
@@ -135,23 +136,25 @@ EMULATED_FLAGS = -O2 -std=c++17 $(COMMON) $(SHARED) -Wno-unknown-pragmas $(SANIT
 	-DGPT2_EMULATE -Idev/cuda/include -DGPT2_LOGITS_BYTES=30000
 EMULATED_LIBS = $(OPENMP_FLAG) -lpthread -lm
 
-GPU_FILES = train_gpt2cu libgpt2cu.so train_gpt2cu_fp32 libgpt2cu_fp32.so
+GPU_FILES = train_gpt2cu libgpt2cu.so $(foreach code,fp32 hopper,train_gpt2cu_$(code) libgpt2cu_$(code).so)
 EMULATE_HEADERS = dev/cuda/emulate.h $(wildcard dev/cuda/emulate/*.h)
 emulated: $(addprefix $(EMULATED)/,$(GPU_FILES) selftest profile)
 
 $(EMULATED)/model_fp32.o: PRECISION = -DGPT2_FP32
-$(EMULATED)/model.o $(EMULATED)/model_fp32.o: train_gpt2.cu train_gpt2.c $(EMULATE_HEADERS) Makefile
+$(EMULATED)/model_hopper.o: PRECISION = -DGPT2_EMULATE_HOPPER
+$(addprefix $(EMULATED)/model,.o _fp32.o _hopper.o): train_gpt2.cu train_gpt2.c $(EMULATE_HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(call need,$(CXX),make emulated needs a C++ compiler; name another with CXX=)
 	$(CXX) $(EMULATED_FLAGS) $(PRECISION) -c -o $@ -x c++ train_gpt2.cu
 
 $(EMULATED)/libgpt2cu.so $(EMULATED)/train_gpt2cu: $(EMULATED)/model.o
 $(EMULATED)/libgpt2cu_fp32.so $(EMULATED)/train_gpt2cu_fp32: $(EMULATED)/model_fp32.o
+$(EMULATED)/libgpt2cu_hopper.so $(EMULATED)/train_gpt2cu_hopper: $(EMULATED)/model_hopper.o
 
-$(EMULATED)/libgpt2cu.so $(EMULATED)/libgpt2cu_fp32.so: $(EMULATED)/host.o
+$(EMULATED)/libgpt2cu.so $(EMULATED)/libgpt2cu_fp32.so $(EMULATED)/libgpt2cu_hopper.so: $(EMULATED)/host.o
 	$(CXX) $(EMULATED_FLAGS) -shared -o $@ $^ $(EMULATED_LIBS)
 
-$(EMULATED)/train_gpt2cu $(EMULATED)/train_gpt2cu_fp32: $(EMULATED)/main.o
+$(EMULATED)/train_gpt2cu $(EMULATED)/train_gpt2cu_fp32 $(EMULATED)/train_gpt2cu_hopper: $(EMULATED)/main.o
 	$(CXX) $(EMULATED_FLAGS) -o $@ $^ $(EMULATED_LIBS)
 
 $(EMULATED)/selftest: dev/cuda/selftest.cu $(EMULATE_HEADERS) Makefile

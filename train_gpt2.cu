@@ -75,7 +75,7 @@ static int api_status(void) { return -gpu_failed; }
 #endif
 #ifndef SHARED
 #define SHARED(type, name) \
-    extern __shared__ __align__(128) uint4 shared_memory[]; \
+    extern __shared__ __align__(1024) uint4 shared_memory[]; \
     type *name = (type *)shared_memory
 #endif
 
@@ -359,7 +359,9 @@ __global__ void column_sums_kernel(float *__restrict__ sums, const floatX *__res
     __shared__ float shared[COLUMN_ROWS][COLUMN_THREADS * V];
     const int column = threadIdx.x, c = (blockIdx.x * COLUMN_THREADS + column) * V;
     float sum[V] = {0}, d[V];
-    for (size_t n = blockIdx.y * (size_t)COLUMN_ROWS + threadIdx.y; n < N && c < OC;
+    const size_t end = c < OC ? N : 0;
+#pragma unroll 4
+    for (size_t n = blockIdx.y * (size_t)COLUMN_ROWS + threadIdx.y; n < end;
          n += gridDim.y * (size_t)COLUMN_ROWS) {
         load<V>(d, dout + n * OC + c);
         for (int i = 0; i < V; i++) sum[i] += d[i];
@@ -372,20 +374,26 @@ __global__ void column_sums_kernel(float *__restrict__ sums, const floatX *__res
     store<V>(sums + (size_t)blockIdx.y * OC + c, sum);
 }
 
-/* The second stage: out (n) = Σ over rows of sums (rows, stride), accumulated if `add`. */
-__global__ void column_total_kernel(float *__restrict__ out, const float *__restrict__ sums, int rows, int n,
-                                    int stride, int add) {
-    __shared__ float shared[COLUMN_ROWS][COLUMN_THREADS];
-    const int c = blockIdx.x * COLUMN_THREADS + threadIdx.x;
+/* The second stage: db (C) = Σ over rows of sums (rows, C), or db and dw of sums (rows, 2, C); accumulated if
+   `add`. Eight loads of a thread are in flight: one at a time took 13 µs a launch instead of 3 (H200). */
+enum { TOTAL_ROWS = 32 };
+__global__ void column_total_kernel(float *__restrict__ db, float *__restrict__ dw,
+                                    const float *__restrict__ sums, int rows, int C, int add) {
+    __shared__ float shared[TOTAL_ROWS][COLUMN_THREADS];
+    const int width = dw ? 2 * C : C, c = blockIdx.x * COLUMN_THREADS + threadIdx.x;
     float sum = 0;
-    for (int row = threadIdx.y; row < rows && c < n; row += COLUMN_ROWS)
-        sum += sums[(size_t)row * stride + c];
+    if (c < width) {
+#pragma unroll 8
+        for (int row = threadIdx.y; row < rows; row += TOTAL_ROWS) sum += sums[(size_t)row * width + c];
+    }
     shared[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.y || c >= n) return;
-    for (int k = 1; k < COLUMN_ROWS; k++) sum += shared[k][threadIdx.x];
-    if (add) sum += out[c];
-    out[c] = sum;
+    if (threadIdx.y || c >= width) return;
+#pragma unroll
+    for (int k = 1; k < TOTAL_ROWS; k++) sum += shared[k][threadIdx.x];
+    float *out = c < C ? db + c : dw + c - C;
+    if (add) sum += *out;
+    *out = sum;
 }
 
 /* GELU, where cuBLASLt cannot fuse it, and for recomputation. out (n) = GELU(inp), or with
@@ -594,16 +602,31 @@ __global__ void attention_plain_dkdv_kernel(floatX *dqkv, const floatX *dout, co
 }
 
 /* --- Flash attention on tensor cores: bf16, heads of 64 channels (Dao 2023, "FlashAttention-2") -----------
-   A block takes 128 queries (for dk and dv: keys) of a head, 32 per warp, and loops over tiles of 64 keys
-   (queries) in shared memory, prefetching the next. Scores, P and sums stay in registers. */
+   A block of four warps takes 128 queries (for dk and dv: keys) of a head, 32 per warp, and loops over tiles
+   of 64 keys (queries) in shared memory, prefetching the next. Scores, P and sums stay in registers.
+   On Hopper (sm_90a) wgmma multiplies, with operands in shared memory: the four warps, a warpgroup, take 64
+   queries together, 16 per warp. Several small blocks per SM, which are not in step, overlap products with
+   softmax: 128 rows in two warpgroups took 1.2 times as long for dk and dv (H200). */
 #ifndef GPT2_FP32
+#if defined __CUDA_ARCH_FEAT_SM90_ALL || defined GPT2_EMULATE_HOPPER
+#define HOPPER 1
+enum { WARP_TILES = 1, GROUP_WARPS = 4, DQ_KEYS = 64, DKDV_QUERIES = 64 };
+enum { FORWARD_BLOCKS = 4, DQ_BLOCKS = 4, DKDV_BLOCKS = 2 };     /* per SM, which limits registers */
+#else
+#define HOPPER 0
+enum { WARP_TILES = 2, GROUP_WARPS = 1, DQ_KEYS = 16, DKDV_QUERIES = 32 };
+enum { FORWARD_BLOCKS = 1, DQ_BLOCKS = 1, DKDV_BLOCKS = 1 };
+#endif
 enum { HS = 64, TILE = 64, STEPS = HS / 16, FLASH_WARPS = 4, FLASH_THREADS = FLASH_WARPS * WARP };
-enum { WARP_TILES = 2, WARP_ROWS = 16 * WARP_TILES, BLOCK_ROWS = WARP_ROWS * FLASH_WARPS };
-enum { ROW_BYTES = HS * 2, BLOCK_BYTES = BLOCK_ROWS * ROW_BYTES, TILE_BYTES = TILE * ROW_BYTES };
-enum { STAGE_BYTES = 2 * TILE_BYTES, FORWARD_SHARED = BLOCK_BYTES + 2 * STAGE_BYTES };
-enum { DQ_SHARED = FORWARD_SHARED + 2 * BLOCK_BYTES, DKDV_SHARED = FORWARD_SHARED + BLOCK_BYTES + 16 * TILE };
+enum { WARP_ROWS = 16 * WARP_TILES, GROUP_ROWS = WARP_ROWS * GROUP_WARPS };     /* multiplied together */
+enum { BLOCK_ROWS = WARP_ROWS * FLASH_WARPS, ROW_BYTES = HS * 2, BLOCK_BYTES = BLOCK_ROWS * ROW_BYTES };
+enum { TILE_BYTES = TILE * ROW_BYTES, STAGE_BYTES = 2 * TILE_BYTES };
+enum { ROW_VALUES = 16 * TILE };          /* bytes of two stages of lse and delta */
 typedef __nv_bfloat16 bf16;
-#define FLASH_KERNEL __global__ __launch_bounds__(FLASH_THREADS) void
+#define FLASH_KERNEL(blocks) __global__ __launch_bounds__(FLASH_THREADS, blocks) void
+#ifdef __CUDACC__
+__constant__ int flash_block_rows = BLOCK_ROWS;     /* of this GPU's code; the host's may be different */
+#endif
 
 #ifdef __CUDACC__                         /* the emulated GPU has its own */
 typedef uint32_t Shared;                  /* an address in shared memory */
@@ -611,6 +634,7 @@ __device__ static inline Shared shared_address(const void *p) { return (Shared)_
 /* d (16,8) += a (16,16) · b (16,8). With g = lane / 4 and t = lane % 4, a thread has (row, 2 columns) of a at
    (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); (2 rows, column) of b at (2t, g), (2t + 8, g); d at (g,
    2t), (g + 8, 2t). */
+[[maybe_unused]]
 __device__ static inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
                  "{%0,%1,%2,%3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -622,6 +646,7 @@ __device__ static inline void ldmatrix_x4(uint32_t r[4], Shared row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
+[[maybe_unused]]
 __device__ static inline void ldmatrix_x4_trans(uint32_t r[4], Shared row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
@@ -634,6 +659,46 @@ __device__ static inline void copy_async_commit(void) { asm volatile("cp.async.c
 template <int N> __device__ static inline void copy_async_wait(void) {
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 }
+#if HOPPER
+/* Describes 64 rows of a swizzled tile to wgmma: address, the 1024 bytes from eight rows to the next, and the
+   swizzle of 128 bytes (PTX ISA, "Matrix descriptor"). */
+__device__ static inline uint64_t descriptor(Shared rows) {
+    const uint64_t address = rows >> 4 & 0x3FFF, stride = 1024 >> 4, swizzle = 1;
+    return address | (uint64_t)1 << 16 | stride << 32 | swizzle << 62;
+}
+#define FOUR(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define ALL(d) FOUR(d, 0), FOUR(d, 1), FOUR(d, 2), FOUR(d, 3), FOUR(d, 4), FOUR(d, 5), FOUR(d, 6), FOUR(d, 7)
+#define WGMMA(add) "{ .reg .pred add; setp.ne.b32 add, %" add ", 0; " \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, " \
+    "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, " \
+    "%31}, "
+/* Starts d (64,64) = or += a (64,16) · b (16,64), both in shared memory; b is stored by rows n. A warp has 16
+   rows of d, distributed as by mma. */
+__device__ static inline void wgmma_n(float d[8][4], Shared a, Shared b, int add) {
+    asm volatile(WGMMA("34") "%32, %33, add, 1, 1, 0, 0; }" : ALL(d)
+                 : "l"(descriptor(a)), "l"(descriptor(b)), "r"(add));
+}
+/* The same with a in registers, as for mma; b is stored by rows k. */
+__device__ static inline void wgmma_k(float d[8][4], const uint32_t a[4], Shared b) {
+    asm volatile(WGMMA("37") "{%32, %33, %34, %35}, %36, add, 1, 1, 1; }" : ALL(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b)), "r"(1));
+}
+__device__ static inline void wgmma_fence(void) {     /* after writes to registers */
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ static inline void wgmma_commit(void) {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/* Waits until only the newest N groups are in flight; no use of d moves before it. */
+template <int N> __device__ static inline void wgmma_wait(float d[8][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
+#pragma unroll
+    for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i / 4][i % 4]) :: "memory");
+}
+__device__ static inline void copies_visible(void) {     /* what this thread has copied, to wgmma */
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+#endif
 #endif
 
 /* A tile has rows of 64 bf16, eight pieces of 16 bytes, swizzled to piece ^ row % 8: the same piece of eight
@@ -644,8 +709,8 @@ __device__ static inline bf16 *piece_at(bf16 *tile, int row, int piece) {
 
 /* Starts copying ROWS rows of a head, from `first` on, to a tile. Rows after T - 1 repeat it, so they are
    finite. The rows of a thread are 16 apart and have the same swizzle. */
-template <int ROWS> __device__ static inline void tile_load(bf16 *tile, const bf16 *head, unsigned stride,
-                                                            int first, int T) {
+template <int ROWS> __device__ static inline
+void tile_load(bf16 *tile, const bf16 *head, unsigned stride, int first, int T) {
     const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
     const Shared to = shared_address(piece_at(tile, row, piece));
     head += piece * 8;
@@ -655,23 +720,27 @@ template <int ROWS> __device__ static inline void tile_load(bf16 *tile, const bf
 }
 
 /* The same for tile number `tile` of two heads, into one of two stages of two tiles. */
-__device__ static inline void stage_load(bf16 *stages, int tile, const bf16 *one, unsigned one_stride,
-                                         const bf16 *other, unsigned other_stride, int T) {
+__device__ static inline
+void stage_load(bf16 *stages, int tile, const bf16 *one, unsigned one_stride, const bf16 *other,
+                unsigned other_stride, int T) {
     bf16 *stage = stages + tile % 2 * 2 * TILE * HS;
     tile_load<TILE>(stage, one, one_stride, tile * TILE, T);
     tile_load<TILE>(stage + TILE * HS, other, other_stride, tile * TILE, T);
 }
 
-/* Addresses of operands: 16 × 16 of A, or two 16 × 8 of B (k, n), stored by rows n (K in q·kᵀ) or by rows k
-   (V in p·v). A step of 16 channels flips two bits, because of the swizzle. Recomputed for each operand they
-   were a third of all instructions; the shuffle of a lane with itself prevents that. */
-__device__ static inline Shared lane_rows(bf16 *tile) {     /* of A; of B by rows k */
+/* Waits for all copies, and for all threads to be done with what they replace next. */
+__device__ static inline void tiles_arrive(void) {
+    copy_async_wait<0>();
+#if HOPPER
+    copies_visible();
+#endif
+    __syncthreads();
+}
+
+/* For ldmatrix: the address of a lane's row of 16, and of its half of 16 channels; see rows_a. */
+__device__ static inline Shared lane_rows(bf16 *tile) {
     const int lane = threadIdx.x % WARP;
     return __shfl_sync(0xFFFFFFFFu, shared_address(piece_at(tile, lane % 16, lane / 16)), lane);
-}
-__device__ static inline Shared lane_rows_n(bf16 *tile) {
-    const int lane = threadIdx.x % WARP, row = lane % 8 + lane / 16 * 8;
-    return __shfl_sync(0xFFFFFFFFu, shared_address(piece_at(tile, row, lane / 8 % 2)), lane);
 }
 __device__ static inline Shared at_step(Shared address, int step) { return address ^ step * 32; }
 
@@ -679,19 +748,6 @@ __device__ static inline Shared at_step(Shared address, int step) { return addre
 __device__ static inline void load_a(uint32_t a[WARP_TILES][4], Shared rows) {
 #pragma unroll
     for (int m = 0; m < WARP_TILES; m++) ldmatrix_x4(a[m], rows + m * 16 * ROW_BYTES);
-}
-
-/* d (WARP_ROWS, 8 N), columns 8 n … 8 n + 15, += a · B, with B stored by rows n or by rows k. */
-template <int N> __device__ static inline
-void multiply(float d[WARP_TILES][N][4], int n, const uint32_t a[WARP_TILES][4], Shared rows, int by_rows_k) {
-    uint32_t b[4];
-    if (by_rows_k) ldmatrix_x4_trans(b, rows);
-    else ldmatrix_x4(b, rows);
-#pragma unroll
-    for (int m = 0; m < WARP_TILES; m++) {
-        mma_m16n8k16_bf16(d[m][n], a[m], b);
-        mma_m16n8k16_bf16(d[m][n + 1], a[m], b + 2);
-    }
 }
 
 /* Two floats as bf16 in a word, and back; and 16 columns of sums as A of the next product. */
@@ -714,6 +770,100 @@ void pack_a(uint32_t a[WARP_TILES][4], const float d[WARP_TILES][N][4], int n) {
         a[i / 4][i % 4] = pack(pair[0], pair[1]);
     }
 }
+
+#if HOPPER
+/* Operands are 64 rows in shared memory, by their address. Tiles begin at multiples of 1024 bytes, so their
+   swizzle is the hardware's. Products run while other instructions do, until products_wait. */
+__device__ static inline Shared rows_a(bf16 *tile) { return shared_address(tile); }
+__device__ static inline Shared rows_n(bf16 *tile) { return shared_address(tile); }
+__device__ static inline Shared rows_k(bf16 *tile) { return shared_address(tile); }
+typedef Shared Operand;                   /* A (64 rows, 64 channels) */
+__device__ static inline void load_operand(Operand &a, Shared rows) { a = rows; }
+
+/* d (64,64) = a · bᵀ over 64 channels */
+__device__ static inline void scores(float d[1][8][4], Shared a, Shared rows) {
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) wgmma_n(d[0], a + step * 32, rows + step * 32, step > 0);
+    wgmma_commit();
+}
+/* d (64, 64 channels) += p (64,64) · b */
+__device__ static inline void weighted(float d[1][8][4], const float p[1][8][4], Shared rows) {
+    uint32_t a[TILE / 16][1][4];
+#pragma unroll
+    for (int step = 0; step < TILE / 16; step++) pack_a(a[step], p, step * 2);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < TILE / 16; step++) wgmma_k(d[0], a[step][0], rows + step * 16 * ROW_BYTES);
+    wgmma_commit();
+}
+template <int N> __device__ static inline void products_wait(float d[1][8][4]) { wgmma_wait<N>(d[0]); }
+#else
+/* Addresses of operands: 16 × 16 of A, or two 16 × 8 of B (k, n), stored by rows n (K in q·kᵀ) or by rows k
+   (V in p·v). A step of 16 channels flips two bits, because of the swizzle. Recomputed for each operand they
+   were a third of all instructions; the shuffle of a lane with itself prevents that. */
+__device__ static inline Shared rows_a(bf16 *tile) {
+    const int lane = threadIdx.x % WARP;
+    return __shfl_sync(0xFFFFFFFFu, shared_address(piece_at(tile, lane % 16, lane / 16)), lane);
+}
+__device__ static inline Shared rows_k(bf16 *tile) { return rows_a(tile); }
+__device__ static inline Shared rows_n(bf16 *tile) {
+    const int lane = threadIdx.x % WARP, row = lane % 8 + lane / 16 * 8;
+    return __shfl_sync(0xFFFFFFFFu, shared_address(piece_at(tile, row, lane / 8 % 2)), lane);
+}
+template <int N, int M> __device__ static inline void products_wait(float (*)[M][4]) {}     /* mma is done */
+
+/* d (WARP_ROWS, 8 N), columns 8 n … 8 n + 15, += a · B, with B stored by rows n or by rows k. */
+template <int N> __device__ static inline
+void multiply(float d[WARP_TILES][N][4], int n, const uint32_t a[WARP_TILES][4], Shared rows, int by_rows_k) {
+    uint32_t b[4];
+    if (by_rows_k) ldmatrix_x4_trans(b, rows);
+    else ldmatrix_x4(b, rows);
+#pragma unroll
+    for (int m = 0; m < WARP_TILES; m++) {
+        mma_m16n8k16_bf16(d[m][n], a[m], b);
+        mma_m16n8k16_bf16(d[m][n + 1], a[m], b + 2);
+    }
+}
+
+struct Operand { uint32_t a[STEPS][WARP_TILES][4]; };     /* A (group rows, 64 channels), in registers */
+__device__ static inline void load_operand(Operand &o, Shared rows) {
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) load_a(o.a[step], at_step(rows, step));
+}
+/* d (group rows, 8 N) = a · bᵀ over 64 channels; a in registers, or loaded step by step */
+template <int N> __device__ static inline
+void scores(float d[WARP_TILES][N][4], const Operand &a, Shared rows) {
+    memset(d, 0, sizeof(float) * WARP_TILES * N * 4);
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+        for (int n = 0; n < N; n += 2)
+            multiply(d, n, a.a[step], at_step(rows, step) + n * 8 * ROW_BYTES, 0);
+}
+template <int N> __device__ static inline
+void scores(float d[WARP_TILES][N][4], Shared a_rows, Shared rows) {
+    memset(d, 0, sizeof(float) * WARP_TILES * N * 4);
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        uint32_t a[WARP_TILES][4];
+        load_a(a, at_step(a_rows, step));
+#pragma unroll
+        for (int n = 0; n < N; n += 2) multiply(d, n, a, at_step(rows, step) + n * 8 * ROW_BYTES, 0);
+    }
+}
+/* d (group rows, 64 channels) += p (group rows, 8 N) · b */
+template <int N> __device__ static inline
+void weighted(float d[WARP_TILES][8][4], const float p[WARP_TILES][N][4], Shared rows) {
+#pragma unroll
+    for (int step = 0; step < N / 2; step++) {
+        uint32_t a[WARP_TILES][4];
+        pack_a(a, p, step * 2);
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) multiply(d, n, a, at_step(rows, n / 2) + step * 16 * ROW_BYTES, 1);
+    }
+}
+#endif
 
 /* Writes 16 × 64 sums of a warp, times a factor per half, to rows first … of a head; through 16 rows of a
    tile, for 16-byte stores. */
@@ -748,7 +898,8 @@ template <int N> __device__ static inline void mask(float s[WARP_TILES][N][4], i
 }
 
 /* out (B,T,C), lse (B,NH,T). Blocks of later queries, which have more keys, come first. */
-FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T, int C, int NH) {
+FLASH_KERNEL(FORWARD_BLOCKS)
+flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T, int C, int NH) {
     SHARED(bf16, shared);                 /* queries; two stages of keys, then values */
     bf16 *queries = shared, *stages = shared + BLOCK_ROWS * HS;
     const int blocks = (T + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -758,35 +909,28 @@ FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
     const int last = (min(first + BLOCK_ROWS, T) - 1) / TILE;
     const unsigned stride = 3 * C;
     const bf16 *q = qkv + b * T * stride + h * HS, *k = q + C, *v = k + C;
-    const Shared query_rows = lane_rows(queries) + warp_row * ROW_BYTES;
-    const Shared stage_n = lane_rows_n(stages), stage_k = lane_rows(stages) + TILE_BYTES;
+    const int group_row = threadIdx.x / (GROUP_WARPS * WARP) * GROUP_ROWS;
+    const Shared query_rows = rows_a(queries) + group_row * ROW_BYTES;
+    const Shared stage_n = rows_n(stages), stage_k = rows_k(stages) + TILE_BYTES;
     const float factor = LOG2E / 8;       /* √HS is 8 */
     tile_load<BLOCK_ROWS>(queries, q, stride, first, T);
     stage_load(stages, 0, k, stride, v, stride, T);
     copy_async_commit();
     float sums[WARP_TILES][8][4] = {}, top[WARP_TILES][2], total[WARP_TILES][2] = {};
-    uint32_t qs[STEPS][WARP_TILES][4];
+    Operand q_rows;
     for (int i = 0; i < WARP_TILES * 2; i++) top[i / 2][i % 2] = -INFINITY;
+    tiles_arrive();
+    load_operand(q_rows, query_rows);
     for (int tile = 0; tile <= last; tile++) {
         const Shared keys = stage_n + tile % 2 * STAGE_BYTES, values = stage_k + tile % 2 * STAGE_BYTES;
+        tiles_arrive();                  /* the tile is here, and the other stage no longer in use */
         if (tile < last) stage_load(stages, tile + 1, k, stride, v, stride, T);
-        copy_async_commit();              /* a group each time, be it empty: all but the newest are here */
-        copy_async_wait<1>();
-        __syncthreads();
-        if (tile == 0)
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) load_a(qs[step], at_step(query_rows, step));
+        copy_async_commit();
         const int ahead = tile * TILE - first - warp_row;     /* of the first key to the first query */
-        if (ahead >= WARP_ROWS) {          /* no query of this warp sees these */
-            __syncthreads();
-            continue;
-        }
-        float s[WARP_TILES][8][4] = {};
-#pragma unroll
-        for (int step = 0; step < STEPS; step++)
-#pragma unroll
-            for (int n = 0; n < 8; n += 2)
-                multiply(s, n, qs[step], at_step(keys, step) + n * 8 * ROW_BYTES, 0);
+        if (tile * TILE - first - group_row >= GROUP_ROWS) continue;     /* no query of the group sees them */
+        float s[WARP_TILES][8][4];
+        scores(s, q_rows, keys);
+        products_wait<0>(s);
         if (ahead + TILE > 0) mask(s, ahead, 1);
 #pragma unroll
         for (int m = 0; m < WARP_TILES; m++) {
@@ -811,16 +955,10 @@ FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
 #pragma unroll
                 for (int i = 0; i < 32; i++) sums[m][i / 4][i % 4] *= rescale[i / 2 % 2];
         }
-#pragma unroll
-        for (int step = 0; step < TILE / 16; step++) {
-            uint32_t p[WARP_TILES][4];
-            pack_a(p, s, step * 2);
-#pragma unroll
-            for (int n = 0; n < 8; n += 2)
-                multiply(sums, n, p, at_step(values, n / 2) + step * 16 * ROW_BYTES, 1);
-        }
-        __syncthreads();                  /* before the stage is overwritten */
+        weighted(sums, s, values);
+        products_wait<0>(sums);
     }
+    __syncthreads();
 #pragma unroll
     for (int m = 0; m < WARP_TILES; m++) {
         const int row = first + warp_row + m * 16, query = row + lane / 4;
@@ -834,8 +972,9 @@ FLASH_KERNEL flash_forward_kernel(bf16 *out, float *lse, const bf16 *qkv, int T,
 }
 
 /* dq and, before it, delta, with blocks and tiles as in the forward pass; 16 keys at a time. */
-FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, float *delta, const bf16 *dout, const bf16 *out, const bf16 *qkv,
-                             const float *lse, int T, int C, int NH) {
+FLASH_KERNEL(DQ_BLOCKS)
+flash_dq_kernel(bf16 *dqkv, float *delta, const bf16 *dout, const bf16 *out, const bf16 *qkv,
+                const float *lse, int T, int C, int NH) {
     SHARED(bf16, shared);                 /* queries, dout, out; two stages of keys, then values */
     bf16 *queries = shared, *douts = queries + BLOCK_ROWS * HS, *outs = douts + BLOCK_ROWS * HS;
     bf16 *stages = outs + BLOCK_ROWS * HS;
@@ -847,78 +986,82 @@ FLASH_KERNEL flash_dq_kernel(bf16 *dqkv, float *delta, const bf16 *dout, const b
     const unsigned stride = 3 * C;
     const size_t head = b * T * stride + h * HS, out_head = b * T * C + h * HS;
     const bf16 *k = qkv + head + C, *v = k + C;
-    const Shared query_rows = lane_rows(queries) + warp_row * ROW_BYTES;
-    const Shared stage_n = lane_rows_n(stages), stage_k = lane_rows(stages);
+    const int group_row = threadIdx.x / (GROUP_WARPS * WARP) * GROUP_ROWS;
+    const Shared query_rows = rows_a(queries) + group_row * ROW_BYTES;
+    const Shared stage_n = rows_n(stages), stage_k = rows_k(stages);
     const float factor = LOG2E / 8;
     tile_load<BLOCK_ROWS>(queries, qkv + head, stride, first, T);
     tile_load<BLOCK_ROWS>(douts, dout + out_head, C, first, T);
     tile_load<BLOCK_ROWS>(outs, out + out_head, C, first, T);
     stage_load(stages, 0, k, stride, v, stride, T);
     copy_async_commit();
-    float sums[WARP_TILES][8][4] = {}, row_lse[WARP_TILES][2], row_delta[WARP_TILES][2] = {};
-    uint32_t qs[STEPS][WARP_TILES][4], ds_out[STEPS][WARP_TILES][4];
-    for (int tile = 0; tile <= last; tile++) {
-        if (tile < last) stage_load(stages, tile + 1, k, stride, v, stride, T);
-        copy_async_commit();
-        copy_async_wait<1>();
-        __syncthreads();
-        if (tile == 0) {                  /* delta first; where there is no query, p becomes 0 */
+    float row_lse[WARP_TILES][2], row_delta[WARP_TILES][2] = {};
+    Operand q_rows, dout_rows;
+    tiles_arrive();
+    const Shared warp_rows = lane_rows(douts) + warp_row * ROW_BYTES;
+    load_operand(q_rows, query_rows);
+    load_operand(dout_rows, query_rows + BLOCK_BYTES);
 #pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                uint32_t o[WARP_TILES][4];
-                load_a(qs[step], at_step(query_rows, step));
-                load_a(ds_out[step], at_step(query_rows, step) + BLOCK_BYTES);
-                load_a(o, at_step(query_rows, step) + 2 * BLOCK_BYTES);
+    for (int step = 0; step < STEPS; step++) {
+        uint32_t o[WARP_TILES][4], d[WARP_TILES][4];
+        load_a(d, at_step(warp_rows, step));
+        load_a(o, at_step(warp_rows, step) + BLOCK_BYTES);
 #pragma unroll
-                for (int i = 0; i < WARP_TILES * 4; i++) {     /* i % 2 is the half */
-                    const float2 x = unpack(o[i / 4][i % 4]), dx = unpack(ds_out[step][i / 4][i % 4]);
-                    row_delta[i / 4][i % 2] += x.x * dx.x + x.y * dx.y;
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < WARP_TILES * 2; i++) {
-                const int query = first + warp_row + i / 2 * 16 + lane / 4 + i % 2 * 8;
-                const size_t row = pair * T + query;
-                row_lse[i / 2][i % 2] = query < T ? lse[row] : INFINITY;
-                row_delta[i / 2][i % 2] = reduce<4, 0>(row_delta[i / 2][i % 2]);
-                if (lane % 4 == 0 && query < T) delta[row] = row_delta[i / 2][i % 2];
-            }
+        for (int i = 0; i < WARP_TILES * 4; i++) {     /* i % 2 is the half */
+            const float2 x = unpack(o[i / 4][i % 4]), dx = unpack(d[i / 4][i % 4]);
+            row_delta[i / 4][i % 2] += x.x * dx.x + x.y * dx.y;
         }
-#pragma unroll 1
-        for (int part = 0; part < TILE; part += 16) {     /* unrolled, it would spill registers */
-            const int ahead = tile * TILE + part - first - warp_row;
-            if (ahead >= WARP_ROWS) break;     /* only later keys follow */
-            const Shared at = tile % 2 * STAGE_BYTES + part * ROW_BYTES, keys = stage_n + at;
-            float s[WARP_TILES][2][4] = {}, dp[WARP_TILES][2][4] = {};
-            uint32_t ds[WARP_TILES][4];
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                multiply(s, 0, qs[step], at_step(keys, step), 0);
-                multiply(dp, 0, ds_out[step], at_step(keys, step) + TILE_BYTES, 0);     /* values */
-            }
-            if (ahead + 16 > 0) mask(s, ahead, 1);
-#pragma unroll
-            for (int i = 0; i < WARP_TILES * 8; i++) {
-                const int m = i / 8, n = i / 4 % 2, half = i / 2 % 2;
-                const float p = exp2f(s[m][n][i % 4] * factor - row_lse[m][half]);
-                s[m][n][i % 4] = p * (dp[m][n][i % 4] - row_delta[m][half]);
-            }
-            pack_a(ds, s, 0);
-#pragma unroll
-            for (int n = 0; n < 8; n += 2) multiply(sums, n, ds, at_step(stage_k + at, n / 2), 1);
-        }
-        __syncthreads();
     }
 #pragma unroll
+    for (int i = 0; i < WARP_TILES * 2; i++) {
+        const int query = first + warp_row + i / 2 * 16 + lane / 4 + i % 2 * 8;
+        const size_t row = pair * T + query;
+        row_lse[i / 2][i % 2] = query < T ? lse[row] : INFINITY;     /* p becomes 0 */
+        row_delta[i / 2][i % 2] = reduce<4, 0>(row_delta[i / 2][i % 2]);
+        if (lane % 4 == 0 && query < T) delta[row] = row_delta[i / 2][i % 2];
+    }
+    float sums[WARP_TILES][8][4] = {};
+    for (int tile = 0; tile <= last; tile++) {
+        tiles_arrive();
+        if (tile < last) stage_load(stages, tile + 1, k, stride, v, stride, T);
+        copy_async_commit();
+#pragma unroll 1
+        for (int part = 0; part < TILE; part += DQ_KEYS) {     /* unrolled, it would spill registers */
+            const int ahead = tile * TILE + part - first - warp_row;
+            if (tile * TILE + part - first - group_row >= GROUP_ROWS) break;     /* only later keys follow */
+            const Shared at = tile % 2 * STAGE_BYTES + part * ROW_BYTES, keys = stage_n + at;
+            float s[WARP_TILES][DQ_KEYS / 8][4], dp[WARP_TILES][DQ_KEYS / 8][4];
+            scores(s, q_rows, keys);
+            scores(dp, dout_rows, keys + TILE_BYTES);     /* values */
+            products_wait<1>(s);
+            if (ahead + DQ_KEYS > 0) mask(s, ahead, 1);
+#pragma unroll
+            for (int i = 0; i < WARP_TILES * DQ_KEYS / 2; i++) {
+                float *score = &s[i / (DQ_KEYS / 2)][i / 4 % (DQ_KEYS / 8)][i % 4];
+                *score = exp2f(*score * factor - row_lse[i / (DQ_KEYS / 2)][i / 2 % 2]);
+            }
+            products_wait<0>(dp);
+#pragma unroll
+            for (int i = 0; i < WARP_TILES * DQ_KEYS / 2; i++) {
+                const int m = i / (DQ_KEYS / 2), n = i / 4 % (DQ_KEYS / 8);
+                s[m][n][i % 4] *= dp[m][n][i % 4] - row_delta[m][i / 2 % 2];
+            }
+            weighted(sums, s, stage_k + at);
+            products_wait<0>(sums);
+        }
+    }
+    __syncthreads();
+#pragma unroll
     for (int m = 0; m < WARP_TILES; m++)
-        store_rows(dqkv + head, stride, first + warp_row + m * 16, T, queries, warp_row + m * 16, sums[m],
-                   0.125f, 0.125f);
+        store_rows(dqkv + (k - qkv) - C, stride, first + warp_row + m * 16, T, queries, warp_row + m * 16,
+                   sums[m], 0.125f, 0.125f);
 }
 
 /* dk and dv, from all queries that attend to the keys, 32 at a time. The scores are transposed (keys by
    queries), so they are A of both products. Keys and values are reloaded each time: registers are full. */
-FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse,
-                               const float *delta, int T, int C, int NH) {
+FLASH_KERNEL(DKDV_BLOCKS)
+flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse, const float *delta,
+                  int T, int C, int NH) {
     SHARED(bf16, shared);                 /* keys, values; two stages of queries, dout; of lse, delta */
     bf16 *keys = shared, *values = keys + BLOCK_ROWS * HS, *stages = values + BLOCK_ROWS * HS;
     float *rows = (float *)(stages + 4 * TILE * HS);
@@ -929,71 +1072,61 @@ FLASH_KERNEL flash_dkdv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, co
     const unsigned stride = 3 * C;
     const size_t head = b * T * stride + h * HS;
     const bf16 *q = qkv + head, *o = dout + b * T * C + h * HS;
-    const Shared stage_n = lane_rows_n(stages), stage_k = lane_rows(stages);
-    const Shared key_rows = stage_k + (warp_row - 2 * BLOCK_ROWS) * ROW_BYTES;     /* before the stages */
+    const int group_row = thread / (GROUP_WARPS * WARP) * GROUP_ROWS;
+    const Shared stage_n = rows_n(stages), stage_k = rows_k(stages);
+    const Shared key_rows = stage_k + (group_row - 2 * BLOCK_ROWS) * ROW_BYTES;     /* before the stages */
     const float factor = LOG2E / 8, *row_source = (thread < TILE ? lse : delta) + pair * T;
     const float row_none = thread < TILE ? INFINITY : 0;     /* where there is no query, p becomes 0 */
-    const int stage_query = thread % TILE, begin = first_tile * TILE + stage_query;
+    int query = first_tile * TILE + thread % TILE;
     tile_load<BLOCK_ROWS>(keys, q + C, stride, first, T);
     tile_load<BLOCK_ROWS>(values, q + 2 * C, stride, first, T);
     stage_load(stages, first_tile, q, stride, o, C, T);
     copy_async_commit();
-    rows[first_tile % 2 * 2 * TILE + thread] = begin < T ? row_source[begin] : row_none;
+    rows[first_tile % 2 * 2 * TILE + thread] = query < T ? row_source[query] : row_none;
     float dk[WARP_TILES][8][4] = {}, dv[WARP_TILES][8][4] = {};
     for (int tile = first_tile; tile <= last; tile++) {
+        query += TILE;
+        const float next_row = query < T ? row_source[query] : row_none;
+        tiles_arrive();
         if (tile < last) stage_load(stages, tile + 1, q, stride, o, C, T);
         copy_async_commit();
-        const int query = (tile + 1) * TILE + stage_query;
-        const float next_row = query < T ? row_source[query] : row_none;
-        copy_async_wait<1>();
-        __syncthreads();
 #pragma unroll 1
-        for (int part = 0; part < TILE; part += 32) {
+        for (int part = 0; part < TILE; part += DKDV_QUERIES) {
             const int ahead = tile * TILE + part - first - warp_row;     /* of queries to keys */
-            if (ahead + 32 <= 0) continue;     /* all keys are later than these queries */
+            if (tile * TILE + part - first - group_row + DKDV_QUERIES <= 0) continue;     /* keys are later */
             const Shared at = tile % 2 * STAGE_BYTES + part * ROW_BYTES;
             const float *part_lse = rows + tile % 2 * 2 * TILE + part, *part_delta = part_lse + TILE;
-            float s[WARP_TILES][4][4] = {}, dp[WARP_TILES][4][4] = {};
-            uint32_t p_a[WARP_TILES][4], ds_a[WARP_TILES][4];
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                load_a(p_a, at_step(key_rows, step));
-                load_a(ds_a, at_step(key_rows, step) + BLOCK_BYTES);
-#pragma unroll
-                for (int n = 0; n < 4; n += 2) {
-                    const Shared queries = at_step(stage_n + at, step) + n * 8 * ROW_BYTES;
-                    multiply(s, n, p_a, queries, 0);
-                    multiply(dp, n, ds_a, queries + TILE_BYTES, 0);     /* dout */
-                }
-            }
+            float s[WARP_TILES][DKDV_QUERIES / 8][4], dp[WARP_TILES][DKDV_QUERIES / 8][4];
+            scores(s, key_rows, stage_n + at);
+            scores(dp, key_rows + BLOCK_BYTES, stage_n + at + TILE_BYTES);     /* values, dout */
+            products_wait<1>(s);
             if (ahead < WARP_ROWS) mask(s, ahead, -1);
 #pragma unroll
-            for (int i = 0; i < WARP_TILES * 16; i++) {
-                const int m = i / 16, n = i / 4 % 4, column = n * 8 + lane % 4 * 2 + i % 2;
-                const float p = exp2f(s[m][n][i % 4] * factor - part_lse[column]);
-                s[m][n][i % 4] = p;
-                dp[m][n][i % 4] = p * (dp[m][n][i % 4] - part_delta[column]);
+            for (int i = 0; i < WARP_TILES * DKDV_QUERIES / 2; i++) {
+                const int n = i / 4 % (DKDV_QUERIES / 8), column = n * 8 + lane % 4 * 2 + i % 2;
+                float *score = &s[i / (DKDV_QUERIES / 2)][n][i % 4];
+                *score = exp2f(*score * factor - part_lse[column]);
             }
+            weighted(dv, s, stage_k + at + TILE_BYTES);
+            products_wait<1>(dp);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {     /* 16 of the queries */
-                pack_a(p_a, s, half * 2);
-                pack_a(ds_a, dp, half * 2);
-#pragma unroll
-                for (int n = 0; n < 8; n += 2) {
-                    const Shared queries = at_step(stage_k + at, n / 2) + half * 16 * ROW_BYTES;
-                    multiply(dv, n, p_a, queries + TILE_BYTES, 1);
-                    multiply(dk, n, ds_a, queries, 1);
-                }
+            for (int i = 0; i < WARP_TILES * DKDV_QUERIES / 2; i++) {
+                const int m = i / (DKDV_QUERIES / 2), n = i / 4 % (DKDV_QUERIES / 8);
+                const int column = n * 8 + lane % 4 * 2 + i % 2;
+                dp[m][n][i % 4] = s[m][n][i % 4] * (dp[m][n][i % 4] - part_delta[column]);
             }
+            weighted(dk, dp, stage_k + at);
+            products_wait<0>(dv);
+            products_wait<0>(dk);
         }
         rows[(tile + 1) % 2 * 2 * TILE + thread] = next_row;
-        __syncthreads();
     }
+    __syncthreads();
 #pragma unroll
     for (int m = 0; m < WARP_TILES; m++) {
         const int row = warp_row + m * 16;
-        store_rows(dqkv + head + C, stride, first + row, T, keys, row, dk[m], 0.125f, 0.125f);
-        store_rows(dqkv + head + 2 * C, stride, first + row, T, values, row, dv[m], 1, 1);
+        store_rows(dqkv + (q - qkv) + C, stride, first + row, T, keys, row, dk[m], 0.125f, 0.125f);
+        store_rows(dqkv + (q - qkv) + 2 * C, stride, first + row, T, values, row, dv[m], 1, 1);
     }
 }
 #endif
@@ -1088,6 +1221,7 @@ struct GPT2 {
     Graph graphs[GRAPHS];
     int next_graph;
     int sms;                              /* multiprocessors of the GPU */
+    unsigned flash_rows;                  /* of a block of flash attention, as compiled for this GPU */
     size_t max_shared;                   /* bytes of shared memory that a block can have */
     cudaStream_t stream, upload;
     cudaEvent_t uploaded, classified;
@@ -1249,6 +1383,12 @@ static int device_open(GPT2 *m) {
     for (const void *kernel : kernels)
         if (!gpu_ok(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          (int)m->max_shared))) return -1;
+#ifndef GPT2_FP32
+    m->flash_rows = BLOCK_ROWS;
+#ifdef __CUDACC__
+    if (!gpu_ok(cudaMemcpyFromSymbol(&m->flash_rows, flash_block_rows, sizeof(int)))) return -1;
+#endif
+#endif
     if (!gpu_ok(cudaStreamCreateWithFlags(&m->stream, cudaStreamNonBlocking)) ||
         !gpu_ok(cudaStreamCreateWithFlags(&m->upload, cudaStreamNonBlocking)) ||
         !gpu_ok(cudaEventCreate(&m->uploaded)) || !gpu_ok(cudaEventCreate(&m->classified)) ||
@@ -1455,10 +1595,11 @@ static void layernorm_forward(GPT2 *m, floatX *out, float *mean, float *rstd, co
                       0, m->stream, out, mean, rstd, inp, w, b, N, (int)m->C, known);
 }
 
-static void column_total(GPT2 *m, float *out, const float *sums, size_t rows, size_t n, size_t stride,
-                         int add) {
-    LAUNCH(column_total_kernel, blocks(n, COLUMN_THREADS), dim3(COLUMN_THREADS, COLUMN_ROWS), 0, m->stream,
-           out, sums, (int)rows, (int)n, (int)stride, add);
+static void column_total(GPT2 *m, float *db, float *dw, size_t rows, size_t C, int add) {
+    size_t width = C;
+    if (dw) width += C;
+    LAUNCH(column_total_kernel, blocks(width, COLUMN_THREADS), dim3(COLUMN_THREADS, TOTAL_ROWS), 0, m->stream,
+           db, dw, activations(m, 0).sums, (int)rows, (int)C, add);
 }
 
 /* dx (N,C) = or += what layernorm_backward_kernel says; dw, db (C) */
@@ -1471,8 +1612,7 @@ static void layernorm_backward(GPT2 *m, floatX *dx, float *dw, float *db, const 
     float *sums = activations(m, 0).sums;
     LAUNCH_VECTORIZED(is_vectorized(C), layernorm_backward_kernel, (unsigned)grid, (unsigned)warps * WARP,
                 warps * warp_bytes, m->stream, dx, sums, dout, inp, w, mean, rstd, N, (int)C, add_dx);
-    column_total(m, db, sums, grid, C, 2 * C, !m->grads_zero);
-    column_total(m, dw, sums + C, grid, C, 2 * C, !m->grads_zero);
+    column_total(m, db, dw, grid, C, !m->grads_zero);
 }
 
 /* With w (OC,C): out (N,OC) = inp (N,C) · wᵀ + b + residual, unless that is NULL. Backward: dinp = dout · w,
@@ -1496,7 +1636,7 @@ static void linear_backward_weight(GPT2 *m, float *dw, float *db, const floatX *
          After{CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL, add ? dw : NULL});
     LAUNCH_VECTORIZED(vectorized, column_sums_kernel, dim3(across, down), dim3(COLUMN_THREADS, COLUMN_ROWS),
                       0, m->stream, sums, dout, N, (int)OC);
-    column_total(m, db, sums, down, OC, OC, add);
+    column_total(m, db, NULL, down, OC, add);
 }
 
 /* Whether cuBLASLt can fuse GELU: only for whole vectors, not in fp32. */
@@ -1537,8 +1677,8 @@ static void attention_forward(GPT2 *m, floatX *out, float *lse, const floatX *qk
     const unsigned heads = (unsigned)(m->B * m->NH);
 #ifndef GPT2_FP32
     if (C == NH * HS && first == 0) {
-        LAUNCH(flash_forward_kernel, blocks(m->T, BLOCK_ROWS) * heads, FLASH_THREADS,
-               FORWARD_SHARED, m->stream, out, lse, qkv, T, C, NH);
+        LAUNCH(flash_forward_kernel, blocks(m->T, m->flash_rows) * heads, FLASH_THREADS,
+               m->flash_rows * ROW_BYTES + 2 * STAGE_BYTES, m->stream, out, lse, qkv, T, C, NH);
         return;
     }
 #endif
@@ -1551,10 +1691,11 @@ static void attention_backward(GPT2 *m, floatX *dqkv, float *delta, const floatX
     const unsigned heads = (unsigned)(m->B * m->NH);
 #ifndef GPT2_FP32
     if (C == NH * HS) {
-        LAUNCH(flash_dq_kernel, blocks(m->T, BLOCK_ROWS) * heads, FLASH_THREADS, DQ_SHARED,
-               m->stream, dqkv, delta, dout, out, qkv, lse, T, C, NH);
-        LAUNCH(flash_dkdv_kernel, blocks(m->T, BLOCK_ROWS) * heads, FLASH_THREADS, DKDV_SHARED,
-               m->stream, dqkv, dout, qkv, lse, delta, T, C, NH);
+        const unsigned grid = blocks(m->T, m->flash_rows) * heads, rows = m->flash_rows * ROW_BYTES;
+        LAUNCH(flash_dq_kernel, grid, FLASH_THREADS, 3 * rows + 2 * STAGE_BYTES, m->stream, dqkv, delta, dout,
+               out, qkv, lse, T, C, NH);
+        LAUNCH(flash_dkdv_kernel, grid, FLASH_THREADS, 2 * rows + 2 * STAGE_BYTES + ROW_VALUES, m->stream,
+               dqkv, dout, qkv, lse, delta, T, C, NH);
         return;
     }
 #endif
@@ -2046,6 +2187,7 @@ static int plan_make(Blas *blas, Plan *plan, const Shape *s, const floatX *bias,
     const cudaDataType_t type_d = (cudaDataType_t)s->type_d;
     const size_t workspace = WORKSPACE;
     const uint32_t align = (uint32_t)s->alignment;
+    const uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;     /* partial sums are never bf16 */
     plan_free(plan);
     plan->shape = *s;
     int ok = blas_ok(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F)) &&
@@ -2062,7 +2204,9 @@ static int plan_make(Blas *blas, Plan *plan, const Shape *s, const floatX *bias,
     cublasLtMatmulPreference_t preference = NULL;
     ok = ok && blas_ok(cublasLtMatmulPreferenceCreate(&preference)) &&
          blas_ok(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                      &workspace, sizeof workspace));
+                                                      &workspace, sizeof workspace)) &&
+         blas_ok(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                                                      &reduction, sizeof reduction));
     const int first = CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES;
     for (int i = first; i < first + 4; i++)     /* of A, B, C, D */
         ok = ok && blas_ok(cublasLtMatmulPreferenceSetAttribute(
@@ -2073,7 +2217,7 @@ static int plan_make(Blas *blas, Plan *plan, const Shape *s, const floatX *bias,
                                               plan->d, preference, 1, &best, &found) == CUBLAS_STATUS_SUCCESS;
     if (preference) cublasLtMatmulPreferenceDestroy(preference);
     plan->algorithm = best.algo;
-    if (ok && found) return 1;
+    if (ok && found && best.state == CUBLAS_STATUS_SUCCESS) return 1;
     plan_free(plan);
     return 0;
 }

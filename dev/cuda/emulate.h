@@ -37,6 +37,7 @@
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+#include <array>
 #include <cmath>
 #include <deque>
 #include <functional>
@@ -53,4 +54,5 @@
 #include "emulate/threads.h"
 #include "emulate/runtime.h"
 #include "emulate/warps.h"
+#include "emulate/wgmma.h"
 #include "emulate/cublaslt.h"

@@ -625,10 +625,58 @@ static const struct { const char *name; void (*run)(void); } mistakes[] = {
 };
 #endif
 
+#ifdef __CUDACC__
+/* Products of ones by the plans of train_gpt2.cu: every element is exactly K, or, in bf16, K rounded. With
+   split-K, a missing tail or partial sums in bf16 would show. */
+__global__ void ones_kernel(floatX *out, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) from_float(out + i, 1);
+}
+template <class D>
+static void ones(Blas *blas, const floatX *one, size_t M, size_t N, size_t K, int ta, int tb) {
+    std::vector<D> zeros(M * N);
+    D *d = on_device(zeros.data(), M * N), expected;
+    from_float(&expected, (float)K);
+    gpu_failed = 0;
+    if (!gemm(blas, d, N, Matrix{one, ta ? M : K, ta}, Matrix{one, tb ? K : N, tb}, M, N, K)) {
+        fprintf(stderr, "%zu x %zu x %zu (%d, %d): %s\n", M, N, K, ta, tb, gpt2_error());
+        exit(1);
+    }
+    must(cudaStreamSynchronize(blas->stream));
+    for (const D &value : from_device(d, M * N))
+        if (to_float(value) != to_float(expected)) {
+            fprintf(stderr, "%zu x %zu x %zu (%d, %d): %g, expected %g\n", M, N, K, ta, tb,
+                    (double)to_float(value), (double)to_float(expected));
+            exit(1);
+        }
+    must(cudaFree(d));
+}
+static void products(void) {
+    const size_t most = (size_t)65536 * 768;
+    const struct { size_t M, N, K; } shapes[] = {     /* of steps of 124M, and with a tail in K */
+        {768, 768, 65536}, {2304, 768, 4096}, {4096, 3072, 768}, {1024, 768, 3072}, {64, 768, 50304},
+        {128, 128, 4097}, {65, 129, 1001}, {768, 768, 1016}, {768, 3072, 4104}, {256, 256, 65528},
+        {7, 9, 333},
+    };
+    GPT2 *m = new GPT2();
+    if (device_open(m)) wrong(gpt2_error());
+    floatX *one = (floatX *)device_memory(most * sizeof *one, m->stream);
+    LAUNCH(ones_kernel, blocks(most, 256), 256, 0, m->stream, one, most);
+    for (const auto &s : shapes)
+        for (int way = 0; way < 3; way++) {     /* d-input, d-weight, forward */
+            ones<float>(&m->blas, one, s.M, s.N, s.K, way == 1, way == 2);
+            ones<floatX>(&m->blas, one, s.M, s.N, s.K, way == 1, way == 2);
+        }
+    puts("ok");
+}
+#endif
+
 int main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "results";
     if (!strcmp(name, "results")) return results(), 0;
-#ifndef __CUDACC__
+#ifdef __CUDACC__
+    if (!strcmp(name, "products")) return products(), 0;
+#else
     for (const auto &mistake : mistakes)
         if (!strcmp(name, mistake.name)) return mistake.run(), 0;
 #endif

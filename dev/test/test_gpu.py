@@ -25,6 +25,9 @@ needs_gpu_build = pytest.mark.skipif(not (GPU_BUILD / "libgpt2cu_fp32.so").exist
                                      reason="needs `make emulated` (a C++ compiler), or a GPU's build")
 needs_emulation = pytest.mark.skipif(not EMULATED, reason="needs `make emulated` (a C++ compiler)")
 each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+on_hopper = pytest.param("hopper", marks=needs_emulation)     # bf16 with wgmma, for heads of 64
+each_code = pytest.mark.parametrize("precision", ["fp32", "bf16", on_hopper])
+SUFFIX = {"fp32": "_fp32", "bf16": "", "hopper": "_hopper"}
 BF16 = json.loads((HERE / "dev" / "cuda" / "bf16_errors.json").read_text())
 
 
@@ -33,7 +36,7 @@ load_library = train_gpt2.library.__wrapped__      # on_gpu has another
 
 def gpu_file(name, precision):
     stem, dot, extension = name.partition(".")
-    return GPU_BUILD / f"{stem}{'_fp32' if precision == 'fp32' else ''}{dot}{extension}"
+    return GPU_BUILD / f"{stem}{SUFFIX[precision]}{dot}{extension}"
 
 
 @functools.lru_cache(maxsize=None)
@@ -59,13 +62,13 @@ def bf16_limits(name):
 
 
 @needs_gpu_build
-@each_precision
+@each_code
 @each_reference
 def test_gpu_logits_loss_and_gradients_match_the_reference(name, precision, on_gpu):
     model, x, y, expected = open_reference(name)
     ours = results(model, x, y)
     limits = dict.fromkeys(expected, 1e-5)
-    if precision == "bf16":
+    if precision != "fp32":
         limits = bf16_limits(name)
     errors = {row: relative(ours[row], expected[row]) for row in expected}
     assert {row: error for row, error in errors.items() if not error <= limits[row]} == {}
@@ -87,7 +90,7 @@ def test_gpu_losses_of_ten_adamw_steps_match_the_reference(name, precision, on_g
 
 
 @needs_gpu_build
-@each_precision
+@each_code
 @pytest.mark.parametrize("shape", [
     (1, 1, 1, 1, 1, 1, 1), (130, 127, 2, 2, 64, 2, 130), (64, 300, 1, 2, 64, 3, 64),
     (65, 129, 1, 4, 32, 1, 65), (200, 60, 1, 1, 64, 1, 193), (400, 60, 1, 1, 64, 1, 333),
@@ -105,7 +108,7 @@ def test_gpu_results_match_the_cpu(shape, precision, monkeypatch):
     expected, found = results(ours, x, y), results(reference, x, y)
     worst = {row: max(errors[row] for errors in BF16["errors"].values()) for row in expected}
     limits = dict.fromkeys(expected, 1e-5)
-    if precision == "bf16":
+    if precision != "fp32":
         limits = {row: 2 * worst[row] for row in expected}
     scale = max(math.sqrt(math.fsum(v * v for v in expected[row])) for row in TENSORS)
     for row, limit in limits.items():
@@ -149,11 +152,12 @@ def test_a_gpu_run_is_reproducible(data, gpu_runs, tmp_path, precision, environm
 
 
 @needs_gpu_build
-def test_a_gpu_run_with_heads_of_64_channels_is_reproducible(tmp_path):
+@pytest.mark.parametrize("precision", ["bf16", on_hopper])
+def test_a_gpu_run_with_heads_of_64_channels_is_reproducible(tmp_path, precision):
     """Head size 64 has attention kernels of its own."""
     make_data(tmp_path, GPT2Config(160, V, 1, 2, 128))
     flags = "-b 2 -t 150 -d 300 -x 2 -v 0 -g 0 -n 2"
-    whole, *others = (gpu_run(tmp_path, "bf16", tmp_path / str(i), flags, **environment)
+    whole, *others = (gpu_run(tmp_path, precision, tmp_path / str(i), flags, **environment)
                       for i, environment in enumerate(EACH_ORDER))
     assert len(whole) == 4
     assert [name for name in whole for other in others if other[name] != whole[name]] == []
@@ -272,7 +276,8 @@ def test_the_profile_lists_every_kernel_with_its_bound():
     lines = run(GPU_BUILD / "profile", REFERENCES / "head64_model.bin", "2", "64").stdout.splitlines()[2:]
     bounds = {line.split()[0]: line.split()[-1] for line in lines if "_kernel" in line}
     source = (HERE / "train_gpt2.cu").read_text()
-    kernels = set(re.findall(r"^(?:template <.*> )?(?:__global__ void|FLASH_KERNEL) (\w+)\(", source, re.M))
+    kernel = r"^(?:template <.*> )?(?:__global__ void|FLASH_KERNEL\(\w+\))\s(\w+)\("
+    kernels = set(re.findall(kernel, source, re.M))
     others = {"convert_kernel", "noise_kernel", "gelu_kernel", "attention_plain_forward_kernel",
               "attention_delta_kernel", "attention_plain_dq_kernel", "attention_plain_dkdv_kernel"}
     assert set(bounds) == kernels - others and len(kernels) > len(others)

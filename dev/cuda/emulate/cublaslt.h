@@ -22,9 +22,14 @@ enum cublasLtMatrixLayoutAttribute_t {
     CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT = 5, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET = 6
 };
 enum cublasLtMatmulPreferenceAttributes_t {
-    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,
+    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8
+};
+enum cublasLtReductionScheme_t {
+    CUBLASLT_REDUCTION_SCHEME_INPLACE = 1, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2,
+    CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE = 4, CUBLASLT_REDUCTION_SCHEME_MASK = 7
 };
 namespace emulate {
 struct Handle { int unused; };
@@ -43,13 +48,16 @@ struct Layout {
     int32_t batch = 1;
     int64_t stride = 0;
 };
-struct Preference { size_t workspace = 0; uint32_t align[4] = {256, 256, 256, 256}; };
+struct Preference {
+    size_t workspace = 0;
+    uint32_t align[4] = {256, 256, 256, 256}, reductions = CUBLASLT_REDUCTION_SCHEME_MASK;
+};
 }
 typedef emulate::Handle *cublasLtHandle_t;
 typedef emulate::MatmulDesc *cublasLtMatmulDesc_t;
 typedef emulate::Layout *cublasLtMatrixLayout_t;
 typedef emulate::Preference *cublasLtMatmulPreference_t;
-struct cublasLtMatmulAlgo_t { uint64_t data[8]; };        /* the alignment that it needs, and 1 */
+struct cublasLtMatmulAlgo_t { uint64_t data[8]; };        /* the alignments that it needs, 1, reductions */
 struct cublasLtMatmulHeuristicResult_t {
     cublasLtMatmulAlgo_t algo;
     size_t workspaceSize;
@@ -97,15 +105,24 @@ inline int bias_type(const MatmulDesc &desc, const Layout &d) {
     return desc.bias_type;
 }
 
-struct Matmul { MatmulDesc desc; Layout a, b, c, d; float alpha, beta; const void *A, *B, *C; void *D; };
+struct Matmul {
+    MatmulDesc desc;
+    Layout a, b, c, d;
+    float alpha, beta;
+    const void *A, *B, *C;
+    void *D;
+    uint64_t reductions;
+};
 
 /* D = alpha op(A) op(B) + beta C, then the epilogue; all in column-major order. Partial sums of 64 products
-   limit the rounding error. */
+   limit the rounding error; they are added in the type of D where the preference allows it, as by split-K. */
 inline void matmul_run(const Matmul &m) {
     const size_t M = m.d.rows, N = m.d.cols, part = 64;
     const Operand op_a = operand(m.a, m.desc.transa), op_b = operand(m.b, m.desc.transb);
     const size_t K = op_a.cols;
     const int epilogue = m.desc.epilogue, type_of_bias = bias_type(m.desc, m.d);
+    const int exact_parts = m.reductions == CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    const int in_type_of_d = m.d.type == CUDA_R_16BF && !exact_parts;
     std::vector<float> a(K * M), total(M), sum(M);
     for (size_t batch = 0; batch < (size_t)m.d.batch; batch++) {
         const char *A = (const char *)m.A + batch * m.a.stride * size_of(m.a.type);
@@ -124,7 +141,10 @@ inline void matmul_run(const Matmul &m) {
                     const float *column = &a[k * M];
                     for (size_t i = 0; i < M; i++) sum[i] += column[i] * factor;
                 }
-                for (size_t i = 0; i < M; i++) total[i] += sum[i];
+                for (size_t i = 0; i < M; i++) {
+                    total[i] += sum[i];
+                    if (in_type_of_d) total[i] = (float)__nv_bfloat16(total[i]);
+                }
             }
             for (size_t i = 0; i < M; i++) {
                 float value = m.alpha * total[i];
@@ -264,6 +284,8 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
                                                            cublasLtMatmulPreferenceAttributes_t which,
                                                            const void *value, size_t bytes) {
     if (which == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) return emulate::take(&p->workspace, value, bytes);
+    if (which == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK)
+        return emulate::take(&p->reductions, value, bytes);
     if (which >= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES &&
         which <= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES)
         return emulate::take(&p->align[which - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], value, bytes);
@@ -282,6 +304,7 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
     memset((void *)results, 0, sizeof *results);
     for (int i = 0; i < 4; i++) results->algo.data[i] = p->align[i];
     results->algo.data[4] = 1;
+    results->algo.data[5] = p->reductions;
     return *found = 1, CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha,
@@ -291,8 +314,9 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc
                                      void *D, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t *algo,
                                      void *workspace, size_t workspace_bytes, cudaStream_t stream) {
     std::lock_guard<std::recursive_mutex> lock(emulate::device().calls);
-    const emulate::Matmul m = {*desc, *a, *b, *c, *d, *(const float *)alpha, *(const float *)beta,
-                               A, B, C, D};
+    emulate::Matmul m = {*desc, *a, *b, *c, *d, *(const float *)alpha, *(const float *)beta,
+                         A, B, C, D, CUBLASLT_REDUCTION_SCHEME_MASK};
+    if (algo) m.reductions = algo->data[5];
     const void *address[4] = {A, B, C, D};
     const emulate::Layout *layout[4] = {a, b, c, d};
     const char *const names[4] = {"A", "B", "C", "D"};

@@ -40,7 +40,11 @@ struct Fiber { void *sp; char *stack; };
 extern "C" void __sanitizer_start_switch_fiber(void **, const void *, size_t);
 extern "C" void __sanitizer_finish_switch_fiber(void *, const void **, size_t *);
 #endif
-struct Copies { std::vector<std::pair<void *, const void *>> open; std::deque<decltype(open)> groups; };
+struct Copies {
+    std::vector<std::pair<void *, const void *>> open;
+    std::deque<decltype(open)> groups;
+    bool hidden = false;                  /* from wgmma, until copies_visible */
+};
 
 struct Block {
     const char *kernel;

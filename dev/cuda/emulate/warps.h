@@ -165,5 +165,8 @@ inline void copy_async_commit(void) {
 template <int N> inline void copy_async_wait(void) {
     emulate::Copies &mine = emulate::block.copies[emulate::block.current];
     for (; mine.groups.size() > N; mine.groups.pop_front())
-        for (auto &copy : mine.groups.front()) memcpy(copy.first, copy.second, 16);
+        for (auto &copy : mine.groups.front()) {
+            memcpy(copy.first, copy.second, 16);
+            mine.hidden = true;
+        }
 }
