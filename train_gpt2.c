@@ -2251,16 +2251,28 @@ static void set_gpu_options(GPT2 *model) {
     }
 }
 
-/* Locks the run directory until the process ends, and opens main.log in it. */
+static void remove_empty_run(void) { rmdir(settings.out); }
+
+/* Creates the run directory if it is missing, and locks it until the process ends. A process that fails before
+   it has a file removes the directory that it made. */
+static void lock_run(void) {
+    const char *out = settings.out;
+    struct stat locked, now;
+    if (!*out) return;
+    const int made = !mkdir(out, 0777);
+    const int lock = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (lock < 0) die("run directory '%s' cannot be opened: %s", out, strerror(errno));
+    int taken = flock(lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
+    if (!taken && !fstat(lock, &locked))  /* a failed start may have removed it in the meantime */
+        taken = stat(out, &now) || locked.st_ino != now.st_ino;
+    if (taken) die("run directory '%s' is in use by another run; choose another -o", out);
+    if (made) atexit(remove_empty_run);
+}
+
 static FILE *open_log(int append) {
     const char *out = settings.out;
     Path path = "/dev/null";
-    if (*out) {
-        mkdir(out, 0777);                 /* it may exist */
-        snprintf(path, sizeof path, "%s/main.log", out);
-        if (flock(open(out, O_RDONLY), LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
-            die("run directory '%s' is in use by another run; choose another -o", out);
-    }
+    if (*out) snprintf(path, sizeof path, "%s/main.log", out);
     FILE *log = fopen(path, append ? "a" : "w");
     if (!log) die("run directory '%s' cannot be written: %s", out, strerror(errno));
     return log;
@@ -2270,6 +2282,7 @@ static Run open_run(void) {
     const uint64_t seed = 42;
     const int B = (int)settings.B, T = (int)settings.T;
     Run run = {.progress.rng = seed, .saved = -1};
+    lock_run();
     if (settings.resume) run.saved = gpt2_newest(settings.out);
     check_ok(run.saved >= -1);
     run.tokenizer = find_tokenizer();
@@ -2280,6 +2293,7 @@ static Run open_run(void) {
     if (run.tokenizer && run.tokenizer->V > c.V)
         die("the run's tokenizer.bin has %d tokens, expected at most the model's %d; remove or replace it",
             run.tokenizer->V, c.V);
+    if (T > c.max_T) die("-t is %d, expected at most the model's context, %d", T, c.max_T);
     run.train = gpt2_loader_open(settings.train_shards, B, T, c.V, !settings.overfit, seed);
     check_ok(run.train != NULL);
     if (*settings.val_shards) {

@@ -746,18 +746,11 @@ def train(model, train_loader, val_loader, run):
 
 
 class Run:
-    """A run directory, locked against other processes, and the state of a run.
+    """A run directory, which locked_folder has locked, and the state of a run.
 
     The first Ctrl-C or SIGTERM sets `stop`; the training loop then saves and returns."""
 
     def __init__(self, folder, settings, model, tokenizer):
-        os.makedirs(folder, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        weakref.finalize(self, os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GPT2Error(f"{folder} is in use by another run; choose another --out") from None
         self.folder, self.settings = folder, settings
         self.model, self.lib = model, model.lib
         V = model.config.V
@@ -877,6 +870,70 @@ class Run:
         self.live.say(f"step {self.progress.step}: saved {path}")
 
 
+def lock_folder(folder):
+    """Locks a run directory against other processes, for as long as the file descriptor is open."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), os.stat(folder)):
+            return lock
+    except (BlockingIOError, FileNotFoundError):     # a failed start removes its folder
+        pass
+    os.close(lock)
+    raise GPT2Error(f"{folder} is in use by another run; choose another --out")
+
+
+@contextlib.contextmanager
+def locked_folder(args, lib):
+    """The run directory of train, locked before anything in it is read or written. If the start fails, what
+    it has made is removed: an empty folder, or the tokens of a run that has not begun."""
+    made = []
+    if args.resume:
+        folder = args.out or newest_run(lib)
+        if not os.path.exists(folder):
+            raise GPT2Error(f"{folder} has no checkpoint to resume; name a run directory that has one with"
+                            " --out")
+    elif args.out:
+        folder = args.out
+        made = make_folders(folder)
+    else:
+        made = make_numbered_run()
+        folder = made[-1]
+    lock = lock_folder(folder)
+    try:
+        yield folder
+    except BaseException:
+        if made and set(os.listdir(folder)) <= {"tokens"}:
+            shutil.rmtree(os.path.join(folder, "tokens"), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for path in reversed(made):
+                    os.rmdir(path)
+        raise
+    finally:
+        os.close(lock)
+
+
+def make_folders(folder):
+    """Creates a folder and those above it. Returns those that were missing, the topmost first."""
+    missing = []
+    path = os.path.abspath(folder)
+    while not os.path.lexists(path):
+        missing.insert(0, path)
+        path = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    return missing
+
+
+def make_numbered_run():
+    """Creates the next free runs/N. Returns the folders that were missing, runs/N last."""
+    made = make_folders("runs")
+    for n in itertools.count(max(numbered_runs(), default=0) + 1):
+        folder = os.path.join("runs", str(n))
+        with contextlib.suppress(FileExistsError):     # another process was faster
+            os.mkdir(folder)
+            return [*made, folder]
+
+
 def read_val_losses(folder):
     """The validation losses in a run's metrics.jsonl as (step, loss), the last one of each step."""
     losses = {}
@@ -952,20 +1009,16 @@ def is_valid(value, default, kind):
     return False
 
 
-def open_run(args, given, lib):
-    """The run directory, its settings (those given over those in run.json of a resumed run), and the step to
-    resume from, None for a new run."""
-    folder = args.out
-    if not folder and args.resume:
-        folder = newest_run(lib)
-    folder = folder or f"runs/{max(numbered_runs(), default=0) + 1}"
+def open_run(folder, args, given, lib):
+    """The settings of a run (those given over those in run.json of a resumed run), and the step to resume
+    from, None for a new run."""
     step = lib.gpt2_newest(folder)
     if step < -1:
         raise GPT2Error(lib.gpt2_error().decode(errors="replace"))
     if not args.resume:
         if step >= 0:
             raise GPT2Error(f"{folder} has a run; add --resume to resume it, or choose another --out")
-        return folder, argparse.Namespace(**{**DEFAULTS, **given}), None
+        return argparse.Namespace(**{**DEFAULTS, **given}), None
     if step < 0:
         raise GPT2Error(f"{folder} has no checkpoint to resume; name a run directory that has one with --out")
     path = os.path.join(folder, "run.json")
@@ -978,7 +1031,7 @@ def open_run(args, given, lib):
     if given.get("data", data) != data:
         raise GPT2Error(f"{folder} trains on {listed(data or ['the default text'])}, which cannot change; for"
                         f" other data start a new run with --init {model_path(folder, step)}")
-    return folder, argparse.Namespace(**{**DEFAULTS, **saved, **given}), step
+    return argparse.Namespace(**{**DEFAULTS, **saved, **given}), step
 
 
 def find_shards(settings, given, folder, lib, model, resumed):
@@ -2449,9 +2502,16 @@ def settle_tokenizer(model, shard, config, lib, name):
 
 
 def train_command(args):
-    lib, memory = library(args.device), memory_available()
+    lib = library(args.device)
+    with locked_folder(args, lib) as folder:
+        return train_in(folder, args, lib)
+
+
+def train_in(folder, args, lib):
+    """Trains in a locked run directory. Returns the exit status."""
+    memory = memory_available()
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
-    folder, s, step = open_run(args, given, lib)
+    s, step = open_run(folder, args, given, lib)
 
     # The model comes before the data: most mistakes then show before the run directory has any file.
     source = s.init if step is None else model_path(folder, step)
