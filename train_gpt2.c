@@ -2261,7 +2261,7 @@ static void lock_run(void) {
     if (!*out) return;
     const int made = !mkdir(out, 0777);
     const int lock = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (lock < 0) die("run directory '%s' cannot be opened: %s", out, strerror(errno));
+    if (lock < 0) die("run directory '%s' cannot be read: %s", out, strerror(errno));
     int taken = flock(lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
     if (!taken && !fstat(lock, &locked))  /* a failed start may have removed it in the meantime */
         taken = stat(out, &now) || locked.st_ino != now.st_ino;
