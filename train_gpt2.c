@@ -104,6 +104,10 @@ const int32_t *gpt2_loader_next(GPT2Loader *loader);     /* x (B,T), then y (B,T
 void gpt2_loader_reset(GPT2Loader *loader);      /* to the first batch */
 typedef struct { int64_t shards, tokens, batches; } GPT2Size;     /* batches in an unshuffled epoch */
 GPT2Size gpt2_loader_size(const GPT2Loader *loader);
+/* What a position in the data depends on. Fingerprint of the shards in order: sizes, and up to 16 blocks of
+   4 KiB of each, evenly spaced (all of a shard of up to 64 KiB). */
+typedef struct { int64_t T, tokens; uint64_t seed, fingerprint; } GPT2Data;
+GPT2Data gpt2_loader_data(const GPT2Loader *loader);
 
 /* Mean loss of the first `batches` batches, at most all. */
 int gpt2_evaluate(GPT2 *model, GPT2Loader *loader, int64_t batches, float *loss);
@@ -143,6 +147,9 @@ double gpt2_zscore(GPT2Progress *progress, int window, double value);
 int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, const GPT2Progress *progress,
                     int64_t every, int64_t keep, int64_t major);
 int64_t gpt2_newest(const char *dir);      /* step of the newest complete checkpoint; -1: none, -2: failure */
+int64_t gpt2_newest_before(const char *dir, int64_t step);         /* the newest of those before a step */
+/* Verifies the files of a checkpoint, their checksums included. *data is its loader's, zeroes without one. */
+int gpt2_verify(const char *dir, int64_t step, GPT2Data *data);
 /* Restores moments, loader and progress of a checkpoint whose model gpt2_load has loaded. */
 int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader, GPT2Progress *progress);
 
@@ -1500,16 +1507,24 @@ int gpt2_save(GPT2 *model, const char *path, int version) {
     return gpt2_fail("model version is %d, expected 3 (fp32) or 5 (bf16)", version);
 }
 
+/* Reads the shape in a model file's header, and compares the file's size with it. */
+static int model_shape(const File *in, GPT2Config *c) {
+    const int32_t *h = in->header, version = h[1];
+    *c = (GPT2Config){h[2], h[3], h[4], h[5], h[6]};
+    int bytes = 4;                        /* of an element */
+    if (version == 5) bytes = 2;
+    if (gpt2_config_check(c)) return -1;
+    if ((version == 3 || version == 5) && in->size == 1024 + tensors_size(c) * bytes) return 0;
+    return gpt2_fail("version %d, context %d, V %d, L %d, NH %d, C %d, %lld bytes, expected version 3 or 5 "
+                     "and the size of this shape", version, h[2], h[3], h[4], h[5], h[6], in->size);
+}
+
 GPT2 *gpt2_load(const char *path) {
     File in;
+    GPT2Config c;
     if (file_open(&in, path, "model", MAGIC_MODEL)) return NULL;
-    const int32_t *h = in.header, version = h[1];
-    const GPT2Config c = {h[2], h[3], h[4], h[5], h[6]};
-    int failed = gpt2_config_check(&c), bytes = 4;     /* of an element */
-    if (version == 5) bytes = 2;
-    if (!failed && ((version != 3 && version != 5) || in.size != 1024 + tensors_size(&c) * bytes))
-        failed = gpt2_fail("version %d, context %d, V %d, L %d, NH %d, C %d, %lld bytes, expected version 3 "
-                           "or 5 and the size of this shape", version, h[2], h[3], h[4], h[5], h[6], in.size);
+    const int version = in.header[1];
+    int failed = model_shape(&in, &c);
     GPT2 *model = NULL;
     if (!failed && version == 3) model = gpt2_create_mapped(&c, fileno(in.f));
     if (!failed && version == 5) {
@@ -1566,6 +1581,7 @@ struct GPT2Loader {
     GPT2Size size;
     int B, V, shuffle;
     Position at;
+    uint64_t fingerprint;
     uint16_t *row;                        /* (T + 1) */
     int32_t *x;                           /* (2, B, T) */
 };
@@ -1597,6 +1613,25 @@ static int shard_open(File *in, const char *path, Shard *was) {
     return file_close(in, gpt2_fail("changed while in use: %lld tokens, previously %lld; restore it, and "
                                     "resume",
                                     n, (long long)was->tokens));
+}
+
+/* Adds a shard of n tokens to a fingerprint; see GPT2Data. */
+static int shard_fingerprint(File *in, int64_t n, uint64_t *sum) {
+    enum { BLOCKS = 16, WORDS = 512 };
+    uint64_t words[WORDS];
+    const size_t size = min(sizeof words, 2 * (size_t)n);
+    *sum = random_at(*sum, (uint64_t)n);
+    for (int64_t block = 0; block < BLOCKS; block++) {
+        memset(words, 0, sizeof words);
+        if (fseeko(in->f, (off_t)(1024 + (2 * n - (int64_t)size) * block / (BLOCKS - 1)), SEEK_SET))
+            return read_failed(in->f);
+        if (file_read(in, words, size)) return -1;
+        for (int i = 0; i < WORDS; i++) {
+            *sum = (*sum ^ words[i]) * 0x9E3779B97F4A7C15u;
+            *sum ^= *sum >> 32;
+        }
+    }
+    return 0;
 }
 
 void gpt2_loader_close(GPT2Loader *l) {
@@ -1647,8 +1682,8 @@ static int loader_find(GPT2Loader *l, const char *globs) {
     for (int64_t i = 0; i < l->size.shards; i++) {
         File in;
         if (shard_open(&in, l->paths[i], &l->shards[i])) return -1;
-        file_close(&in, 0);
         const int64_t n = l->shards[i].tokens;
+        if (file_close(&in, shard_fingerprint(&in, n, &l->fingerprint))) return -1;
         l->size.tokens += n;
         if (n) l->size.batches += (n - 1) / BT;
     }
@@ -1663,6 +1698,7 @@ GPT2Loader *gpt2_loader_open(const char *globs, int B, int T, int V, int shuffle
     GPT2Loader *l = alloc_bytes(sizeof *l);
     if (!l) return NULL;
     *l = (GPT2Loader){.B = B, .V = V, .shuffle = shuffle, .at = {.T = (uint64_t)T, .seed = seed}};
+    l->fingerprint = 1;
     if (B < 1 || T < 1 || V < 1) gpt2_fail("loader has B %d, T %d, V %d, expected at least 1 each", B, T, V);
     else if (!loader_find(l, globs)) return l;
     gpt2_loader_close(l);
@@ -1670,6 +1706,9 @@ GPT2Loader *gpt2_loader_open(const char *globs, int B, int T, int V, int shuffle
 }
 
 GPT2Size gpt2_loader_size(const GPT2Loader *l) { return l->size; }
+GPT2Data gpt2_loader_data(const GPT2Loader *l) {
+    return (GPT2Data){(int64_t)l->at.T, l->size.tokens, l->at.seed, l->fingerprint};
+}
 void gpt2_loader_reset(GPT2Loader *l) { l->at.epoch = l->at.shard = l->at.row = 0; }
 
 typedef struct { uint64_t file, key, offset, rows; } Place;     /* a shard, in the order of the epoch */
@@ -1911,6 +1950,7 @@ int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, 
 
 /* --- Checkpoints ---------------------------------------------------------------------------------------- */
 typedef struct { GPT2Progress progress; Position position; int64_t updates; } State;     /* then moments */
+enum { FINGERPRINT = 8 };                 /* its place in the header; 0 in files of earlier versions */
 
 enum { MODEL_FILE, STATE_FILE, DONE_FILE };     /* of a checkpoint, in the order of writing */
 static const char *run_path(Path path, const char *dir, int which, int64_t step) {
@@ -1939,7 +1979,8 @@ int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, cons
     const GPT2Config c = gpt2_config(model);
     State state = {.progress = *progress, .updates = *gpt2_updates(model)};
     if (loader) state.position = loader->at;
-    const int32_t header[256] = {MAGIC_STATE, 1, c.max_T, c.V, c.L, c.NH, c.C};
+    int32_t header[256] = {MAGIC_STATE, 1, c.max_T, c.V, c.L, c.NH, c.C};
+    if (loader) memcpy(header + FINGERPRINT, &loader->fingerprint, sizeof loader->fingerprint);
     const int64_t step = progress->step, old = step - keep * every;
     unlink(run_path(path, dir, DONE_FILE, step));     /* of another run, whose files are replaced */
     int failed = gpt2_save(model, run_path(path, dir, MODEL_FILE, step), 3);
@@ -1956,7 +1997,7 @@ int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, cons
     return 0;
 }
 
-int64_t gpt2_newest(const char *dir) {
+int64_t gpt2_newest_before(const char *dir, int64_t before) {
     long long newest = -1, step;
     char rest;
     DIR *d = opendir(dir);
@@ -1965,36 +2006,65 @@ int64_t gpt2_newest(const char *dir) {
         return -2;
     }
     for (struct dirent *entry; d && (entry = readdir(d));)
-        if (sscanf(entry->d_name, "DONE_%8lld%c", &step, &rest) == 1 && step > newest) newest = step;
+        if (sscanf(entry->d_name, "DONE_%8lld%c", &step, &rest) == 1 && step > newest && step < before)
+            newest = step;
     if (d) closedir(d);
     return newest;
 }
 
-static int check_state(const File *in, const GPT2Config *c, const State *state, const Position *now) {
-    const Position *was = &state->position;
-    const GPT2Progress *p = &state->progress;
+int64_t gpt2_newest(const char *dir) { return gpt2_newest_before(dir, INT64_MAX); }
+
+/* Opens the state of a checkpoint of a model of shape c, and reads all but the moments. */
+static int state_open(File *in, const char *path, const GPT2Config *c, State *state, GPT2Data *data) {
+    if (file_open(in, path, "training state", MAGIC_STATE)) return -1;
     const int fits = in->header[1] == 1 && !memcmp(in->header + 2, c, sizeof *c) &&
                      in->size == 1024 + (long long)sizeof *state + 8 * tensors_size(c);
-    if (!fits || memcmp(&was->T, &now->T, 3 * sizeof was->T))
-        return gpt2_fail("of %s model, T %lld, %lld tokens, seed %lld, expected this model, %lld, %lld, "
-                         "%lld; resume with the same settings", fits ? "this" : "another", (long long)was->T,
-                         (long long)was->tokens, (long long)was->seed, (long long)now->T,
-                         (long long)now->tokens, (long long)now->seed);
+    if (!fits) return file_close(in, gpt2_fail("of another model, expected that of the checkpoint"));
+    if (file_read(in, state, sizeof *state)) return file_close(in, -1);
+    const GPT2Progress *p = &state->progress;
     if ((uint64_t)(p->step | p->seen[0] | p->seen[1] | state->updates) >> 62)
-        return gpt2_fail("step %lld, %lld losses, %lld norms, %lld updates, expected each from 0 to 2^62",
-                         (long long)p->step, (long long)p->seen[0], (long long)p->seen[1],
-                         (long long)state->updates);
+        return file_close(in, gpt2_fail("step %lld, %lld losses, %lld norms, %lld updates, expected each "
+                                        "from 0 to 2^62", (long long)p->step, (long long)p->seen[0],
+                                        (long long)p->seen[1], (long long)state->updates));
+    const Position *at = &state->position;
+    *data = (GPT2Data){.T = (int64_t)at->T, .tokens = (int64_t)at->tokens, .seed = at->seed};
+    memcpy(&data->fingerprint, in->header + FINGERPRINT, sizeof data->fingerprint);
     return 0;
+}
+
+static int compare_data(const GPT2Data *was, const GPT2Data *now) {
+    if (was->T != now->T || was->tokens != now->tokens || was->seed != now->seed)
+        return gpt2_fail("of this model, T %lld, %lld tokens, seed %lld, expected this model, %lld, %lld, "
+                         "%lld; resume with the same settings", (long long)was->T, (long long)was->tokens,
+                         (long long)was->seed, (long long)now->T, (long long)now->tokens,
+                         (long long)now->seed);
+    if (!was->fingerprint || was->fingerprint == now->fingerprint) return 0;
+    return gpt2_fail("of other tokens, although as many; resume with the same shards");
+}
+
+int gpt2_verify(const char *dir, int64_t step, GPT2Data *data) {
+    Path path;
+    File in;
+    State state;
+    GPT2Config c;
+    if (file_open(&in, run_path(path, dir, MODEL_FILE, step), "model", MAGIC_MODEL)) return -1;
+    if (file_close(&in, model_shape(&in, &c))) return -1;
+    if (state_open(&in, run_path(path, dir, STATE_FILE, step), &c, &state, data)) return -1;
+    return file_close(&in, 0);
 }
 
 int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader, GPT2Progress *progress) {
     Path path;
     File in;
     State state;
+    GPT2Data was;
     const GPT2Config c = gpt2_config(model);
-    if (file_open(&in, run_path(path, dir, STATE_FILE, step), "training state", MAGIC_STATE)) return -1;
-    int failed = file_read(&in, &state, sizeof state);
-    failed = failed || check_state(&in, &c, &state, loader ? &loader->at : &state.position);
+    if (state_open(&in, run_path(path, dir, STATE_FILE, step), &c, &state, &was)) return -1;
+    int failed = 0;
+    if (loader) {
+        const GPT2Data now = gpt2_loader_data(loader);
+        failed = compare_data(&was, &now);
+    }
     for (int kind = GPT2_MOMENT1; kind <= GPT2_MOMENT2 && !failed; kind++)
         failed = tensors_copy(model, kind, &in, 0, 0);
     if (file_close(&in, failed)) return -1;

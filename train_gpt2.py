@@ -345,6 +345,12 @@ class GPT2Size(ctypes.Structure):
     _fields_ = [("values", ctypes.c_int64 * 3)]
 
 
+class GPT2Data(ctypes.Structure):
+    """What a position in the data depends on."""
+    _fields_ = [("T", ctypes.c_int64), ("tokens", ctypes.c_int64), ("seed", ctypes.c_uint64),
+                ("fingerprint", ctypes.c_uint64)]
+
+
 class GPT2Progress(ctypes.Structure):
     """The state of a run besides model and loader: steps done, sampler, windows for z-scores."""
     _fields_ = [("step", ctypes.c_int64), ("rng", ctypes.c_uint64), ("seen", ctypes.c_int64 * 2),
@@ -369,10 +375,10 @@ class CString(ctypes.c_char_p):
 
 
 # Section 1 of train_gpt2.c documents these. Result and arguments: p pointer (to a model, a loader, an array,
-# a struct), s str, c bytes, i int, l int64, u uint64, f float, d double, C GPT2Config, S GPT2Size, L pointer
-# to int64, - none. !: NULL or < 0 is a failure.
+# a struct), s str, c bytes, i int, l int64, u uint64, f float, d double, C GPT2Config, S GPT2Size, D GPT2Data,
+# L pointer to int64, - none. !: NULL or < 0 is a failure.
 C_TYPES = {"p": ctypes.c_void_p, "s": CString, "c": ctypes.c_char_p, "i": ctypes.c_int, "l": ctypes.c_int64,
-           "u": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "C": GPT2Config, "S": GPT2Size,
+           "u": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "C": GPT2Config, "S": GPT2Size, "D": GPT2Data,
            "L": ctypes.POINTER(ctypes.c_int64), "-": None}
 C_FUNCTIONS = """
     c  gpt2_error()             c  gpt2_version()             c  gpt2_device()
@@ -389,6 +395,7 @@ C_FUNCTIONS = """
     p! gpt2_loader_open(siiiiu) -  gpt2_loader_close(p)       p! gpt2_loader_next(p)
     S  gpt2_loader_size(p)      -  gpt2_loader_reset(p)       i! gpt2_evaluate(pplp)
     i! gpt2_checkpoint(sppplll) i! gpt2_restore(slppp)        l  gpt2_newest(s)
+    l  gpt2_newest_before(sl)   i! gpt2_verify(slp)           D  gpt2_loader_data(p)
     p! gpt2_tokenizer_load(s)   -  gpt2_tokenizer_free(p)     l! gpt2_hellaswag(psllp)
 """
 
