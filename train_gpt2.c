@@ -1697,8 +1697,8 @@ static int loader_find(GPT2Loader *l, const char *globs) {
 GPT2Loader *gpt2_loader_open(const char *globs, int B, int T, int V, int shuffle, uint64_t seed) {
     GPT2Loader *l = alloc_bytes(sizeof *l);
     if (!l) return NULL;
-    *l = (GPT2Loader){.B = B, .V = V, .shuffle = shuffle, .at = {.T = (uint64_t)T, .seed = seed}};
-    l->fingerprint = 1;
+    *l = (GPT2Loader){.B = B, .V = V, .shuffle = shuffle, .at = {.T = (uint64_t)T, .seed = seed},
+                      .fingerprint = 1};
     if (B < 1 || T < 1 || V < 1) gpt2_fail("loader has B %d, T %d, V %d, expected at least 1 each", B, T, V);
     else if (!loader_find(l, globs)) return l;
     gpt2_loader_close(l);
@@ -2137,6 +2137,7 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
 #ifndef GPT2_NO_MAIN
 /* === 4. main ==============================================================================================
    Flags and log as in karpathy/llm.c. */
+enum { SEED = 42 };                       /* of initial values, shuffling and samples */
 #define HELLASWAG "dev/data/hellaswag/hellaswag_val.bin"
 static struct {
     const char *train_shards, *val_shards, *model, *out, *schedule, *check;
@@ -2261,6 +2262,7 @@ typedef struct {
     GPT2Progress progress;
     FILE *log;
     long long saved;                      /* step of the newest checkpoint, -1: none */
+    int finished;                         /* all steps and the last validation are done */
     long long steps, first, nonfinite;    /* steps in all, the first of this process, consecutive bad ones */
     double peak, flops, began;            /* FLOP/s of the machine, FLOPs of a step, start in seconds */
 } Run;
@@ -2339,6 +2341,72 @@ static void lock_run(void) {
     if (made) atexit(remove_empty_run);
 }
 
+static float scheduled_lr(const Run *run, long long step) {
+    return gpt2_lr(settings.schedule, step, run->steps, settings.warmup, (float)settings.lr,
+                   (float)settings.final_lr_frac);
+}
+
+/* The newest undamaged checkpoint of the run directory, whose data it fills in; -1 if there is none. */
+static long long find_checkpoint(GPT2Data *data) {
+    char damage[sizeof error_text] = "";
+    const long long newest = gpt2_newest(settings.out);
+    long long step = newest;
+    check_ok(newest >= -1);
+    while (step >= 0 && gpt2_verify(settings.out, step, data)) {
+        if (!*damage) snprintf(damage, sizeof damage, "%s", gpt2_error());
+        step = gpt2_newest_before(settings.out, step);
+    }
+    if (step < newest && step < 0) die("%s", damage);
+    if (step < newest)
+        fprintf(stderr, "train_gpt2: the checkpoint of step %lld is resumed instead of %lld: %s\n", step,
+                newest, damage);
+    return step;
+}
+
+/* A run resumes with the data that it was trained on. */
+static void check_data(const GPT2Data *was, const GPT2Data *now) {
+    const char *out = settings.out;
+    if (!was->T) return;                  /* saved without a loader */
+    if (was->T != now->T)
+        die("-t is %lld, expected %lld, the sequence length of the run in '%s'", (long long)now->T,
+            (long long)was->T, out);
+    if (was->tokens != now->tokens)
+        die("-i has %lld tokens, expected the %lld that the run in '%s' is trained on; for other data start "
+            "a new run with -e MODEL", (long long)now->tokens, (long long)was->tokens, out);
+    if (was->fingerprint && was->fingerprint != now->fingerprint)
+        die("-i has other tokens than the run in '%s' is trained on, although as many; restore them, or "
+            "start a new run with -e MODEL", out);
+    if (was->seed != now->seed)
+        die("the run in '%s' has seed %lld, expected %lld; resume it with train_gpt2.py --resume", out,
+            (long long)was->seed, (long long)now->seed);
+}
+
+/* What main.log has about a step: the learning rate that led to it (or -1), and whether it was validated. */
+static double logged_lr(long long step, int *validated) {
+    Path path;
+    char line[256];
+    double lr = -1, value;
+    long long at;
+    snprintf(path, sizeof path, "%s/main.log", settings.out);
+    FILE *log = fopen(path, "r");
+    while (log && fgets(line, sizeof line, log)) {
+        if (sscanf(line, "s:%lld trl:%*f lr:%lf", &at, &value) == 2 && at == step - 1) lr = value;
+        if (sscanf(line, "s:%lld tel:%lf", &at, &value) == 2 && at == step) *validated = 1;
+    }
+    if (log) fclose(log);
+    return lr;
+}
+
+/* A new run would leave the best model of another one beside its own checkpoints. */
+static void check_new(void) {
+    Path path;
+    snprintf(path, sizeof path, "%s/best.bin", settings.out);
+    if (*settings.out && !access(path, F_OK))
+        die("'%s' is of another run; resume that with -y 1, remove it, or choose another -o", path);
+    snprintf(path, sizeof path, "%s/metrics.jsonl", settings.out);
+    if (*settings.out) unlink(path);      /* its log, as main.log is emptied */
+}
+
 static FILE *open_log(int append) {
     const char *out = settings.out;
     Path path = "/dev/null";
@@ -2348,13 +2416,32 @@ static FILE *open_log(int append) {
     return log;
 }
 
+/* Restores the checkpoint at run->saved. Reports a change of the learning rate. */
+static void restore(Run *run, const GPT2Data *was) {
+    const GPT2Data now = gpt2_loader_data(run->train);
+    check_data(was, &now);
+    check_ok(!gpt2_restore(settings.out, run->saved, run->model, run->train, &run->progress));
+    const long long step = run->progress.step;
+    if (step > run->steps)
+        die("the run in '%s' has done %lld steps, more than -x, %lld; give a larger one", settings.out, step,
+            run->steps);
+    int validated = !run->val;
+    const double lr = logged_lr(step, &validated);
+    run->finished = step == run->steps && validated;
+    const double expected = (double)scheduled_lr(run, step - 1);
+    if (lr >= 0 && step < run->steps && fabs(lr - expected) > 6e-7)     /* the log has 6 decimals */
+        printf("learning rate: %.2e in step %lld, %.2e in the next, since the schedule is now %s over %lld "
+               "steps with a peak of %.2e\n", lr, step, (double)scheduled_lr(run, step), settings.schedule,
+               run->steps, settings.lr);
+}
+
 static Run open_run(void) {
-    const uint64_t seed = 42;
+    const uint64_t seed = SEED;
     const int B = (int)settings.B, T = (int)settings.T;
     Run run = {.progress.rng = seed, .saved = -1};
+    GPT2Data was = {0};
     lock_run();
-    if (settings.resume) run.saved = gpt2_newest(settings.out);
-    check_ok(run.saved >= -1);
+    if (settings.resume) run.saved = find_checkpoint(&was);
     run.tokenizer = find_tokenizer();
     run.model = find_model(run.saved, run.tokenizer, seed);
     check_ok(run.model != NULL);
@@ -2370,15 +2457,90 @@ static Run open_run(void) {
         run.val = gpt2_loader_open(settings.val_shards, B, T, c.V, 0, seed);
         check_ok(run.val != NULL);
     }
-    if (run.saved >= 0) check_ok(!gpt2_restore(settings.out, run.saved, run.model, run.train, &run.progress));
-    run.log = open_log(run.saved >= 0);
-
     run.steps = settings.steps;
     if (run.steps < 0) run.steps = gpt2_loader_size(run.train).tokens / settings.total_batch;
+    if (run.saved >= 0) restore(&run, &was);
+    else check_new();
+    run.log = open_log(run.saved >= 0);
     run.first = run.progress.step;
     run.peak = gpt2_ceiling();
     run.flops = gpt2_flops_per_token(&c, T) * (double)settings.total_batch;
     return run;
+}
+
+/* A text as JSON. Bytes beyond ASCII become lone surrogates, as Python's surrogateescape has them. */
+static void write_text(FILE *out, const char *text, size_t n) {
+    for (const unsigned char *p = (const unsigned char *)text; p < (const unsigned char *)text + n; p++) {
+        if (*p >= 0x80) fprintf(out, "\\udc%02x", *p);
+        else if (*p < 0x20 || *p == '"' || *p == '\\') fprintf(out, "\\u%04x", *p);
+        else fputc(*p, out);
+    }
+}
+
+/* Globs, one per line, as a JSON list of absolute globs. */
+static void write_globs(FILE *out, const char *name, const char *globs) {
+    Path cwd = "";
+    const char *separator = "";
+    fprintf(out, " \"%s\": [", name);
+    for (size_t n; *globs; globs += n + (globs[n] != 0), separator = ", ") {
+        n = strcspn(globs, "\n");
+        fprintf(out, "%s\"", separator);
+        if (*globs != '/' && getcwd(cwd, sizeof cwd)) {
+            for (const char *p = cwd; *p; p++) {
+                const int special = strchr("*?[", *p) != NULL;     /* in a glob, [*] is a plain * */
+                if (special) fputc('[', out);
+                write_text(out, p, 1);
+                if (special) fputc(']', out);
+            }
+            fputc('/', out);
+        }
+        write_text(out, globs, n);
+        fputc('"', out);
+    }
+    fprintf(out, "],\n");
+}
+
+static void write_run_json(const Run *run, FILE *out) {
+    const GPT2Config c = gpt2_config(run->model);
+    long long val_every = settings.val_every;
+    if (!val_every && run->steps) val_every = run->steps;     /* here 0 is one at the end, there it is none */
+    const struct { const char *name; long long value; } integers[] = {
+        {"layers", c.L}, {"heads", c.NH}, {"channels", c.C}, {"context", c.max_T},
+        {"batch_size", settings.B}, {"seq_len", settings.T}, {"total_batch_size", settings.total_batch},
+        {"steps", run->steps}, {"warmup", settings.warmup}, {"skip_nonfinite", settings.skip_nonfinite},
+        {"seed", SEED}, {"val_every", val_every}, {"val_batches", settings.val_batches},
+        {"sample_every", settings.sample_every}, {"sample_tokens", settings.sample_tokens},
+        {"checkpoint_every", settings.checkpoint_every}, {"keep", settings.keep}};
+    const struct { const char *name; double value; } reals[] = {
+        {"lr", settings.lr}, {"final_lr_frac", settings.final_lr_frac},
+        {"weight_decay", settings.weight_decay}, {"grad_clip", 1}};
+    fprintf(out, "{\n");
+    write_globs(out, "data", settings.train_shards);
+    write_globs(out, "val_data", settings.val_shards);
+    for (size_t i = 0; i < sizeof integers / sizeof *integers; i++)
+        fprintf(out, " \"%s\": %lld,\n", integers[i].name, integers[i].value);
+    for (size_t i = 0; i < sizeof reals / sizeof *reals; i++)
+        fprintf(out, " \"%s\": %.17g,\n", reals[i].name, reals[i].value);
+    fprintf(out, " \"init\": \"");
+    if (is_descriptor(settings.model)) fprintf(out, "scratch");
+    else write_text(out, settings.model, strlen(settings.model));
+    fprintf(out, "\",\n \"schedule\": \"%s\"\n}\n", settings.schedule);
+}
+
+/* Leaves the settings in the run directory as train_gpt2.py does, which then resumes the run with them. */
+static void save_settings(const Run *run) {
+    Path path, temporary;
+    if (!*settings.out) return;
+    snprintf(path, sizeof path, "%s/run.json", settings.out);
+    snprintf(temporary, sizeof temporary, "%s/run.json.tmp", settings.out);
+    FILE *out = fopen(temporary, "w");
+    int failed = !out;
+    if (out) {
+        write_run_json(run, out);
+        failed = fflush(out) || fsync(fileno(out));
+        failed = fclose(out) || failed || rename(temporary, path);
+    }
+    if (failed) die("'%s' cannot be written: %s", path, strerror(errno));
 }
 
 static void close_run(Run *run) {
@@ -2493,8 +2655,7 @@ static void train_step(Run *run, long long step) {
     const double start = seconds();
     const double loss = accumulate_gradients(run);
     const double norm = gpt2_grad_norm(run->model);
-    const float lr = gpt2_lr(settings.schedule, step, run->steps, settings.warmup, (float)settings.lr,
-                             (float)settings.final_lr_frac);
+    const float lr = scheduled_lr(run, step);
     const char *skipped = reason_to_skip(run, step, loss, norm);
     if (!*skipped) check_ok(!gpt2_update(run->model, lr, 0.9, 0.95, 1e-8, settings.weight_decay, 1));
     gpt2_zero_grad(run->model);
@@ -2561,7 +2722,15 @@ int main(int argc, char **argv) {
     if (*settings.check) return check_command();
 
     Run run = open_run();
+    if (run.finished) {
+        printf("finished: the run in '%s' has done its %lld steps; to train its model further, start a new "
+               "run with -e %s/model_%08lld.bin and a lower learning rate, -l\n", settings.out, run.steps,
+               settings.out, run.saved);
+        close_run(&run);
+        return 0;
+    }
     print_summary(&run);
+    save_settings(&run);
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     signal(SIGXFSZ, SIG_IGN);             /* a file at its size limit is an error of write */
