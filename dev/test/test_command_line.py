@@ -80,7 +80,8 @@ NEW_RUN = ("--data {f}/data --init {f}/model.bin --batch-size 2 --seq-len 8 --st
     --init scratch --heads 1 --channels 99999
     --init scratch --heads 1 --channels 65536 --layers 4096 => memory
     --out {f}/text.txt | --out {f}/run => --resume | --lr 1e30 --steps 9 => diverged
-    --resume => no run | --resume --out {f}/nothing | --resume --out {f}/run --steps 4 --data {f}/few => other data
+    --resume => no run | --resume --out {f}/nothing
+    --resume --out {f}/run --steps 4 --data {f}/few => other data
     --resume --out {f}/run --seed 1 => seed | --resume --out {f}/run --seq-len 4 => expected 8
     --resume --out {f}/run --steps 1 => --steps 1 | --resume --out {f}/unreadable => run.json
     sample => no run | sample {f}/nothing | sample {f}/none.bin | sample {f}/text.txt
