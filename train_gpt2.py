@@ -2730,10 +2730,6 @@ def train_in(folder, args, lib):
     memory = memory_available()
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
     s, saved, step, data = open_run(folder, args, given, lib)
-    if step is not None and is_finished(folder, s, step):
-        print(f"{folder} is finished, with {s.steps:,} steps; to train its model further:"
-              f" {train_on(folder, s)}")
-        return 0
 
     # The model comes before the data: most mistakes then show before the run directory has any file.
     source = s.init if step is None else model_path(folder, step)
@@ -2762,6 +2758,11 @@ def train_in(folder, args, lib):
     train_loader = Loader(exact_globs(train_shards), B, T, config.V, True, s.seed, args.device)
     check_data(folder, s, train_shards, data, train_loader)
     val_loader = open_val_loader(s, val_shards, config.V, args.device)
+
+    if step is not None and is_finished(folder, s, step):
+        print(f"{folder} is finished, with {s.steps:,} steps; to train its model further:"
+              f" {train_on(folder, s)}")
+        return 0
 
     run = Run(folder, s, model, tokenizer)
     start_run(run, tokenizer, step, source, train_loader)
