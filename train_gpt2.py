@@ -1055,7 +1055,7 @@ def read_settings(path):
     for name in ("data", "val_data"):
         if isinstance(saved.get(name), str):     # of an earlier version
             saved[name] = [saved[name]]
-        with contextlib.suppress(TypeError, UnicodeEncodeError):     # the binary escapes all but ASCII
+        with contextlib.suppress(TypeError):     # the binary escapes all but ASCII
             saved[name] = [os.fsdecode(os.fsencode(glob)) for glob in saved.get(name)]
     total = saved.get("total_batch_size")
     saved.setdefault("given", ["total_batch_size"] if total != batch_tokens(saved) else [])
