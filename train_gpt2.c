@@ -2416,11 +2416,81 @@ static FILE *open_log(int append) {
     return log;
 }
 
+/* A text as JSON. Bytes beyond ASCII become lone surrogates, as Python's surrogateescape has them. */
+static void write_text(FILE *out, const char *text, size_t n) {
+    for (const unsigned char *p = (const unsigned char *)text; p < (const unsigned char *)text + n; p++) {
+        if (*p >= 0x80) fprintf(out, "\\udc%02x", *p);
+        else if (*p < 0x20 || *p == '"' || *p == '\\') fprintf(out, "\\u%04x", *p);
+        else fputc(*p, out);
+    }
+}
+
+/* Globs, one per line, as a JSON list of absolute globs. */
+static void write_globs(FILE *out, const char *name, const char *globs) {
+    Path cwd = "";
+    const char *separator = "";
+    fprintf(out, " \"%s\": [", name);
+    for (size_t n; *globs; globs += n + (globs[n] != 0), separator = ", ") {
+        n = strcspn(globs, "\n");
+        fprintf(out, "%s\"", separator);
+        if (*globs != '/' && getcwd(cwd, sizeof cwd)) {
+            for (const char *p = cwd; *p; p++) {
+                const int special = strchr("*?[", *p) != NULL;     /* in a glob, [*] is a plain * */
+                if (special) fputc('[', out);
+                write_text(out, p, 1);
+                if (special) fputc(']', out);
+            }
+            fputc('/', out);
+        }
+        write_text(out, globs, n);
+        fputc('"', out);
+    }
+    fprintf(out, "],\n");
+}
+
+static void write_val_shards(FILE *out, const Run *run) {
+    fprintf(out, " \"val_shards\": [");
+    for (int64_t i = 0; run->val && i < run->val->size.shards; i++) {
+        const char *name = run->val->paths[i] + folder_length(run->val->paths[i]);
+        fprintf(out, "%s\"", i ? ", " : "");
+        write_text(out, name, strlen(name));
+        fputc('"', out);
+    }
+    fprintf(out, "],\n");
+}
+
+/* Ends the program if the same -j matches other shards than when run.json was written: one may be missing. */
+static void check_val_shards(const Run *run) {
+    Path path;
+    char *now = NULL, *line = NULL;
+    size_t size = 0, n = 0;
+    int same_glob = 0;
+    snprintf(path, sizeof path, "%s/run.json", settings.out);
+    FILE *in = fopen(path, "r"), *out = open_memstream(&now, &size);
+    if (in && out) {
+        write_globs(out, "val_data", settings.val_shards);
+        write_val_shards(out, run);
+        fflush(out);
+    }
+    while (in && out && getline(&line, &n, in) > 0) {
+        const size_t length = strlen(line);
+        if (!strncmp(line, now, length)) same_glob = 1;
+        else if (same_glob && !strncmp(line, " \"val_shards\": [", 16) && !strstr(now, line))
+            die("-j '%s' matches other validation shards than before, expected%.*s; restore them",
+                settings.val_shards, (int)strcspn(line + 14, "]") + 1, line + 14);
+    }
+    if (in) fclose(in);
+    if (out) fclose(out);
+    free(now);
+    free(line);
+}
+
 /* Restores the checkpoint at run->saved. Reports a change of the learning rate. */
 static void restore(Run *run, const GPT2Data *was) {
     const GPT2Data now = gpt2_loader_data(run->train);
     check_data(was, &now);
     check_ok(!gpt2_restore(settings.out, run->saved, run->model, run->train, &run->progress));
+    check_val_shards(run);
     const long long step = run->progress.step;
     if (step > run->steps)
         die("the run in '%s' has done %lld steps, more than -x, %lld; give a larger one", settings.out, step,
@@ -2468,38 +2538,6 @@ static Run open_run(void) {
     return run;
 }
 
-/* A text as JSON. Bytes beyond ASCII become lone surrogates, as Python's surrogateescape has them. */
-static void write_text(FILE *out, const char *text, size_t n) {
-    for (const unsigned char *p = (const unsigned char *)text; p < (const unsigned char *)text + n; p++) {
-        if (*p >= 0x80) fprintf(out, "\\udc%02x", *p);
-        else if (*p < 0x20 || *p == '"' || *p == '\\') fprintf(out, "\\u%04x", *p);
-        else fputc(*p, out);
-    }
-}
-
-/* Globs, one per line, as a JSON list of absolute globs. */
-static void write_globs(FILE *out, const char *name, const char *globs) {
-    Path cwd = "";
-    const char *separator = "";
-    fprintf(out, " \"%s\": [", name);
-    for (size_t n; *globs; globs += n + (globs[n] != 0), separator = ", ") {
-        n = strcspn(globs, "\n");
-        fprintf(out, "%s\"", separator);
-        if (*globs != '/' && getcwd(cwd, sizeof cwd)) {
-            for (const char *p = cwd; *p; p++) {
-                const int special = strchr("*?[", *p) != NULL;     /* in a glob, [*] is a plain * */
-                if (special) fputc('[', out);
-                write_text(out, p, 1);
-                if (special) fputc(']', out);
-            }
-            fputc('/', out);
-        }
-        write_text(out, globs, n);
-        fputc('"', out);
-    }
-    fprintf(out, "],\n");
-}
-
 static void write_run_json(const Run *run, FILE *out) {
     const GPT2Config c = gpt2_config(run->model);
     long long val_every = settings.val_every;
@@ -2517,6 +2555,7 @@ static void write_run_json(const Run *run, FILE *out) {
     fprintf(out, "{\n");
     write_globs(out, "data", settings.train_shards);
     write_globs(out, "val_data", settings.val_shards);
+    write_val_shards(out, run);
     for (size_t i = 0; i < sizeof integers / sizeof *integers; i++)
         fprintf(out, " \"%s\": %lld,\n", integers[i].name, integers[i].value);
     for (size_t i = 0; i < sizeof reals / sizeof *reals; i++)

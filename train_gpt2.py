@@ -1052,7 +1052,7 @@ def read_settings(path):
     for old, new in OLD_FLAGS.items():
         if old.replace("-", "_") in saved:
             saved[new.replace("-", "_")] = saved.pop(old.replace("-", "_"))
-    for name in ("data", "val_data"):
+    for name in ("data", "val_data", "val_shards"):
         if isinstance(saved.get(name), str):     # of an earlier version
             saved[name] = [saved[name]]
         with contextlib.suppress(TypeError):     # the binary escapes all but ASCII
@@ -1155,7 +1155,7 @@ def check_val_shards(folder, s, given, val):
     """Raises GPT2Error if a validation shard of a resumed run is missing, or there are others. Otherwise keeps
     their names for run.json."""
     names = sorted(map(os.path.basename, val))
-    if s.val_shards is not None and names != s.val_shards and "val_data" not in given:
+    if s.val_shards is not None and names != sorted(s.val_shards) and "val_data" not in given:
         missing = ", ".join(sorted({*s.val_shards} - {*names})) or "no others"
         raise GPT2Error(f"{folder} has the validation shards {', '.join(names) or '(none)'}, expected"
                         f" {missing} as before; restore them, or choose with --val-data")

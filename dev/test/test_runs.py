@@ -166,7 +166,7 @@ def test_a_changed_schedule_is_reported(data, whole_runs, tmp_path, front, then)
 def test_the_driver_resumes_the_binarys_run_with_its_settings(data, whole_runs, tmp_path):
     settings = json.loads((whole_runs["binary"][1] / "run.json").read_text())
     texts = {"model", "tokenizer", "patience", "encoding", "text_field", "document_separator", "jsonl"}
-    assert set(settings) == set(train_gpt2.DEFAULTS) - texts
+    assert set(settings) == {*train_gpt2.DEFAULTS, "val_shards"} - texts
     by_driver = json.loads((whole_runs["driver"][1] / "run.json").read_text())
     others = {"data", "val_data", "init", *train_gpt2.SHAPE}
     assert [settings[name] for name in ("layers", "heads", "channels", "context")] == [2, 3, 39, 24]
@@ -275,6 +275,23 @@ def test_a_deleted_validation_shard_is_reported(trained, tmp_path):
     new = functools.partial(driver, *SMALL, "--sample-tokens", 0, "--out", "new", cwd=tmp_path)
     reports_error(new("--data", "shards", status=1), "shards", "val_000000.bin", "manifest.json")
     new("--data", "shards/train_*")
+
+
+@both_front_ends
+def test_a_deleted_validation_shard_of_a_binarys_run_is_reported(tmp_path, front):
+    make_data(tmp_path, GPT2Config(24, V, 1, 1, 8))
+    shutil.copy(tmp_path / "data" / "val_000.bin", tmp_path / "data" / "val_001.bin")
+    words = ["-i", "data/train*", *"-o run -e model.bin -b 2 -t 8 -n 2 -g 0 -x".split()]
+    binary(*words, 2, "-j", "data/val*", cwd=tmp_path)
+    (tmp_path / "data" / "val_000.bin").unlink()
+    if front == "driver":
+        done = driver("--resume", "--out", "run", "--steps", 4, status=1, cwd=tmp_path)
+        reports_error(done, "run has the validation shards val_001.bin, expected val_000.bin")
+        driver("--resume", "--out", "run", "--steps", 4, "--val-data", "data/val*", cwd=tmp_path)
+        return
+    done = binary(*words, 4, "-j", "data/val*", "-y", 1, status=1, cwd=tmp_path)
+    reports_error(done, "-j 'data/val*'", 'expected ["val_000.bin", "val_001.bin"]', "restore")
+    binary(*words, 4, "-j", "data/val_001.bin", "-y", 1, cwd=tmp_path)
 
 
 def test_commands_use_the_best_model_of_a_run(trained, tmp_path):
