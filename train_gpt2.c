@@ -104,6 +104,10 @@ const int32_t *gpt2_loader_next(GPT2Loader *loader);     /* x (B,T), then y (B,T
 void gpt2_loader_reset(GPT2Loader *loader);      /* to the first batch */
 typedef struct { int64_t shards, tokens, batches; } GPT2Size;     /* batches in an unshuffled epoch */
 GPT2Size gpt2_loader_size(const GPT2Loader *loader);
+/* What a position in the data depends on. Fingerprint of the shards in order: sizes, and up to 16 blocks of
+   4 KiB of each, evenly spaced (all of a shard of up to 64 KiB). */
+typedef struct { int64_t T, tokens; uint64_t seed, fingerprint; } GPT2Data;
+GPT2Data gpt2_loader_data(const GPT2Loader *loader);
 
 /* Mean loss of the first `batches` batches, at most all. */
 int gpt2_evaluate(GPT2 *model, GPT2Loader *loader, int64_t batches, float *loss);
@@ -143,6 +147,9 @@ double gpt2_zscore(GPT2Progress *progress, int window, double value);
 int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, const GPT2Progress *progress,
                     int64_t every, int64_t keep, int64_t major);
 int64_t gpt2_newest(const char *dir);      /* step of the newest complete checkpoint; -1: none, -2: failure */
+int64_t gpt2_newest_before(const char *dir, int64_t step);         /* the newest of those before a step */
+/* Verifies the files of a checkpoint, their checksums included. *data is its loader's, zeroes without one. */
+int gpt2_verify(const char *dir, int64_t step, GPT2Data *data);
 /* Restores moments, loader and progress of a checkpoint whose model gpt2_load has loaded. */
 int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader, GPT2Progress *progress);
 
@@ -1500,16 +1507,24 @@ int gpt2_save(GPT2 *model, const char *path, int version) {
     return gpt2_fail("model version is %d, expected 3 (fp32) or 5 (bf16)", version);
 }
 
+/* Reads the shape in a model file's header, and compares the file's size with it. */
+static int model_shape(const File *in, GPT2Config *c) {
+    const int32_t *h = in->header, version = h[1];
+    *c = (GPT2Config){h[2], h[3], h[4], h[5], h[6]};
+    int bytes = 4;                        /* of an element */
+    if (version == 5) bytes = 2;
+    if (gpt2_config_check(c)) return -1;
+    if ((version == 3 || version == 5) && in->size == 1024 + tensors_size(c) * bytes) return 0;
+    return gpt2_fail("version %d, context %d, V %d, L %d, NH %d, C %d, %lld bytes, expected version 3 or 5 "
+                     "and the size of this shape", version, h[2], h[3], h[4], h[5], h[6], in->size);
+}
+
 GPT2 *gpt2_load(const char *path) {
     File in;
+    GPT2Config c;
     if (file_open(&in, path, "model", MAGIC_MODEL)) return NULL;
-    const int32_t *h = in.header, version = h[1];
-    const GPT2Config c = {h[2], h[3], h[4], h[5], h[6]};
-    int failed = gpt2_config_check(&c), bytes = 4;     /* of an element */
-    if (version == 5) bytes = 2;
-    if (!failed && ((version != 3 && version != 5) || in.size != 1024 + tensors_size(&c) * bytes))
-        failed = gpt2_fail("version %d, context %d, V %d, L %d, NH %d, C %d, %lld bytes, expected version 3 "
-                           "or 5 and the size of this shape", version, h[2], h[3], h[4], h[5], h[6], in.size);
+    const int version = in.header[1];
+    int failed = model_shape(&in, &c);
     GPT2 *model = NULL;
     if (!failed && version == 3) model = gpt2_create_mapped(&c, fileno(in.f));
     if (!failed && version == 5) {
@@ -1566,6 +1581,7 @@ struct GPT2Loader {
     GPT2Size size;
     int B, V, shuffle;
     Position at;
+    uint64_t fingerprint;
     uint16_t *row;                        /* (T + 1) */
     int32_t *x;                           /* (2, B, T) */
 };
@@ -1597,6 +1613,25 @@ static int shard_open(File *in, const char *path, Shard *was) {
     return file_close(in, gpt2_fail("changed while in use: %lld tokens, previously %lld; restore it, and "
                                     "resume",
                                     n, (long long)was->tokens));
+}
+
+/* Adds a shard of n tokens to a fingerprint; see GPT2Data. */
+static int shard_fingerprint(File *in, int64_t n, uint64_t *sum) {
+    enum { BLOCKS = 16, WORDS = 512 };
+    uint64_t words[WORDS];
+    const size_t size = min(sizeof words, 2 * (size_t)n);
+    *sum = random_at(*sum, (uint64_t)n);
+    for (int64_t block = 0; block < BLOCKS; block++) {
+        memset(words, 0, sizeof words);
+        if (fseeko(in->f, (off_t)(1024 + (2 * n - (int64_t)size) * block / (BLOCKS - 1)), SEEK_SET))
+            return read_failed(in->f);
+        if (file_read(in, words, size)) return -1;
+        for (int i = 0; i < WORDS; i++) {
+            *sum = (*sum ^ words[i]) * 0x9E3779B97F4A7C15u;
+            *sum ^= *sum >> 32;
+        }
+    }
+    return 0;
 }
 
 void gpt2_loader_close(GPT2Loader *l) {
@@ -1647,8 +1682,8 @@ static int loader_find(GPT2Loader *l, const char *globs) {
     for (int64_t i = 0; i < l->size.shards; i++) {
         File in;
         if (shard_open(&in, l->paths[i], &l->shards[i])) return -1;
-        file_close(&in, 0);
         const int64_t n = l->shards[i].tokens;
+        if (file_close(&in, shard_fingerprint(&in, n, &l->fingerprint))) return -1;
         l->size.tokens += n;
         if (n) l->size.batches += (n - 1) / BT;
     }
@@ -1662,7 +1697,8 @@ static int loader_find(GPT2Loader *l, const char *globs) {
 GPT2Loader *gpt2_loader_open(const char *globs, int B, int T, int V, int shuffle, uint64_t seed) {
     GPT2Loader *l = alloc_bytes(sizeof *l);
     if (!l) return NULL;
-    *l = (GPT2Loader){.B = B, .V = V, .shuffle = shuffle, .at = {.T = (uint64_t)T, .seed = seed}};
+    *l = (GPT2Loader){.B = B, .V = V, .shuffle = shuffle, .at = {.T = (uint64_t)T, .seed = seed},
+                      .fingerprint = 1};
     if (B < 1 || T < 1 || V < 1) gpt2_fail("loader has B %d, T %d, V %d, expected at least 1 each", B, T, V);
     else if (!loader_find(l, globs)) return l;
     gpt2_loader_close(l);
@@ -1670,6 +1706,9 @@ GPT2Loader *gpt2_loader_open(const char *globs, int B, int T, int V, int shuffle
 }
 
 GPT2Size gpt2_loader_size(const GPT2Loader *l) { return l->size; }
+GPT2Data gpt2_loader_data(const GPT2Loader *l) {
+    return (GPT2Data){(int64_t)l->at.T, l->size.tokens, l->at.seed, l->fingerprint};
+}
 void gpt2_loader_reset(GPT2Loader *l) { l->at.epoch = l->at.shard = l->at.row = 0; }
 
 typedef struct { uint64_t file, key, offset, rows; } Place;     /* a shard, in the order of the epoch */
@@ -1911,6 +1950,7 @@ int gpt2_next(GPT2 *model, const int32_t *tokens, int64_t n, float temperature, 
 
 /* --- Checkpoints ---------------------------------------------------------------------------------------- */
 typedef struct { GPT2Progress progress; Position position; int64_t updates; } State;     /* then moments */
+enum { FINGERPRINT = 8 };                 /* its place in the header; 0 in files of earlier versions */
 
 enum { MODEL_FILE, STATE_FILE, DONE_FILE };     /* of a checkpoint, in the order of writing */
 static const char *run_path(Path path, const char *dir, int which, int64_t step) {
@@ -1939,7 +1979,8 @@ int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, cons
     const GPT2Config c = gpt2_config(model);
     State state = {.progress = *progress, .updates = *gpt2_updates(model)};
     if (loader) state.position = loader->at;
-    const int32_t header[256] = {MAGIC_STATE, 1, c.max_T, c.V, c.L, c.NH, c.C};
+    int32_t header[256] = {MAGIC_STATE, 1, c.max_T, c.V, c.L, c.NH, c.C};
+    if (loader) memcpy(header + FINGERPRINT, &loader->fingerprint, sizeof loader->fingerprint);
     const int64_t step = progress->step, old = step - keep * every;
     unlink(run_path(path, dir, DONE_FILE, step));     /* of another run, whose files are replaced */
     int failed = gpt2_save(model, run_path(path, dir, MODEL_FILE, step), 3);
@@ -1956,7 +1997,7 @@ int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, cons
     return 0;
 }
 
-int64_t gpt2_newest(const char *dir) {
+int64_t gpt2_newest_before(const char *dir, int64_t before) {
     long long newest = -1, step;
     char rest;
     DIR *d = opendir(dir);
@@ -1965,36 +2006,65 @@ int64_t gpt2_newest(const char *dir) {
         return -2;
     }
     for (struct dirent *entry; d && (entry = readdir(d));)
-        if (sscanf(entry->d_name, "DONE_%8lld%c", &step, &rest) == 1 && step > newest) newest = step;
+        if (sscanf(entry->d_name, "DONE_%8lld%c", &step, &rest) == 1 && step > newest && step < before)
+            newest = step;
     if (d) closedir(d);
     return newest;
 }
 
-static int check_state(const File *in, const GPT2Config *c, const State *state, const Position *now) {
-    const Position *was = &state->position;
-    const GPT2Progress *p = &state->progress;
+int64_t gpt2_newest(const char *dir) { return gpt2_newest_before(dir, INT64_MAX); }
+
+/* Opens the state of a checkpoint of a model of shape c, and reads all but the moments. */
+static int state_open(File *in, const char *path, const GPT2Config *c, State *state, GPT2Data *data) {
+    if (file_open(in, path, "training state", MAGIC_STATE)) return -1;
     const int fits = in->header[1] == 1 && !memcmp(in->header + 2, c, sizeof *c) &&
                      in->size == 1024 + (long long)sizeof *state + 8 * tensors_size(c);
-    if (!fits || memcmp(&was->T, &now->T, 3 * sizeof was->T))
-        return gpt2_fail("of %s model, T %lld, %lld tokens, seed %lld, expected this model, %lld, %lld, "
-                         "%lld; resume with the same settings", fits ? "this" : "another", (long long)was->T,
-                         (long long)was->tokens, (long long)was->seed, (long long)now->T,
-                         (long long)now->tokens, (long long)now->seed);
+    if (!fits) return file_close(in, gpt2_fail("of another model, expected that of the checkpoint"));
+    if (file_read(in, state, sizeof *state)) return file_close(in, -1);
+    const GPT2Progress *p = &state->progress;
     if ((uint64_t)(p->step | p->seen[0] | p->seen[1] | state->updates) >> 62)
-        return gpt2_fail("step %lld, %lld losses, %lld norms, %lld updates, expected each from 0 to 2^62",
-                         (long long)p->step, (long long)p->seen[0], (long long)p->seen[1],
-                         (long long)state->updates);
+        return file_close(in, gpt2_fail("step %lld, %lld losses, %lld norms, %lld updates, expected each "
+                                        "from 0 to 2^62", (long long)p->step, (long long)p->seen[0],
+                                        (long long)p->seen[1], (long long)state->updates));
+    const Position *at = &state->position;
+    *data = (GPT2Data){.T = (int64_t)at->T, .tokens = (int64_t)at->tokens, .seed = at->seed};
+    memcpy(&data->fingerprint, in->header + FINGERPRINT, sizeof data->fingerprint);
     return 0;
+}
+
+static int compare_data(const GPT2Data *was, const GPT2Data *now) {
+    if (was->T != now->T || was->tokens != now->tokens || was->seed != now->seed)
+        return gpt2_fail("of this model, T %lld, %lld tokens, seed %lld, expected this model, %lld, %lld, "
+                         "%lld; resume with the same settings", (long long)was->T, (long long)was->tokens,
+                         (long long)was->seed, (long long)now->T, (long long)now->tokens,
+                         (long long)now->seed);
+    if (!was->fingerprint || was->fingerprint == now->fingerprint) return 0;
+    return gpt2_fail("of other tokens, although as many; resume with the same shards");
+}
+
+int gpt2_verify(const char *dir, int64_t step, GPT2Data *data) {
+    Path path;
+    File in;
+    State state;
+    GPT2Config c;
+    if (file_open(&in, run_path(path, dir, MODEL_FILE, step), "model", MAGIC_MODEL)) return -1;
+    if (file_close(&in, model_shape(&in, &c))) return -1;
+    if (state_open(&in, run_path(path, dir, STATE_FILE, step), &c, &state, data)) return -1;
+    return file_close(&in, 0);
 }
 
 int gpt2_restore(const char *dir, int64_t step, GPT2 *model, GPT2Loader *loader, GPT2Progress *progress) {
     Path path;
     File in;
     State state;
+    GPT2Data was;
     const GPT2Config c = gpt2_config(model);
-    if (file_open(&in, run_path(path, dir, STATE_FILE, step), "training state", MAGIC_STATE)) return -1;
-    int failed = file_read(&in, &state, sizeof state);
-    failed = failed || check_state(&in, &c, &state, loader ? &loader->at : &state.position);
+    if (state_open(&in, run_path(path, dir, STATE_FILE, step), &c, &state, &was)) return -1;
+    int failed = 0;
+    if (loader) {
+        const GPT2Data now = gpt2_loader_data(loader);
+        failed = compare_data(&was, &now);
+    }
     for (int kind = GPT2_MOMENT1; kind <= GPT2_MOMENT2 && !failed; kind++)
         failed = tensors_copy(model, kind, &in, 0, 0);
     if (file_close(&in, failed)) return -1;
@@ -2067,6 +2137,7 @@ int gpt2_check(GPT2 *model, const char *path, double tolerance, GPT2Diff rows[GP
 #ifndef GPT2_NO_MAIN
 /* === 4. main ==============================================================================================
    Flags and log as in karpathy/llm.c. */
+enum { SEED = 42 };                       /* of initial values, shuffling and samples */
 #define HELLASWAG "dev/data/hellaswag/hellaswag_val.bin"
 static struct {
     const char *train_shards, *val_shards, *model, *out, *schedule, *check;
@@ -2191,6 +2262,7 @@ typedef struct {
     GPT2Progress progress;
     FILE *log;
     long long saved;                      /* step of the newest checkpoint, -1: none */
+    int finished;                         /* all steps and the last validation are done */
     long long steps, first, nonfinite;    /* steps in all, the first of this process, consecutive bad ones */
     double peak, flops, began;            /* FLOP/s of the machine, FLOPs of a step, start in seconds */
 } Run;
@@ -2251,27 +2323,195 @@ static void set_gpu_options(GPT2 *model) {
     }
 }
 
-/* Locks the run directory until the process ends, and opens main.log in it. */
+static void remove_empty_run(void) { rmdir(settings.out); }
+
+/* Creates the run directory if it is missing, and locks it until the process ends. A process that fails before
+   it has a file removes the directory that it made. */
+static void lock_run(void) {
+    const char *out = settings.out;
+    struct stat locked, now;
+    if (!*out) return;
+    const int made = !mkdir(out, 0777);
+    const int lock = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (lock < 0) die("run directory '%s' cannot be read: %s", out, strerror(errno));
+    int taken = flock(lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
+    if (!taken && !fstat(lock, &locked))  /* a failed start may have removed it in the meantime */
+        taken = stat(out, &now) || locked.st_ino != now.st_ino;
+    if (taken) die("run directory '%s' is in use by another run; choose another -o", out);
+    if (made) atexit(remove_empty_run);
+}
+
+static float scheduled_lr(const Run *run, long long step) {
+    return gpt2_lr(settings.schedule, step, run->steps, settings.warmup, (float)settings.lr,
+                   (float)settings.final_lr_frac);
+}
+
+/* The newest undamaged checkpoint of the run directory, whose data it fills in; -1 if there is none. */
+static long long find_checkpoint(GPT2Data *data) {
+    char damage[sizeof error_text] = "";
+    const long long newest = gpt2_newest(settings.out);
+    long long step = newest;
+    check_ok(newest >= -1);
+    while (step >= 0 && gpt2_verify(settings.out, step, data)) {
+        if (!*damage) snprintf(damage, sizeof damage, "%s", gpt2_error());
+        step = gpt2_newest_before(settings.out, step);
+    }
+    if (step < newest && step < 0) die("%s", damage);
+    if (step < newest)
+        fprintf(stderr, "train_gpt2: the checkpoint of step %lld is resumed instead of %lld: %s\n", step,
+                newest, damage);
+    return step;
+}
+
+/* A run resumes with the data that it was trained on. */
+static void check_data(const GPT2Data *was, const GPT2Data *now) {
+    const char *out = settings.out;
+    if (!was->T) return;                  /* saved without a loader */
+    if (was->T != now->T)
+        die("-t is %lld, expected %lld, the sequence length of the run in '%s'", (long long)now->T,
+            (long long)was->T, out);
+    if (was->tokens != now->tokens)
+        die("-i has %lld tokens, expected the %lld that the run in '%s' is trained on; for other data start "
+            "a new run with -e MODEL", (long long)now->tokens, (long long)was->tokens, out);
+    if (was->fingerprint && was->fingerprint != now->fingerprint)
+        die("-i has other tokens than the run in '%s' is trained on, although as many; restore them, or "
+            "start a new run with -e MODEL", out);
+    if (was->seed != now->seed)
+        die("the run in '%s' has seed %lld, expected %lld; resume it with train_gpt2.py --resume", out,
+            (long long)was->seed, (long long)now->seed);
+}
+
+/* What main.log has about a step: the learning rate that led to it (or -1), and whether it was validated. */
+static double logged_lr(long long step, int *validated) {
+    Path path;
+    char line[256];
+    double lr = -1, value;
+    long long at;
+    snprintf(path, sizeof path, "%s/main.log", settings.out);
+    FILE *log = fopen(path, "r");
+    while (log && fgets(line, sizeof line, log)) {
+        if (sscanf(line, "s:%lld trl:%*f lr:%lf", &at, &value) == 2 && at == step - 1) lr = value;
+        if (sscanf(line, "s:%lld tel:%lf", &at, &value) == 2 && at == step) *validated = 1;
+    }
+    if (log) fclose(log);
+    return lr;
+}
+
+/* A new run would leave the best model of another one beside its own checkpoints. */
+static void check_new(void) {
+    Path path;
+    snprintf(path, sizeof path, "%s/best.bin", settings.out);
+    if (*settings.out && !access(path, F_OK))
+        die("'%s' is of another run; resume that with -y 1, remove it, or choose another -o", path);
+    snprintf(path, sizeof path, "%s/metrics.jsonl", settings.out);
+    if (*settings.out) unlink(path);      /* its log, as main.log is emptied */
+}
+
 static FILE *open_log(int append) {
     const char *out = settings.out;
     Path path = "/dev/null";
-    if (*out) {
-        mkdir(out, 0777);                 /* it may exist */
-        snprintf(path, sizeof path, "%s/main.log", out);
-        if (flock(open(out, O_RDONLY), LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
-            die("run directory '%s' is in use by another run; choose another -o", out);
-    }
+    if (*out) snprintf(path, sizeof path, "%s/main.log", out);
     FILE *log = fopen(path, append ? "a" : "w");
     if (!log) die("run directory '%s' cannot be written: %s", out, strerror(errno));
     return log;
 }
 
+/* A text as JSON. Bytes beyond ASCII become lone surrogates, as Python's surrogateescape has them. */
+static void write_text(FILE *out, const char *text, size_t n) {
+    for (const unsigned char *p = (const unsigned char *)text; p < (const unsigned char *)text + n; p++) {
+        if (*p >= 0x80) fprintf(out, "\\udc%02x", *p);
+        else if (*p < 0x20 || *p == '"' || *p == '\\') fprintf(out, "\\u%04x", *p);
+        else fputc(*p, out);
+    }
+}
+
+/* Globs, one per line, as a JSON list of absolute globs. */
+static void write_globs(FILE *out, const char *name, const char *globs) {
+    Path cwd = "";
+    const char *separator = "";
+    fprintf(out, " \"%s\": [", name);
+    for (size_t n; *globs; globs += n + (globs[n] != 0), separator = ", ") {
+        n = strcspn(globs, "\n");
+        fprintf(out, "%s\"", separator);
+        if (*globs != '/' && getcwd(cwd, sizeof cwd)) {
+            for (const char *p = cwd; *p; p++) {
+                const int special = strchr("*?[", *p) != NULL;     /* in a glob, [*] is a plain * */
+                if (special) fputc('[', out);
+                write_text(out, p, 1);
+                if (special) fputc(']', out);
+            }
+            fputc('/', out);
+        }
+        write_text(out, globs, n);
+        fputc('"', out);
+    }
+    fprintf(out, "],\n");
+}
+
+static void write_val_shards(FILE *out, const Run *run) {
+    fprintf(out, " \"val_shards\": [");
+    for (int64_t i = 0; run->val && i < run->val->size.shards; i++) {
+        const char *name = run->val->paths[i] + folder_length(run->val->paths[i]);
+        fprintf(out, "%s\"", i ? ", " : "");
+        write_text(out, name, strlen(name));
+        fputc('"', out);
+    }
+    fprintf(out, "],\n");
+}
+
+/* Ends the program if the same -j matches other shards than when run.json was written: one may be missing. */
+static void check_val_shards(const Run *run) {
+    Path path;
+    char *now = NULL, *line = NULL;
+    size_t size = 0, n = 0;
+    int same_glob = 0;
+    snprintf(path, sizeof path, "%s/run.json", settings.out);
+    FILE *in = fopen(path, "r"), *out = open_memstream(&now, &size);
+    if (in && out) {
+        write_globs(out, "val_data", settings.val_shards);
+        write_val_shards(out, run);
+        fflush(out);
+    }
+    while (in && out && getline(&line, &n, in) > 0) {
+        const size_t length = strlen(line);
+        if (!strncmp(line, now, length)) same_glob = 1;
+        else if (same_glob && !strncmp(line, " \"val_shards\": [", 16) && !strstr(now, line))
+            die("-j '%s' matches other validation shards than before, expected%.*s; restore them",
+                settings.val_shards, (int)strcspn(line + 14, "]") + 1, line + 14);
+    }
+    if (in) fclose(in);
+    if (out) fclose(out);
+    free(now);
+    free(line);
+}
+
+/* Restores the checkpoint at run->saved. Reports a change of the learning rate. */
+static void restore(Run *run, const GPT2Data *was) {
+    const GPT2Data now = gpt2_loader_data(run->train);
+    check_data(was, &now);
+    check_ok(!gpt2_restore(settings.out, run->saved, run->model, run->train, &run->progress));
+    check_val_shards(run);
+    const long long step = run->progress.step;
+    if (step > run->steps)
+        die("the run in '%s' has done %lld steps, more than -x, %lld; give a larger one", settings.out, step,
+            run->steps);
+    int validated = !run->val;
+    const double lr = logged_lr(step, &validated);
+    run->finished = step == run->steps && validated;
+    const double expected = (double)scheduled_lr(run, step - 1);
+    if (lr >= 0 && step < run->steps && fabs(lr - expected) > 6e-7)     /* the log has 6 decimals */
+        printf("learning rate: %.2e in step %lld, %.2e in the next, since the schedule is now %s over %lld "
+               "steps with a peak of %.2e\n", lr, step, (double)scheduled_lr(run, step), settings.schedule,
+               run->steps, settings.lr);
+}
+
 static Run open_run(void) {
-    const uint64_t seed = 42;
+    const uint64_t seed = SEED;
     const int B = (int)settings.B, T = (int)settings.T;
     Run run = {.progress.rng = seed, .saved = -1};
-    if (settings.resume) run.saved = gpt2_newest(settings.out);
-    check_ok(run.saved >= -1);
+    GPT2Data was = {0};
+    lock_run();
+    if (settings.resume) run.saved = find_checkpoint(&was);
     run.tokenizer = find_tokenizer();
     run.model = find_model(run.saved, run.tokenizer, seed);
     check_ok(run.model != NULL);
@@ -2280,21 +2520,66 @@ static Run open_run(void) {
     if (run.tokenizer && run.tokenizer->V > c.V)
         die("the run's tokenizer.bin has %d tokens, expected at most the model's %d; remove or replace it",
             run.tokenizer->V, c.V);
+    if (T > c.max_T) die("-t is %d, expected at most the model's context, %d", T, c.max_T);
     run.train = gpt2_loader_open(settings.train_shards, B, T, c.V, !settings.overfit, seed);
     check_ok(run.train != NULL);
     if (*settings.val_shards) {
         run.val = gpt2_loader_open(settings.val_shards, B, T, c.V, 0, seed);
         check_ok(run.val != NULL);
     }
-    if (run.saved >= 0) check_ok(!gpt2_restore(settings.out, run.saved, run.model, run.train, &run.progress));
-    run.log = open_log(run.saved >= 0);
-
     run.steps = settings.steps;
     if (run.steps < 0) run.steps = gpt2_loader_size(run.train).tokens / settings.total_batch;
+    if (run.saved >= 0) restore(&run, &was);
+    else check_new();
+    run.log = open_log(run.saved >= 0);
     run.first = run.progress.step;
     run.peak = gpt2_ceiling();
     run.flops = gpt2_flops_per_token(&c, T) * (double)settings.total_batch;
     return run;
+}
+
+static void write_run_json(const Run *run, FILE *out) {
+    const GPT2Config c = gpt2_config(run->model);
+    long long val_every = settings.val_every;
+    if (!val_every && run->steps) val_every = run->steps;     /* here 0 is one at the end, there it is none */
+    const struct { const char *name; long long value; } integers[] = {
+        {"layers", c.L}, {"heads", c.NH}, {"channels", c.C}, {"context", c.max_T},
+        {"batch_size", settings.B}, {"seq_len", settings.T}, {"total_batch_size", settings.total_batch},
+        {"steps", run->steps}, {"warmup", settings.warmup}, {"skip_nonfinite", settings.skip_nonfinite},
+        {"seed", SEED}, {"val_every", val_every}, {"val_batches", settings.val_batches},
+        {"sample_every", settings.sample_every}, {"sample_tokens", settings.sample_tokens},
+        {"checkpoint_every", settings.checkpoint_every}, {"keep", settings.keep}};
+    const struct { const char *name; double value; } reals[] = {
+        {"lr", settings.lr}, {"final_lr_frac", settings.final_lr_frac},
+        {"weight_decay", settings.weight_decay}, {"grad_clip", 1}};
+    fprintf(out, "{\n");
+    write_globs(out, "data", settings.train_shards);
+    write_globs(out, "val_data", settings.val_shards);
+    write_val_shards(out, run);
+    for (size_t i = 0; i < sizeof integers / sizeof *integers; i++)
+        fprintf(out, " \"%s\": %lld,\n", integers[i].name, integers[i].value);
+    for (size_t i = 0; i < sizeof reals / sizeof *reals; i++)
+        fprintf(out, " \"%s\": %.17g,\n", reals[i].name, reals[i].value);
+    fprintf(out, " \"init\": \"");
+    if (is_descriptor(settings.model)) fprintf(out, "scratch");
+    else write_text(out, settings.model, strlen(settings.model));
+    fprintf(out, "\",\n \"schedule\": \"%s\"\n}\n", settings.schedule);
+}
+
+/* Leaves the settings in the run directory as train_gpt2.py does, which then resumes the run with them. */
+static void save_settings(const Run *run) {
+    Path path, temporary;
+    if (!*settings.out) return;
+    snprintf(path, sizeof path, "%s/run.json", settings.out);
+    snprintf(temporary, sizeof temporary, "%s/run.json.tmp", settings.out);
+    FILE *out = fopen(temporary, "w");
+    int failed = !out;
+    if (out) {
+        write_run_json(run, out);
+        failed = fflush(out) || fsync(fileno(out));
+        failed = fclose(out) || failed || rename(temporary, path);
+    }
+    if (failed) die("'%s' cannot be written: %s", path, strerror(errno));
 }
 
 static void close_run(Run *run) {
@@ -2409,8 +2694,7 @@ static void train_step(Run *run, long long step) {
     const double start = seconds();
     const double loss = accumulate_gradients(run);
     const double norm = gpt2_grad_norm(run->model);
-    const float lr = gpt2_lr(settings.schedule, step, run->steps, settings.warmup, (float)settings.lr,
-                             (float)settings.final_lr_frac);
+    const float lr = scheduled_lr(run, step);
     const char *skipped = reason_to_skip(run, step, loss, norm);
     if (!*skipped) check_ok(!gpt2_update(run->model, lr, 0.9, 0.95, 1e-8, settings.weight_decay, 1));
     gpt2_zero_grad(run->model);
@@ -2477,7 +2761,15 @@ int main(int argc, char **argv) {
     if (*settings.check) return check_command();
 
     Run run = open_run();
+    if (run.finished) {
+        printf("finished: the run in '%s' has done its %lld steps; to train its model further, start a new "
+               "run with -e %s/model_%08lld.bin and a lower learning rate, -l\n", settings.out, run.steps,
+               settings.out, run.saved);
+        close_run(&run);
+        return 0;
+    }
     print_summary(&run);
+    save_settings(&run);
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     signal(SIGXFSZ, SIG_IGN);             /* a file at its size limit is an error of write */

@@ -114,7 +114,17 @@ def data_path(text):
     return os.path.abspath(text)
 
 
-METAVARS = {str: "PATH", data_path: "PATH", REAL: "X", FRACTION: "X", tokenizer_name: "NAME|PATH"}
+def checkpoint_name(text):
+    """A type for argparse: best, last or a step."""
+    if text in ("best", "last"):
+        return text
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return COUNT0(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither best, last nor a step")
+
+
+METAVARS = {str: "PATH", checkpoint_name: "best|last|STEP", data_path: "PATH", REAL: "X", FRACTION: "X",
+            tokenizer_name: "NAME|PATH"}
 REQUIRED = object()
 END_OF_TEXT = "<|endoftext|>"
 MODELS = ("d2", "d4", "d6", "d12", "d24", "d36", "d48")
@@ -345,6 +355,12 @@ class GPT2Size(ctypes.Structure):
     _fields_ = [("values", ctypes.c_int64 * 3)]
 
 
+class GPT2Data(ctypes.Structure):
+    """What a position in the data depends on."""
+    _fields_ = [("T", ctypes.c_int64), ("tokens", ctypes.c_int64), ("seed", ctypes.c_uint64),
+                ("fingerprint", ctypes.c_uint64)]
+
+
 class GPT2Progress(ctypes.Structure):
     """The state of a run besides model and loader: steps done, sampler, windows for z-scores."""
     _fields_ = [("step", ctypes.c_int64), ("rng", ctypes.c_uint64), ("seen", ctypes.c_int64 * 2),
@@ -369,11 +385,11 @@ class CString(ctypes.c_char_p):
 
 
 # Section 1 of train_gpt2.c documents these. Result and arguments: p pointer (to a model, a loader, an array,
-# a struct), s str, c bytes, i int, l int64, u uint64, f float, d double, C GPT2Config, S GPT2Size, L pointer
-# to int64, - none. !: NULL or < 0 is a failure.
+# a struct), s str, c bytes, i int, l int64, u uint64, f float, d double, C GPT2Config, S GPT2Size, D GPT2Data,
+# L pointer to int64, - none. !: NULL or < 0 is a failure.
 C_TYPES = {"p": ctypes.c_void_p, "s": CString, "c": ctypes.c_char_p, "i": ctypes.c_int, "l": ctypes.c_int64,
            "u": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "C": GPT2Config, "S": GPT2Size,
-           "L": ctypes.POINTER(ctypes.c_int64), "-": None}
+           "D": GPT2Data, "L": ctypes.POINTER(ctypes.c_int64), "-": None}
 C_FUNCTIONS = """
     c  gpt2_error()             c  gpt2_version()             c  gpt2_device()
     d  gpt2_ceiling()
@@ -389,6 +405,7 @@ C_FUNCTIONS = """
     p! gpt2_loader_open(siiiiu) -  gpt2_loader_close(p)       p! gpt2_loader_next(p)
     S  gpt2_loader_size(p)      -  gpt2_loader_reset(p)       i! gpt2_evaluate(pplp)
     i! gpt2_checkpoint(sppplll) i! gpt2_restore(slppp)        l  gpt2_newest(s)
+    l  gpt2_newest_before(sl)   i! gpt2_verify(slp)           D  gpt2_loader_data(p)
     p! gpt2_tokenizer_load(s)   -  gpt2_tokenizer_free(p)     l! gpt2_hellaswag(psllp)
 """
 
@@ -676,6 +693,7 @@ class Loader(Handle):
         self.batch = (ctypes.c_int32 * T * B * 2)()
         # batches: in an epoch
         self.shards, self.tokens, self.batches = self.lib.gpt2_loader_size(self.handle).values
+        self.data = self.lib.gpt2_loader_data(self.handle)
 
     def next(self):
         """The next x and y (B,T), in memory that the next call overwrites. Starts over after an epoch."""
@@ -694,6 +712,8 @@ class Loader(Handle):
 TABLE = "tokenizer.bin"                      # the tokenizer table beside shards and in run directories
 TOKENIZER_JSON = "tokenizer.json"            # beside it, if it is neither bytes nor GPT-2's
 METRICS = "metrics.jsonl"                    # in a run directory: a JSON object per step and per validation
+BEST = "best.bin"                            # the model with the lowest validation loss
+SCHEDULE = ("steps", "lr", "warmup", "schedule", "final_lr_frac")     # what the learning rate depends on
 
 
 def train(model, train_loader, val_loader, run):
@@ -746,18 +766,11 @@ def train(model, train_loader, val_loader, run):
 
 
 class Run:
-    """A run directory, locked against other processes, and the state of a run.
+    """A run directory, which locked_folder has locked, and the state of a run.
 
     The first Ctrl-C or SIGTERM sets `stop`; the training loop then saves and returns."""
 
     def __init__(self, folder, settings, model, tokenizer):
-        os.makedirs(folder, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        weakref.finalize(self, os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GPT2Error(f"{folder} is in use by another run; choose another --out") from None
         self.folder, self.settings = folder, settings
         self.model, self.lib = model, model.lib
         V = model.config.V
@@ -769,9 +782,9 @@ class Run:
         self.progress = GPT2Progress(rng=settings.seed)
         self.stop = False
         self.saved = None                    # the last model file
-        self.best_file = os.path.join(folder, "best.bin")     # the model with the lowest validation loss,
-        self.best = None                     # and its step and loss
-        self.waited = 0                      # validations since then
+        self.best_file = os.path.join(folder, BEST)
+        self.best = None                     # its step and loss
+        self.waited = 0                      # validations since the lowest loss
         self.draw_at = time.perf_counter() + 10
 
     def watch_signals(self):
@@ -839,11 +852,12 @@ class Run:
             raise GPT2Error(f"the validation loss of step {step} is {loss}: training diverged; lower --lr"
                             f" (last checkpoint: {self.saved or 'none'})")
         self.log(f"s:{step} tel:{loss:.4f}", step=step, val_loss=loss)
-        losses = [(at, value) for at, value in read_val_losses(self.folder) if at <= step]
-        self.best = min(losses, key=lambda point: point[1], default=None)
-        self.waited = sum(at > self.best[0] for at, _ in losses)
+        ever = read_val_losses(self.folder)     # also beyond this step, if it resumed an earlier checkpoint
+        losses = sorted((at, value) for at, value in dict(ever).items() if at <= step)
+        self.waited = sum(at > min(losses, key=LOSS)[0] for at, _ in losses)
+        self.best = min(ever, key=LOSS)
         text = f"step {step}: validation loss {loss:.4f}"
-        if self.waited == 0:
+        if self.waited == 0 and loss == self.best[1]:
             self.model.save(self.best_file)
             text += ", the best so far"
         self.live.say(text)
@@ -877,14 +891,131 @@ class Run:
         self.live.say(f"step {self.progress.step}: saved {path}")
 
 
+def lock_folder(folder):
+    """Locks a run directory against other processes, for as long as the file descriptor is open."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), os.stat(folder)):
+            return lock
+    except (BlockingIOError, FileNotFoundError):     # a failed start removes its folder
+        pass
+    os.close(lock)
+    raise GPT2Error(f"{folder} is in use by another run; choose another --out")
+
+
+@contextlib.contextmanager
+def locked_folder(args, lib):
+    """The run directory of train, locked before anything in it is read or written. If the start fails, what
+    it has made is removed: an empty folder, or the tokens of a run that has not begun."""
+    made = []
+    if args.resume:
+        folder = args.out or newest_run(lib)
+        if not os.path.exists(folder):
+            raise GPT2Error(f"{folder} has no checkpoint to resume; name a run directory that has one with"
+                            " --out")
+    elif args.out:
+        folder = args.out
+        made = make_folders(folder)
+    else:
+        made = make_numbered_run()
+        folder = made[-1]
+    lock = lock_folder(folder)
+    try:
+        yield folder
+    except BaseException:
+        if made and set(os.listdir(folder)) <= {"tokens"}:
+            shutil.rmtree(os.path.join(folder, "tokens"), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for path in reversed(made):
+                    os.rmdir(path)
+        raise
+    finally:
+        os.close(lock)
+
+
+def make_folders(folder):
+    """Creates a folder and those above it. Returns those that were missing, the topmost first."""
+    missing = []
+    path = os.path.abspath(folder)
+    while not os.path.lexists(path):
+        missing.insert(0, path)
+        path = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    return missing
+
+
+def make_numbered_run():
+    """Creates the next free runs/N. Returns the folders that were missing, runs/N last."""
+    made = make_folders("runs")
+    for n in itertools.count(max(numbered_runs(), default=0) + 1):
+        folder = os.path.join("runs", str(n))
+        with contextlib.suppress(FileExistsError):     # another process was faster
+            os.mkdir(folder)
+            return [*made, folder]
+
+
+LOSS = operator.itemgetter(1)                # of (step, loss)
+
+
 def read_val_losses(folder):
-    """The validation losses in a run's metrics.jsonl as (step, loss), the last one of each step."""
-    losses = {}
+    """The validation losses in a run's metrics.jsonl as (step, loss), in the order of the file."""
+    losses = []
     for line in read_file(os.path.join(folder, METRICS)).splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):     # a damaged line
             values = json.loads(line)
-            losses[int(values["step"])] = float(values["val_loss"])
-    return sorted(losses.items())
+            losses.append((int(values["step"]), float(values["val_loss"])))
+    return losses
+
+
+def read_log(folder):
+    """The learning rates in a run's main.log by step, and the set of validated steps."""
+    rates, validated = {}, set()
+    with contextlib.suppress(FileNotFoundError):
+        text = read_file(os.path.join(folder, "main.log")).decode(errors="replace")
+        for step, rate in re.findall(r"^s:(\d{1,15}) trl:\S+ lr:(\d+\.\d+)", text, re.MULTILINE):
+            rates[int(step)] = float(rate)
+        validated.update(map(int, re.findall(r"^s:(\d{1,15}) tel:", text, re.MULTILINE)))
+    return rates, validated
+
+
+def checkpoint_steps(folder, lib):
+    """Yields the steps of a run's complete checkpoints, the newest first."""
+    step = lib.gpt2_newest(folder)
+    while step >= 0:
+        yield step
+        step = lib.gpt2_newest_before(folder, step)
+    if step < -1:
+        raise GPT2Error(lib.gpt2_error().decode(errors="replace"))
+
+
+def find_checkpoint(folder, lib, wanted=None):
+    """The step and the data of the checkpoint to resume: that of step `wanted` or the newest; if this is
+    damaged, which is reported, the one before."""
+    steps, data, damage = list(checkpoint_steps(folder, lib)), GPT2Data(), None
+    if not steps:
+        raise GPT2Error(f"{folder} has no checkpoint to resume; name a run directory that has one with --out")
+    if wanted is not None:
+        check_step("--resume-step", wanted, folder, steps)
+        steps = [wanted]
+    for step in steps:
+        try:
+            lib.gpt2_verify(folder, step, ctypes.byref(data))
+        except GPT2Error as error:
+            damage = damage or error
+            continue
+        if damage:
+            print(f"train_gpt2.py: the checkpoint of step {step} is resumed instead of {steps[0]}: {damage}",
+                  file=sys.stderr)
+        return step, data
+    raise damage
+
+
+def check_step(flag, step, folder, steps):
+    """Raises GPT2Error unless there is a checkpoint of a step."""
+    if step not in steps:
+        found = ", ".join(map(str, reversed(steps))) or "none"
+        raise GPT2Error(f"{flag} is {step}, expected a step of which {folder} has a checkpoint: {found}")
 
 
 def model_path(folder, step):
@@ -921,16 +1052,33 @@ def read_settings(path):
     for old, new in OLD_FLAGS.items():
         if old.replace("-", "_") in saved:
             saved[new.replace("-", "_")] = saved.pop(old.replace("-", "_"))
-    for name in ("data", "val_data"):
+    for name in ("data", "val_data", "val_shards"):
         if isinstance(saved.get(name), str):     # of an earlier version
             saved[name] = [saved[name]]
+        with contextlib.suppress(TypeError):     # the binary escapes all but ASCII
+            saved[name] = [os.fsdecode(os.fsencode(glob)) for glob in saved.get(name)]
+    total = saved.get("total_batch_size")
+    saved.setdefault("given", ["total_batch_size"] if total != batch_tokens(saved) else [])
+    saved.setdefault("val_shards", None)
+    for name in ("given", "val_shards"):
+        value = saved[name] or []
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            raise GPT2Error(f"{path}: {name} is {value!r:.99}, expected a list of names; correct it there")
     for flag, default, kind, _ in itertools.chain(*SETTINGS.values()):
         name = flag.replace("-", "_")
         value = saved["data"] if name == "data" else saved.setdefault(name, default)
-        if not is_valid(value, default, kind):
+        none = name == "val_data" and value == []     # of the binary without -j
+        if not none and not is_valid(value, default, kind):
             raise GPT2Error(f"{path}: {name} is {value!r:.99}, which --{flag} does not accept; correct it"
                             " there")
     return saved
+
+
+def batch_tokens(saved):
+    """The tokens of a micro-batch by saved settings; None, if they have none."""
+    with contextlib.suppress(KeyError, TypeError):
+        return int(saved["batch_size"] * saved["seq_len"])
+    return None
 
 
 def is_valid(value, default, kind):
@@ -952,33 +1100,100 @@ def is_valid(value, default, kind):
     return False
 
 
-def open_run(args, given, lib):
-    """The run directory, its settings (those given over those in run.json of a resumed run), and the step to
-    resume from, None for a new run."""
-    folder = args.out
-    if not folder and args.resume:
-        folder = newest_run(lib)
-    folder = folder or f"runs/{max(numbered_runs(), default=0) + 1}"
-    step = lib.gpt2_newest(folder)
-    if step < -1:
-        raise GPT2Error(lib.gpt2_error().decode(errors="replace"))
+def open_run(folder, args, given, lib):
+    """The settings of a run (those given over those in run.json of a resumed run), those in run.json (None
+    without), and step and data of the checkpoint to resume; None and zeros for a new run."""
     if not args.resume:
-        if step >= 0:
+        if next(checkpoint_steps(folder, lib), None) is not None:
             raise GPT2Error(f"{folder} has a run; add --resume to resume it, or choose another --out")
-        return folder, argparse.Namespace(**{**DEFAULTS, **given}), None
-    if step < 0:
-        raise GPT2Error(f"{folder} has no checkpoint to resume; name a run directory that has one with --out")
-    path = os.path.join(folder, "run.json")
+        new = {**DEFAULTS, **given, "given": sorted(given), "val_shards": None}
+        return argparse.Namespace(**new), None, None, GPT2Data()
+    step, data = find_checkpoint(folder, lib, args.resume_step)
+    path, saved = os.path.join(folder, "run.json"), None
     try:
-        saved = read_settings(path) if os.path.lexists(path) else given
-        data = saved["data"]
+        if os.path.lexists(path):
+            saved = read_settings(path)
+        elif "data" not in given:
+            raise KeyError("data")
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise GPT2Error(f"no settings in {path} (the binary's runs have none); give --data and the other"
-                        " settings again") from None
-    if given.get("data", data) != data:
-        raise GPT2Error(f"{folder} trains on {listed(data or ['the default text'])}, which cannot change; for"
-                        f" other data start a new run with --init {model_path(folder, step)}")
-    return folder, argparse.Namespace(**{**DEFAULTS, **saved, **given}), step
+        raise GPT2Error(f"no settings in {path}; give --data and the other settings again") from None
+    kept = os.path.exists(os.path.join(folder, "tokens", TABLE))
+    if saved and kept and given.get("data", saved["data"]) != saved["data"]:
+        raise GPT2Error(f"{folder} is trained on the tokens of {listed(saved['data'] or ['the default text'])},"
+                        f" which it keeps; leave --data out, or for other data start a new run with --init"
+                        f" {folder}")
+    before = saved or {"given": [], "val_shards": None, "seed": data.seed}
+    s = argparse.Namespace(**{**DEFAULTS, **before, **given})
+    s.seq_len = s.seq_len or data.T or None
+    s.given = sorted({*before["given"], *given})
+    if "total_batch_size" not in s.given and "batch_size" in given:
+        s.total_batch_size = None            # it follows from --batch-size
+    if data.T and s.seq_len != data.T:
+        raise GPT2Error(f"--seq-len is {s.seq_len}, expected {data.T}, with which {folder} is trained; leave it"
+                        " out")
+    if data.T and s.seed != data.seed:
+        raise GPT2Error(f"--seed is {s.seed}, expected {data.seed}, with which {folder} is trained; leave it"
+                        " out")
+    return s, saved, step, data
+
+
+def check_data(folder, s, train, data, loader=None):
+    """Raises GPT2Error unless the training shards have the tokens that a resumed run is trained on: as many,
+    and, once there is a loader, with the same fingerprint."""
+    tokens = sum(map(tokens_in, train))
+    found = ""
+    if data.T and tokens != data.tokens:
+        found = f"{tokens:,} tokens, expected the {data.tokens:,}"
+    elif loader and data.fingerprint not in (0, loader.data.fingerprint):
+        found = "other tokens, expected those"
+    if found:
+        raise GPT2Error(f"--data {listed(s.data or [folder])} has {found} that {folder} is trained on; for"
+                        f" other data start a new run with --init {folder}")
+
+
+def check_val_shards(folder, s, given, val):
+    """Raises GPT2Error if a validation shard of a resumed run is missing, or there are others. Otherwise keeps
+    their names for run.json."""
+    names = sorted(map(os.path.basename, val))
+    if s.val_shards is not None and names != sorted(s.val_shards) and "val_data" not in given:
+        missing = ", ".join(sorted({*s.val_shards} - {*names})) or "no others"
+        raise GPT2Error(f"{folder} has the validation shards {', '.join(names) or '(none)'}, expected"
+                        f" {missing} as before; restore them, or choose with --val-data")
+    s.val_shards = names
+
+
+def check_manifest(folder, val):
+    """Raises GPT2Error if a validation shard in a folder's manifest.json is missing."""
+    entries = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError, GPT2Error):
+        entries = [entry["name"] + "" for entry in read_json(os.path.join(folder, "manifest.json"))["shards"]]
+    for name in entries:
+        if "val" in name and name not in map(os.path.basename, val):
+            raise GPT2Error(f"{folder} lacks the validation shard {printable(name)}, which its manifest.json"
+                            " lists; restore it, or name the shards to use with --data and --val-data")
+
+
+def is_finished(folder, s, step):
+    """Whether a run has done all steps and the last validation, if it has any."""
+    rates, validated = read_log(folder)
+    return step == s.steps and step - 1 in rates and (not validated or step in validated)
+
+
+def report_lr(folder, s, saved, step, lib):
+    """Prints what happens to the learning rate of a run that resumes with another schedule."""
+    def rate(of, step):
+        return lib.gpt2_lr(of["schedule"], step, of["steps"], of["warmup"], of["lr"], of["final_lr_frac"])
+
+    now, before = vars(s), read_log(folder)[0].get(step - 1)
+    if not step or step >= s.steps:
+        return
+    changed = before is not None and abs(before - rate(now, step - 1)) > 6e-7     # the log has 6 decimals
+    if saved:
+        before, changed = rate(saved, step - 1), any(saved[name] != now[name] for name in SCHEDULE)
+    if changed:
+        print(f"lr:     {before:.2e} in step {step}, {rate(now, step):.2e} in the next,"
+              f" {rate(now, s.steps - 1):.2e} in the last, since the schedule is now {s.schedule} over"
+              f" {s.steps:,} steps with a peak of {s.lr:.2e}")
 
 
 def find_shards(settings, given, folder, lib, model, resumed):
@@ -1006,6 +1221,9 @@ def find_shards(settings, given, folder, lib, model, resumed):
             prepare(paths, tokens, tokenizer, **reading_options(settings))
         shards = find_data([tokens]).shards
     train, val = split_shards(shards, settings.val_data)
+    if settings.val_data is None:
+        for path in filter(os.path.isdir, paths or []):
+            check_manifest(path, val)
     if not train:
         raise GPT2Error(f"{listed(paths)} has no training tokens, expected more text, or shards without"
                         " \"val\" in their names")
@@ -2169,7 +2387,9 @@ def split_shards(shards, val_data=None, folders=()):
     """Training and validation shards among files: the latter are those of --val-data, or have "val" in their
     names. With folders, names count only if all of them are folders."""
     val = {path for path in shards if "val" in os.path.basename(path)}
-    if val_data:
+    if val_data == []:                       # of a run by the binary: none
+        val = set()
+    elif val_data:
         val = find_data(val_data).shards
         if not val:
             raise GPT2Error(f"--val-data {listed(val_data)} is a text, expected token shards")
@@ -2237,8 +2457,52 @@ WEIGHTS = "model.safetensors"
 MAGIC_MODEL = (20240326).to_bytes(4, "little")
 
 
-def find_model(source, lib):
-    """The file of a model: the newest checkpoint of a run directory, the weights in a Hugging Face folder or,
+def run_models(folder, lib, checkpoint):
+    """The models of a run directory by preference, paths and steps (None: best.bin). checkpoint is "best",
+    "last", a step or, for best.bin where it exists, None."""
+    best, steps = os.path.join(folder, BEST), list(checkpoint_steps(folder, lib))
+    found = [(model_path(folder, step), step) for step in steps]
+    if checkpoint in (None, "best") and os.path.lexists(best):
+        found.insert(0, (best, None))
+    if not found and checkpoint is None:
+        return []
+    if checkpoint == "best":
+        found = found[:1]
+        if found != [(best, None)]:
+            raise GPT2Error(f"{folder} has no {BEST}, since no validation was made; choose --checkpoint last")
+    elif checkpoint not in (None, "last"):
+        check_step("--checkpoint", checkpoint, folder, steps)
+        found = [(model_path(folder, checkpoint), checkpoint)]
+    if not found:
+        raise GPT2Error(f"{folder} has no checkpoint, expected a run directory that has one for --checkpoint")
+    return found
+
+
+def open_run_model(models, device):
+    """The first undamaged one of run_models; says on stderr which."""
+    damage = None
+    for path, step in models:
+        try:
+            model = GPT2.load(path, device)
+        except GPT2Error as error:
+            damage = damage or error
+            continue
+        if damage:
+            print(f"train_gpt2.py: {path} is used instead of {models[0][0]}: {damage}", file=sys.stderr)
+        about = f"step {step}"
+        if step is None:
+            about = "step unknown"
+            with contextlib.suppress(OSError, ValueError):
+                about = "step {}, validation loss {:.4f}".format(
+                    *min(read_val_losses(os.path.dirname(path)), key=LOSS))
+        print(f"model:  {path}, {about}", file=sys.stderr)
+        model.file = path
+        return model
+    raise damage
+
+
+def find_model(source):
+    """The file of a model that is not in a run directory: itself, the weights in a Hugging Face folder or,
     after a download, of one of HUB_MODELS. The environment's HF_ENDPOINT names another hub."""
     if source in HUB_MODELS and not os.path.exists(source):
         name, source = source, os.path.join(DATA, source)
@@ -2246,9 +2510,8 @@ def find_model(source, lib):
             fetch.hub_model(name, source, Progress(unit="MB", label=f"{name}: "))
     if not os.path.isdir(source):
         return source
-    checkpoint = model_path(source, lib.gpt2_newest(source))
     pickles = glob.glob(os.path.join(glob.escape(source), "pytorch_model*.bin"))
-    for path in (checkpoint, os.path.join(source, WEIGHTS), os.path.join(source, WEIGHTS + ".index.json"),
+    for path in (os.path.join(source, WEIGHTS), os.path.join(source, WEIGHTS + ".index.json"),
                  *sorted(pickles)):
         if os.path.lexists(path):
             return path
@@ -2259,11 +2522,16 @@ def find_model(source, lib):
                     " file")
 
 
-def open_model(source, device="auto"):
-    """The GPT2 of whatever find_model accepts, in this project's, llm.c's or Hugging Face's format; of the
-    newest run if source is None. Its `file` is the path."""
+def open_model(source, device="auto", checkpoint=None):
+    """The GPT2 of a run directory (see run_models) or of whatever find_model accepts, in this project's,
+    llm.c's or Hugging Face's format; of the newest run if source is None. Its `file` is the path."""
     lib = library(device)
-    path = find_model(source or newest_run(lib), lib)
+    source = source or newest_run(lib)
+    if os.path.isdir(source) and (models := run_models(source, lib, checkpoint)):
+        return open_run_model(models, device)
+    if checkpoint is not None:
+        raise GPT2Error(f"--checkpoint is for run directories, and {source} is none; leave it out")
+    path = find_model(source)
     with naming(path), open(path, "rb", opener=regular) as file:
         head = file.read(9)
     if head[:4] == b"GGUF":
@@ -2449,9 +2717,19 @@ def settle_tokenizer(model, shard, config, lib, name):
 
 
 def train_command(args):
-    lib, memory = library(args.device), memory_available()
+    lib = library(args.device)
+    args.resume = args.resume or args.resume_step is not None
+    if args.resume and args.checkpoint is not None:
+        raise GPT2Error("--checkpoint is for --init; --resume-step N resumes from an earlier checkpoint")
+    with locked_folder(args, lib) as folder:
+        return train_in(folder, args, lib)
+
+
+def train_in(folder, args, lib):
+    """Trains in a locked run directory. Returns the exit status."""
+    memory = memory_available()
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
-    folder, s, step = open_run(args, given, lib)
+    s, saved, step, data = open_run(folder, args, given, lib)
 
     # The model comes before the data: most mistakes then show before the run directory has any file.
     source = s.init if step is None else model_path(folder, step)
@@ -2462,12 +2740,14 @@ def train_command(args):
     if source == "scratch":
         config = new_config(s, given, lib)
     else:
-        model = open_model(source, args.device)
+        model = open_model(source, args.device, args.checkpoint)
         config = model.config
     tuning = model and step is None
     if not tuning:
         settle_batch(s, config.max_T)
     train_shards, val_shards = find_shards(s, given, folder, lib, model, resumed=step is not None)
+    check_data(folder, s, train_shards, data)
+    check_val_shards(folder, s, given, val_shards)
     tokenizer = settle_tokenizer(model, train_shards[0], config, lib, given.get("tokenizer"))
     if tuning:
         settle_fine_tuning(s, given, config, train_shards)
@@ -2476,10 +2756,20 @@ def train_command(args):
     model = model or GPT2(config, s.seed, args.device)
     B, T = s.batch_size, s.seq_len
     train_loader = Loader(exact_globs(train_shards), B, T, config.V, True, s.seed, args.device)
+    check_data(folder, s, train_shards, data, train_loader)
     val_loader = open_val_loader(s, val_shards, config.V, args.device)
+
+    if step is not None and is_finished(folder, s, step):
+        print(f"{folder} is finished, with {s.steps:,} steps; to train its model further:"
+              f" {train_on(folder, s)}")
+        return 0
 
     run = Run(folder, s, model, tokenizer)
     start_run(run, tokenizer, step, source, train_loader)
+    if step is not None:
+        report_resumed(folder, s, saved, step, lib)
+    if args.resume_step is not None:
+        discard_later(folder, step, lib)
     print_summary(run, train_loader, val_loader, memory)
     run.watch_signals()
     train(model, train_loader, val_loader, run)
@@ -2493,6 +2783,8 @@ def start_run(run, tokenizer, step, source, train_loader):
     if step is None:
         replace_file(os.path.join(folder, "main.log"))
         replace_file(os.path.join(folder, METRICS))
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(run.best_file)         # of a run that has no checkpoint
     else:
         run.lib.gpt2_restore(folder, step, run.model.handle, train_loader.handle, ctypes.byref(run.progress))
         run.saved = source
@@ -2501,6 +2793,40 @@ def start_run(run, tokenizer, step, source, train_loader):
     if tokenizer:
         tokenizer.save(os.path.join(folder, TABLE))
     replace_file(os.path.join(folder, "run.json"), json.dumps(vars(s), indent=1).encode())
+
+
+def report_resumed(folder, s, saved, step, lib):
+    """Prints what changes when a run resumes."""
+    report_lr(folder, s, saved, step, lib)
+    tokens = s.total_batch_size
+    if saved and saved["total_batch_size"] != tokens and "total_batch_size" not in s.given:
+        print(f"batch:  {tokens:,} tokens per optimizer step, which follow from --batch-size, instead of"
+              f" {saved['total_batch_size']:,}")
+
+
+def discard_later(folder, step, lib):
+    """Makes the checkpoint at `step` the newest: the others are no longer complete."""
+    later = [at for at in checkpoint_steps(folder, lib) if at > step]
+    for at in later:
+        os.remove(os.path.join(folder, f"DONE_{at:08d}"))
+    if later:
+        print(f"resume: the checkpoints of the steps {', '.join(map(str, later[::-1]))} are discarded; their"
+              " models remain")
+
+
+def train_on(folder, s):
+    """The command that trains the best model of a run further: fine-tuning on the same tokens, at a lower
+    learning rate than fine-tuning had before."""
+    words, tokens = ["--init", folder], os.path.join(folder, "tokens")
+    if os.path.isdir(tokens):
+        words += ["--data", tokens]
+    elif s.data:
+        words += ["--data", *s.data]
+    if s.val_data:
+        words += ["--val-data", *s.val_data]
+    if s.init != "scratch":
+        words += ["--lr", f"{s.lr / 3:.1e}"]
+    return command_line("train", *words)
 
 
 def print_summary(run, train_loader, val_loader, memory):
@@ -2533,21 +2859,21 @@ def print_end(run):
         print(f"stopped after step {done} of {s.steps}; to resume: {resume}")
         return 130
     if done < s.steps:
-        print(f"stopped early: {s.patience} validations without improvement (--patience)")
-        resume += " --patience 0"
+        print(f"stopped early: {s.patience} validations without improvement (--patience); to continue:"
+              f" {resume} --patience 0")
     best = "no validation"
     if run.best:
         best = f"best validation loss {run.best[1]:.4f} at step {run.best[0]:.0f} ({run.best_file})"
     print(f"{done} steps, {clock(time.perf_counter() - run.live.begun)}, {best}")
     print(f"checkpoint: {run.saved}\ncurves:     {os.path.join(run.folder, 'loss.svg')}")
     print(f"sample:     {command_line('sample', run.best_file if run.best else run.saved)}")
-    print(f"continue:   {resume} --steps {2 * s.steps}")
+    print(f"train on:   {train_on(run.folder, s)}")
     print(f"compare:    {command_line('plot', run.folder, 'ANOTHER_RUN')}")
     return 0
 
 
 def sample_command(args):
-    model = open_model(args.model, args.device)
+    model = open_model(args.model, args.device, args.checkpoint)
     tokenizer = find_tokenizer(model, args.tokenizer)
     prompt = args.prompt or ""
     if prompt == "-":
@@ -2568,7 +2894,7 @@ def eval_command(args):
     if not args.data and not args.hellaswag:
         raise GPT2Error("nothing to evaluate on; give texts or shards with --data, or HellaSwag's file with"
                         " --hellaswag")
-    model = open_model(args.model, args.device)
+    model = open_model(args.model, args.device, args.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         if args.data:
             eval_text(model, folder, args)
@@ -2610,7 +2936,8 @@ def train_tokenizer_command(args):
 
 
 def import_command(args):
-    export_command(argparse.Namespace(**vars(args), format="llmc", type="f32", untied=False))
+    export_command(argparse.Namespace(**vars(args), format="llmc", type="f32", untied=False,
+                                      checkpoint=None))
 
 
 def export_command(args):
@@ -2626,7 +2953,7 @@ def export_command(args):
     else:
         with optional_module("convert") as convert:
             convert.check_target(args.out, args.format)
-    model = open_model(args.model, "cpu")
+    model = open_model(args.model, "cpu", args.checkpoint)
     tokenizer, note = None, ""
     try:
         tokenizer = find_tokenizer(model, args.tokenizer)
@@ -2675,15 +3002,20 @@ DEVICE = ("device", "auto", ("auto", "cpu", "cuda"), "where to compute; auto is 
           " for one")
 MODEL = ("model", "?", "RUN|MODEL", "run directory, model file or anything else that --init accepts (newest"
          " runs/N)")
+CHECKPOINT = ("checkpoint", None, checkpoint_name, "which model of a run directory (best, the one with the"
+              " lowest validation loss, where it exists)")
 TOKENIZER = ("tokenizer", None, tokenizer_name, "bytes, gpt2, a tokenizer.json or its folder (the model's"
              " own)")
 COMMANDS = {
     "train": (train_command, "train a model (the default command)", [], [
         DEVICE,
         ("out", None, "DIR", "run directory (the next free runs/N)"),
-        ("resume", False, bool, "resume the run in --out, or the newest runs/N")]),
+        ("resume", False, bool, "resume the run in --out, or the newest runs/N"),
+        ("resume-step", None, COUNT0, "resume from the checkpoint of this step, and discard later ones"),
+        ("checkpoint", None, checkpoint_name, "which model of --init's run directory (best where it exists)")]),
     "sample": (sample_command, "generate text with a trained model", [MODEL], [
         DEVICE,
+        CHECKPOINT,
         TOKENIZER,
         ("prompt", None, "TEXT", "text to continue; - reads it from stdin"),
         ("interactive", False, bool, "continue each line that you type"),
@@ -2696,6 +3028,7 @@ COMMANDS = {
         ("stop", None, "TEXT", "end a sample before this text")]),
     "eval": (eval_command, "loss, perplexity and bits per byte of a text; HellaSwag", [MODEL], [
         DEVICE,
+        CHECKPOINT,
         TOKENIZER,
         ("data", None, data_path, "texts, or token shards: files, folders (their validation shards), globs, -"
          " for stdin"),
@@ -2723,6 +3056,7 @@ COMMANDS = {
         TOKENIZER,
         ("out", REQUIRED, "FILE", "model file to write")]),
     "export": (export_command, "write a model for transformers, llama.cpp or llm.c", [MODEL], [
+        CHECKPOINT,
         TOKENIZER,
         ("format", "hf", ("hf", "llmc", "gguf"), "for transformers, for llm.c and ./train_gpt2, or for"
          " llama.cpp"),

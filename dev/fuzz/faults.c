@@ -357,8 +357,10 @@ static void checkpoint(void) {
 static void restoring(void) {
     Path path;
     GPT2Progress progress;
+    GPT2Data data;
     int64_t step;
     TRY((step = gpt2_newest("run")) < 0);
+    TRY(gpt2_verify("run", 2, &data));
     GPT2 *m = load(run_path(path, "run", MODEL_FILE, 2));
     GPT2Loader *l = open_loader(1);
     TRY(gpt2_restore("run", 2, m, l, &progress));

@@ -80,8 +80,9 @@ NEW_RUN = ("--data {f}/data --init {f}/model.bin --batch-size 2 --seq-len 8 --st
     --init scratch --heads 1 --channels 99999
     --init scratch --heads 1 --channels 65536 --layers 4096 => memory
     --out {f}/text.txt | --out {f}/run => --resume | --lr 1e30 --steps 9 => diverged
-    --resume => no run | --resume --out {f}/nothing | --resume --out {f}/run --data {f}/few => other data
-    --resume --out {f}/run --seed 1 => seed | --resume --out {f}/run --seq-len 4 => T 8
+    --resume => no run | --resume --out {f}/nothing
+    --resume --out {f}/run --steps 4 --data {f}/few => other data
+    --resume --out {f}/run --seed 1 => seed | --resume --out {f}/run --seq-len 4 => expected 8
     --resume --out {f}/run --steps 1 => --steps 1 | --resume --out {f}/unreadable => run.json
     sample => no run | sample {f}/nothing | sample {f}/none.bin | sample {f}/text.txt
     prepare {f}/none.txt --out {t}/out => none.txt | prepare {f}/nothing --out {t}/out => nothing
@@ -144,13 +145,13 @@ def test_a_run_directory_is_complete(trained):
         "DONE_00000003", "best.bin", "loss.svg", "main.log", "metrics.jsonl", "model_00000003.bin",
         "run.json", "state_00000003_00000.bin", "tokenizer.bin", "tokens"]
     settings = json.loads((folder / "run.json").read_text())
-    assert set(settings) == set(train_gpt2.DEFAULTS)
+    assert set(settings) == {*train_gpt2.DEFAULTS, "given", "val_shards"}
     assert (settings["channels"], settings["steps"], settings["seed"]) == (16, 3, 42)
     table = header(20240328, 2, 256, 0) + b"".join(bytes([1, value]) for value in range(256))
     assert (folder / "tokenizer.bin").read_bytes() == table
     train, val = (tokens_of(folder / "tokens" / f"{split}_000000.bin") for split in ("train", "val"))
     assert bytes(train + val) == TEXT.encode() and len(val) == pytest.approx(0.1 * len(train + val), abs=3)
-    said = ("a sample", "validation loss", "sample runs/1", "--resume --out runs/1")
+    said = ("a sample", "validation loss", "sample runs/1", "train --init runs/1")
     assert [words for words in said if words not in shown] == []
 
 

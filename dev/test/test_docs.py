@@ -111,6 +111,8 @@ def test_the_worked_example_and_the_exercises_of_layers_md(workshop):
 SHORTER = {
     "python3 train_gpt2.py": "--steps {n} --val-batches 1 --sample-tokens 5 --seq-len 32 --batch-size 2"
                              " --val-every 2",
+    "python3 train_gpt2.py --resume-step": "--resume-step 3 --steps {n} --sample-tokens 5",
+    "python3 train_gpt2.py train --init": "--steps {n} --val-batches 1 --sample-tokens 5",
     "./train_gpt2 -i": "-x {n} -g 5 -m 1", "python3 train_gpt2.py sample": "--tokens 9",
     "SHARDS=1": "-e d2 -b 1 -t 64 -d 64 -m 1 -g 5 -n 0"}
 # Lines that .ci/run runs or that need a GPU (dev/cuda/on_gpu.sh); test_downloads.py tests those of fetch.py.

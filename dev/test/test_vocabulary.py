@@ -295,7 +295,7 @@ def test_training_shards_and_tokenizer_must_agree(tmp_path):
     for flag, value in (("--encoding", "latin-1"), ("--text-field", "a"), ("--document-separator", "")):
         reports_error(train(flag, value, status=1), flag, "out/train_000000.bin")
     train("--tokenizer", "bytes", "--out", "run")
-    done = driver("eval", "run", "--data", "out", "--encoding", "latin-1", status=1, cwd=tmp_path)
+    done = driver("eval", "run/best.bin", "--data", "out", "--encoding", "latin-1", status=1, cwd=tmp_path)
     reports_error(done, "--encoding", "is for texts")
     reports_error(driver("--resume", "--out", "run", "--tokenizer", "hf", status=1, cwd=tmp_path), "hf")
     GPT2(GPT2Config(16, 264, 1, 1, 8)).save(tmp_path / "bare.bin")
