@@ -146,7 +146,7 @@ double gpt2_zscore(GPT2Progress *progress, int window, double value);
 
 /* Writes model_%08d.bin, state_%08d_00000.bin and, once both are on disk, DONE_%08d. Then removes the
    checkpoint keep · every steps before, unless keep is 0 or its step a multiple of major. loader may be
-   NULL. */
+   NULL. After a failure this checkpoint has no files; what only makes it less safe is a gpt2_warning. */
 int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, const GPT2Progress *progress,
                     int64_t every, int64_t keep, int64_t major);
 int64_t gpt2_newest(const char *dir);      /* step of the newest complete checkpoint; -1: none, -2: failure */
@@ -1249,7 +1249,7 @@ const char *gpt2_error(void) { return error_text; }
 const char *gpt2_version(void) { return GPT2_VERSION; }
 int gpt2_api_version(void) { return GPT2_API_VERSION; }
 
-static _Thread_local char warning_text[256], warning_shown[256];
+static _Thread_local char warning_text[sizeof error_text], warning_shown[sizeof error_text];
 const char *gpt2_warning(void) {
     memcpy(warning_shown, warning_text, sizeof warning_shown);
     *warning_text = 0;
@@ -1996,7 +1996,10 @@ int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, cons
         checkpoint_remove(dir, step);
         return -1;
     }
-    if (directory_flush(dir)) return -1;     /* the checkpoint is complete, and stays */
+    if (directory_flush(dir)) {           /* this checkpoint is complete and stays, and so do older ones */
+        snprintf(warning_text, sizeof warning_text, "%s", error_text);
+        return 0;
+    }
     if (keep > 0 && old > 0 && old < step && !(major > 0 && old % major == 0)) checkpoint_remove(dir, old);
     return 0;
 }

@@ -301,10 +301,9 @@ def check_guard():
     process = multiprocessing.current_process()
     if not getattr(process, "_inheriting", False):
         return
-    # encode_all reports it for its own processes, and for the fork server, which has no parent_process().
-    if process.name != ENCODER and multiprocessing.parent_process():
+    if process.name not in (ENCODER, "MainProcess"):     # encode_all reports it: of its own, the fork server
         warn(GUARD)
-    sys.exit(NO_GUARD)
+    os._exit(NO_GUARD)                       # the fork server replaces the status of sys.exit
 
 
 def check_system():
@@ -595,7 +594,8 @@ def library(device="auto"):
             if library("cuda").gpt2_device() != b"no GPU":
                 return library("cuda")
         except OldLibrary:
-            raise
+            if not os.environ.get("GPT2_LIBRARY"):
+                raise
         except GPT2Error:
             pass
         device = "cpu"
@@ -1373,6 +1373,8 @@ def converse(model, tokenizer, context, args):
     with contextlib.suppress(ImportError):   # importing it gives input() line editing
         import readline
         readline.set_auto_history(True)
+        for setting in ("input-meta on", "output-meta on", "convert-meta off"):     # UTF-8 in locale C, too
+            readline.parse_and_bind(f"set {setting}")
     print("Type a line to continue; Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
     for seed in itertools.count(args.seed):
         try:
@@ -2253,11 +2255,16 @@ def encode_all(encode, parts, parallel):
 
 
 def start_worker(worker):
-    """Starts a process, which fails if it, or the fork server, has ended in check_guard."""
-    try:
-        worker.start()
-    except (EOFError, ConnectionError):
-        raise GPT2Error(GUARD) from None
+    """Starts a process, which fails if it, or the fork server, has ended in check_guard. Signals wait, since
+    Python ignores exceptions of their handlers while it forks."""
+    late = []
+    with handling([signal.SIGINT, *stop_signals()], lambda number, _: late.append(number)):
+        try:
+            worker.start()
+        except (EOFError, ConnectionError):
+            raise GPT2Error(GUARD) from None
+    for number in late:
+        os.kill(os.getpid(), number)
 
 
 # --- Shards -------------------------------------------------------------------------------------------------
