@@ -2817,9 +2817,9 @@ def sample_command(args):
     model = open_model(args.model, args.device)
     tokenizer = find_tokenizer(model, args.tokenizer)
     prompt = args.prompt or ""
+    if not sys.stdin and (prompt == "-" or args.interactive):
+        raise GPT2Error("stdin is closed, from which --prompt - and --interactive read; open it")
     if prompt == "-":
-        if not sys.stdin:
-            raise GPT2Error("stdin is closed, from which --prompt - reads the prompt")
         prompt = sys.stdin.read()
         if "\0" in prompt:
             raise GPT2Error(f"the prompt from stdin has a NUL as character {prompt.index(chr(0))}, expected"

@@ -86,7 +86,7 @@ def tag_of(part):
     """The version of the file of which `part` is the beginning: its ETag or date, or ""."""
     if not os.path.exists(part + ".tag"):
         return ""
-    with open(part + ".tag") as file:
+    with open(part + ".tag", encoding="utf-8", errors="replace") as file:
         return file.read()
 
 
