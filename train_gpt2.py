@@ -3075,6 +3075,16 @@ def make_parser():
     return parser
 
 
+def run_command(argv):
+    """Runs a command. Returns the exit status."""
+    try:
+        args = make_parser().parse_args(argv)
+    except SystemExit as error:              # after --help, --version or a mistake
+        return error.code or 0
+    check_system()
+    return args.run(args) or 0
+
+
 def main(argv=None):
     """Runs a command. Returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 if interrupted."""
     check_guard()
@@ -3083,13 +3093,9 @@ def main(argv=None):
         argv.insert(0, "train")
     try:
         with same_in_every_locale(), handling(stop_signals(), signal.default_int_handler):
-            args = make_parser().parse_args(argv)
-            check_system()
-            status = args.run(args) or 0
+            status = run_command(argv)
             print(end="", flush=True)        # fails here, if stdout is closed
             return status
-    except SystemExit as error:              # of argparse
-        return error.code or 0
     except BrokenPipeError:                  # as in `sample | head`
         mute_stdout()
         return 1

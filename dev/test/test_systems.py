@@ -20,7 +20,7 @@ import time
 import pytest
 
 import train_gpt2
-from conftest import HERE, LIB, LIBRARY, SMALL, TEXT, command, driver, one_sentence, outputs, run
+from conftest import HERE, LIB, LIBRARY, REFERENCES, SMALL, TEXT, command, driver, one_sentence, outputs, run
 from train_gpt2 import GPT2Error
 
 both_front_ends = pytest.mark.parametrize("front", ["binary", "driver"])
@@ -133,7 +133,7 @@ ENDLESS = {"binary": "-x 1000000 -v 0 -g 0 -n 1000000",
 def wait_for_step(process, out, step):
     log = out / "main.log"
     while not log.exists() or f"s:{step} trl" not in log.read_text():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.02)
 
 
@@ -176,6 +176,11 @@ def test_closed_standard_files_are_not_taken_by_files_of_the_run(data, whole_run
     process = subprocess.Popen(command(front, data, "", tmp_path / "run"), preexec_fn=close)
     assert process.wait(timeout=60) == 0
     assert outputs(tmp_path / "run") == outputs(whole_runs[front][1])
+    process = subprocess.Popen(command(front, data, ENDLESS[front], tmp_path / "endless"), preexec_fn=close)
+    wait_for_step(process, tmp_path / "endless", 1)
+    assert {os.readlink(f"/proc/{process.pid}/fd/{file}") for file in range(3)} == {os.devnull}
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.parametrize("number, status", [(errno.ENOSPC, 0), (errno.EPIPE, 130), (errno.EIO, 130)])
@@ -192,7 +197,8 @@ def test_no_error_of_stdout_loses_training(text, monkeypatch, capsys, number, st
 
 
 def test_commands_into_a_closed_pipe_end_silently(byte_model, tmp_path):
-    for words in (["--help"], ["sample", byte_model[1], "--tokens", 99]):
+    check = ["check", REFERENCES / "tiny_reference.bin"]
+    for words in (["--help"], ["plot", "--help"], ["sample", byte_model[1], "--tokens", 99], check):
         reader, writer = os.pipe()
         os.close(reader)
         done = subprocess.run([sys.executable, HERE / "train_gpt2.py", *map(str, words)], stdout=writer,
@@ -245,7 +251,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_without_fcntl_wsl_is_named(text):
     without = functools.partial(run, sys.executable, "-c", WITHOUT, "fcntl", HERE / "train_gpt2.py")
-    one_sentence(without("--data", "text.txt", *SMALL, status=1).stderr, "fcntl", "WSL")
+    for words in (["--data", "text.txt", *SMALL], ["sample", "model.bin"]):
+        one_sentence(without(*words, status=1).stderr, "fcntl", "WSL")
     one_sentence(run(sys.executable, "-c", "import sys; sys.modules['fcntl'] = None\n"
                      "import train_gpt2\ntry: train_gpt2.lock_folder('.')\n"
                      "except train_gpt2.GPT2Error as error: print(error)", cwd=HERE).stdout, "fcntl", "WSL")
@@ -290,6 +297,12 @@ def test_prompts_are_the_same_in_every_locale(byte_model, environment):
     expected = PROMPT.decode(errors="replace") + bytes(tokens[len(PROMPT):]).decode(errors="replace") + "\n"
     for words, text in ((["--prompt", "-"], PROMPT), (["--prompt", PROMPT], b"")):
         assert sample_bytes(path, environment, *words, text=text) == shown_in(expected, environment)
+    start = PROMPT.decode(errors="replace")
+    assert "\N{REPLACEMENT CHARACTER}" in expected[len(start):]
+    stopped = start + expected[len(start):].partition("\N{REPLACEMENT CHARACTER}")[0] + "\n"
+    stop = "\N{REPLACEMENT CHARACTER}".encode()
+    found = sample_bytes(path, environment, "--prompt", PROMPT, "--stop", stop)
+    assert found == shown_in(stopped, environment)
 
 
 @pytest.mark.parametrize("environment", LOCALES[:1] + LOCALES[3:4], ids=["C", "ascii"])
@@ -390,11 +403,12 @@ def test_a_script_without_a_guard_is_told_so_once(tmp_path, method):
 
 
 def test_a_users_own_process_without_a_guard_is_told_so(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT.format(here=str(HERE), method="spawn", call=(
-        "multiprocessing.Process(target=print).start() if __name__ == '__main__' else train_gpt2.main([])")))
+    call = ("multiprocessing.Process(target=print).start() if __name__ == '__main__'"
+            " else train_gpt2.main(['--help'])")
+    (tmp_path / "script.py").write_text(SCRIPT.format(here=str(HERE), method="spawn", call=call))
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
     one_sentence(done.stderr, "multiprocessing", '__name__ == "__main__"')
-    assert not (tmp_path / "runs").exists()
+    assert done.stdout == ""
 
 
 # --- File systems that lack a feature -----------------------------------------------------------------------
