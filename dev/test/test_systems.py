@@ -202,7 +202,8 @@ def test_commands_into_a_closed_pipe_end_silently(byte_model, tmp_path):
         reader, writer = os.pipe()
         os.close(reader)
         done = subprocess.run([sys.executable, HERE / "train_gpt2.py", *map(str, words)], stdout=writer,
-                              stderr=subprocess.PIPE, text=True)
+                              stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONUNBUFFERED": ""})
         os.close(writer)
         assert done.returncode in (0, 1) and "roken" not in done.stderr and "Traceback" not in done.stderr
 
@@ -310,10 +311,10 @@ def test_prompts_are_the_same_in_every_locale(byte_model, environment):
 def test_typed_lines_are_the_same_in_every_locale(byte_model, environment, terminal):
     ours, theirs = pty.openpty()
     output = theirs if terminal else subprocess.DEVNULL     # readline needs both
-    line = PROMPT[:-2] if terminal else PROMPT
+    line = "ü\N{SNOWMAN}ß".encode() if terminal else PROMPT
     process = subprocess.Popen([sys.executable, HERE / "train_gpt2.py", "sample", byte_model[1],
                                 "--interactive", "--tokens", "2"], stdin=theirs, stdout=output,
-                               stderr=subprocess.PIPE, env={**os.environ, **environment, "TERM": "dumb"})
+                               stderr=subprocess.PIPE, env={**os.environ, **environment, "TERM": "xterm"})
     os.close(theirs)
     shown = process.stderr.readline()        # "Type a line"
     if terminal:
@@ -324,6 +325,13 @@ def test_typed_lines_are_the_same_in_every_locale(byte_model, environment, termi
     process.communicate()
     os.close(ours)
     assert f"({len(line) + 2} tokens read".encode() in shown     # with a start and an end of line
+
+
+@pytest.mark.parametrize("words", ["--prompt -", "--interactive"])
+def test_a_closed_stdin_is_reported(byte_model, monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert train_gpt2.main(["sample", str(byte_model[1]), *words.split()]) == 1
+    one_sentence(capsys.readouterr().err, "stdin is closed")
 
 
 def test_a_path_that_the_locale_cannot_encode_is_reported(byte_model):
