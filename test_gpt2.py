@@ -557,7 +557,7 @@ def test_an_outlier_is_skipped_without_effect(tmp_path, flag, column):
         assert skipped[i] == (z > 0.7) or abs(z - 0.7) < 0.01     # displayed values are rounded
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @both_front_ends
 def test_an_interrupted_run_saves_and_prints_how_to_resume(data, tmp_path, front, number):
     out = tmp_path / "run"

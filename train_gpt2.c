@@ -31,6 +31,9 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 #define GPT2_VERSION "1.0.0"
+/* Raised whenever a signature, a struct or the meaning of an argument below changes: train_gpt2.py rejects a
+   library of another version, which it would call with the wrong types. */
+enum { GPT2_API_VERSION = 2 };
 typedef struct GPT2 GPT2;                 /* parameters, gradients, moments, activations */
 typedef struct { int32_t max_T, V, L, NH, C; } GPT2Config;
 /* The tensors in file order. */
@@ -45,6 +48,10 @@ enum { GPT2_DIFFS = GPT2_TENSORS + 2, GPT2_WINDOW = 128 };
 enum { GPT2_PARAM, GPT2_GRAD, GPT2_MOMENT1, GPT2_MOMENT2 };     /* the kinds of a tensor */
 const char *gpt2_error(void);
 const char *gpt2_version(void);
+int gpt2_api_version(void);                      /* GPT2_API_VERSION when the library was built */
+/* What makes checkpoints less safe, such as a file system without fsync, in a sentence (per thread), or "".
+   Reading it clears it. */
+const char *gpt2_warning(void);
 
 /* --- the model (section 2) --- */
 GPT2 *gpt2_create(const GPT2Config *config);     /* all parameters 0; see gpt2_init, gpt2_load */
@@ -143,7 +150,7 @@ double gpt2_zscore(GPT2Progress *progress, int window, double value);
 
 /* Writes model_%08d.bin, state_%08d_00000.bin and, once both are on disk, DONE_%08d. Then removes the
    checkpoint keep · every steps before, unless keep is 0 or its step a multiple of major. loader may be
-   NULL. */
+   NULL. After a failure this checkpoint has no files; what only makes it less safe is a gpt2_warning. */
 int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, const GPT2Progress *progress,
                     int64_t every, int64_t keep, int64_t major);
 int64_t gpt2_newest(const char *dir);      /* step of the newest complete checkpoint; -1: none, -2: failure */
@@ -653,6 +660,20 @@ static size_t mapped_bytes(const GPT2 *m) { return 1024 + m->start[GPT2_TENSORS]
 
 GPT2 *gpt2_create(const GPT2Config *config) { return gpt2_create_mapped(config, -1); }
 
+/* Reads the parameters of an open model file. */
+static int params_read(GPT2 *m, int file) {
+    const size_t size = m->start[GPT2_TENSORS] * sizeof(float);
+    char *data = (char *)memory_of(m, GPT2_PARAM);
+    if (!data) return -1;
+    for (size_t done = 0; done < size;) {
+        const ssize_t n = pread(file, data + done, size - done, (off_t)(1024 + done));
+        if (n < 0) return gpt2_fail("cannot be read: %s", strerror(errno));
+        if (n == 0) return gpt2_fail("cannot be read: it ends early");
+        done += (size_t)n;
+    }
+    return 0;
+}
+
 GPT2 *gpt2_create_mapped(const GPT2Config *config, int file) {
     if (gpt2_config_check(config)) return NULL;
     GPT2 *m = (GPT2 *)alloc_floats(sizeof *m / sizeof(float) + 1);
@@ -664,8 +685,8 @@ GPT2 *gpt2_create_mapped(const GPT2Config *config, int file) {
         m->start[i + 1] = m->start[i] + (size_t)gpt2_tensor(config, i, NULL, NULL);
     if (file >= 0) {
         void *at = mmap(NULL, mapped_bytes(m), PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
-        if (at == MAP_FAILED) {
-            gpt2_fail("no memory to map a model of %zu MB", mapped_bytes(m) >> 20);
+        if (at == MAP_FAILED) {           /* no memory, or the file system has no mmap */
+            if (!params_read(m, file)) return m;
         } else {
             m->mapped = at;
             m->memory[GPT2_PARAM] = (float *)at + 256;
@@ -1233,6 +1254,14 @@ double gpt2_ceiling(void) {
 static _Thread_local char error_text[1024] = "no error";
 const char *gpt2_error(void) { return error_text; }
 const char *gpt2_version(void) { return GPT2_VERSION; }
+int gpt2_api_version(void) { return GPT2_API_VERSION; }
+
+static _Thread_local char warning_text[sizeof error_text], warning_shown[sizeof error_text];
+const char *gpt2_warning(void) {
+    memcpy(warning_shown, warning_text, sizeof warning_shown);
+    *warning_text = 0;
+    return warning_shown;
+}
 
 int gpt2_fail(const char *format, ...) {
     va_list args;
@@ -1371,6 +1400,21 @@ typedef struct {
 } File;
 typedef char Path[8192];                  /* longer than systems allow, so a truncated one is rejected */
 
+/* Whether a file system lacks a feature, by the error of flock or fsync; other errors are failures. */
+static int is_unsupported(int error) {
+    return error == ENOSYS || error == ENOLCK || error == EOPNOTSUPP || error == ENOTSUP || error == ENODEV ||
+           error == EBADF || error == EINVAL;
+}
+
+/* Flushes an open file to the disk, where the file system can. */
+static int disk_flush(int file) {
+    if (!fsync(file)) return 0;
+    if (!is_unsupported(errno)) return -1;
+    snprintf(warning_text, sizeof warning_text, "the file system cannot flush files to the disk (fsync: %s), "
+             "so a power failure may damage them", strerror(errno));
+    return 0;
+}
+
 /* Closes a file. After a failure, puts the file before the sentence about it and returns -1. */
 static int file_close(File *in, int failed) {
     if (in->f) fclose(in->f);
@@ -1492,7 +1536,7 @@ static int file_write(const char *path, const int32_t header[256], const void *e
     int failed = fwrite(header, 1024, 1, out.f) != 1 || fwrite(extra, 1, bytes, out.f) != bytes;
     for (; from <= to && !failed; from++) failed = tensors_copy(model, from, &out, bf16, 1);
     failed = failed || file_sum(out.f, &sum) || fseek(out.f, 1024 - sizeof sum, SEEK_SET) ||
-             fwrite(&sum, sizeof sum, 1, out.f) != 1 || fflush(out.f) || fsync(fileno(out.f));
+             fwrite(&sum, sizeof sum, 1, out.f) != 1 || fflush(out.f) || disk_flush(fileno(out.f));
     if (!(fclose(out.f) || failed || rename(temporary, path))) return 0;
     gpt2_fail("'%s' cannot be written: %s", path, strerror(errno));
     unlink(temporary);
@@ -1964,10 +2008,10 @@ static void checkpoint_remove(const char *dir, int64_t step) {     /* DONE first
     for (int which = DONE_FILE; which >= MODEL_FILE; which--) unlink(run_path(path, dir, which, step));
 }
 
-/* Flushes a directory, with which renames reach the disk. Some file systems cannot (EINVAL). */
+/* Flushes a directory, with which renames reach the disk. */
 static int directory_flush(const char *dir) {
     DIR *d = opendir(dir);
-    const int failed = !d || (fsync(dirfd(d)) && errno != EINVAL);
+    const int failed = !d || disk_flush(dirfd(d));
     if (failed) gpt2_fail("'%s' cannot be written: %s", dir, strerror(errno));
     if (d) closedir(d);
     return failed;
@@ -1988,10 +2032,14 @@ int gpt2_checkpoint(const char *dir, GPT2 *model, const GPT2Loader *loader, cons
     failed = failed || file_write(path, header, &state, sizeof state, model, GPT2_MOMENT1, GPT2_MOMENT2, 0) ||
              directory_flush(dir);
     run_path(path, dir, DONE_FILE, step);
-    failed = failed || file_write(path, header, "", 0, NULL, 0, -1, 0) || directory_flush(dir);
+    failed = failed || file_write(path, header, "", 0, NULL, 0, -1, 0);
     if (failed) {
         checkpoint_remove(dir, step);
         return -1;
+    }
+    if (directory_flush(dir)) {           /* this checkpoint is complete and stays, and so do older ones */
+        snprintf(warning_text, sizeof warning_text, "%s", error_text);
+        return 0;
     }
     if (keep > 0 && old > 0 && old < step && !(major > 0 && old % major == 0)) checkpoint_remove(dir, old);
     return 0;
@@ -2273,6 +2321,28 @@ static void on_signal(int number) {
     signal(number, SIG_DFL);              /* the second one quits */
 }
 
+static void watch_signals(void) {
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    if (signal(SIGHUP, on_signal) == SIG_IGN) signal(SIGHUP, SIG_IGN);     /* as nohup wants it */
+    signal(SIGPIPE, SIG_IGN);             /* an error of write, as is */
+    signal(SIGXFSZ, SIG_IGN);             /* a file at its size limit */
+}
+
+/* Opens what is closed of stdin, stdout and stderr, so that no file of the run takes their place. */
+static void open_standard_files(void) {
+    int file = 0;
+    while (file >= 0 && file <= STDERR_FILENO) file = open("/dev/null", O_RDWR);
+    if (file > STDERR_FILENO) close(file);
+}
+
+/* Flushes stdout. If its reader or terminal is gone, the run ends as by SIGTERM. */
+static void flush_output(void) {
+    if (interrupted || !fflush(stdout) || (errno != EPIPE && errno != EIO)) return;
+    interrupted = 1;
+    fprintf(stderr, "train_gpt2: stdout was closed (%s), so the run ends after this step\n", strerror(errno));
+}
+
 /* Whether -e names a new model, such as d12, and not a file. */
 static int is_descriptor(const char *name) {
     return name[0] == 'd' && strspn(name + 1, "0123456789") == strlen(name + 1);
@@ -2334,7 +2404,14 @@ static void lock_run(void) {
     const int made = !mkdir(out, 0777);
     const int lock = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (lock < 0) die("run directory '%s' cannot be read: %s", out, strerror(errno));
-    int taken = flock(lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
+    int taken = 0;
+    if (flock(lock, LOCK_EX | LOCK_NB)) {
+        taken = errno == EWOULDBLOCK;
+        if (!taken && !is_unsupported(errno)) die("run directory '%s' cannot be locked: %s", out, strerror(errno));
+        if (!taken)
+            fprintf(stderr, "train_gpt2: '%s' is on a file system without locks (%s); take care that no other "
+                    "run uses this directory\n", out, strerror(errno));
+    }
     if (!taken && !fstat(lock, &locked))  /* a failed start may have removed it in the meantime */
         taken = stat(out, &now) || locked.st_ino != now.st_ino;
     if (taken) die("run directory '%s' is in use by another run; choose another -o", out);
@@ -2600,6 +2677,7 @@ static void print_summary(const Run *run) {
            run->saved >= 0 ? "resumed" : settings.model, (long long)data.tokens, (long long)data.shards,
            run->first, run->steps, settings.total_batch, settings.total_batch / (settings.B * settings.T),
            settings.B, settings.T);
+    flush_output();
 }
 
 static void sample(Run *run) {
@@ -2619,9 +2697,10 @@ static void sample(Run *run) {
         tokens[n] = token;
         if (t) fwrite(t->bytes + t->at[token] + 1, 1, t->bytes[t->at[token]], stdout);
         else printf("%d ", token);
-        fflush(stdout);
+        flush_output();
     }
     printf("\n---\n");
+    flush_output();
     free(tokens);
     free(allowed);
 }
@@ -2632,6 +2711,7 @@ static void validate(Run *run, long long step) {
     if (run->val) {
         check_ok(!gpt2_evaluate(run->model, run->val, settings.val_batches, &loss));
         printf("val loss %.4f\n", loss);
+        flush_output();
         fprintf(run->log, "s:%lld tel:%.4f\n", step, loss);
     }
     if (settings.hellaswag) {
@@ -2642,6 +2722,7 @@ static void validate(Run *run, long long step) {
         const double n = (double)min((size_t)count, (size_t)examples);
         printf("HellaSwag accuracy %.4f, by the mean over tokens %.4f\n", (double)right[0] / n,
                (double)right[1] / n);
+        flush_output();
         fprintf(run->log, "s:%lld eval:%.4f\n", step, (double)right[1] / n);
     }
 }
@@ -2651,6 +2732,9 @@ static void save(Run *run, long long step) {
     if (step == run->saved) return;
     if (!gpt2_checkpoint(settings.out, run->model, run->train, &run->progress, settings.checkpoint_every,
                          settings.keep, settings.keep_every)) {
+        static int warned;
+        const char *warning = gpt2_warning();
+        if (*warning && !warned++) fprintf(stderr, "train_gpt2: %s\n", warning);
         run->saved = step;
         return;
     }
@@ -2706,7 +2790,8 @@ static void train_step(Run *run, long long step) {
            step + 1, run->steps, loss, lr, norm, took * 1e3, (double)settings.total_batch / took,
            100 * run->flops / took / run->peak, mean * (double)(run->steps - step - 1), skipped);
     fprintf(run->log, "s:%lld trl:%.4f lr:%.6f norm:%.2f\n", step, loss, lr, norm);
-    fflush(NULL);
+    fflush(run->log);
+    flush_output();
 }
 
 static int due(long long every, long long step) { return every && step && step % every == 0; }
@@ -2756,6 +2841,7 @@ static int check_command(void) {
 }
 
 int main(int argc, char **argv) {
+    open_standard_files();
     spin_less(argv);
     parse_flags(argc, argv);
     if (*settings.check) return check_command();
@@ -2768,16 +2854,15 @@ int main(int argc, char **argv) {
         close_run(&run);
         return 0;
     }
+    watch_signals();
     print_summary(&run);
     save_settings(&run);
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
-    signal(SIGXFSZ, SIG_IGN);             /* a file at its size limit is an error of write */
     train(&run);
     const int stopped = interrupted;      /* a later signal has not stopped anything */
     if (stopped)
-        printf("interrupted after step %lld; %s\n", (long long)run.progress.step,
-               *settings.out ? "the same command with -y 1 resumes" : "without -o nothing was saved");
+        fprintf(ferror(stdout) ? stderr : stdout, "interrupted after step %lld; %s\n",
+                (long long)run.progress.step,
+                *settings.out ? "the same command with -y 1 resumes" : "without -o nothing was saved");
     close_run(&run);
     return stopped ? 130 : 0;
 }

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Trains GPT-2 and uses trained models: the Python front end of the C library in train_gpt2.c.
+# Assigned, so that --help has it under python -OO, which removes docstrings.
+__doc__ = """Trains GPT-2 and uses trained models: the Python front end of the C library in train_gpt2.c.
 
     make && python3 train_gpt2.py                        train a small GPT-2 on Shakespeare, then sample
     python3 train_gpt2.py --data book.txt --steps 500    train on your own text, or several
@@ -39,7 +40,6 @@ import ctypes
 import datetime
 import difflib
 import errno
-import fcntl
 import functools
 import glob
 import gzip
@@ -66,8 +66,13 @@ import time
 import weakref
 import zlib
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-DATA = os.path.join(HERE, "dev", "data")     # the default text and models from the hub are kept here
+try:
+    import fcntl
+except ImportError:                          # Windows
+    fcntl = None
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+DATA = os.path.join(HERE, "dev", "data")     # the default text and models from the hub; see cache_paths
 
 
 class GPT2Error(Exception):
@@ -213,13 +218,121 @@ def clock(seconds):
     return str(datetime.timedelta(seconds=round(seconds))).removeprefix("0:")
 
 
+def warn(text):
+    """Prints a sentence on stderr, if that can be written."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"train_gpt2.py: {text}", file=sys.stderr, flush=True)
+
+
+warn_once = functools.lru_cache(maxsize=None)(warn)
+
+
+# What stdin gives is UTF-8 in every locale; its invalid bytes stay, as in texts. What the encoding of stdout
+# lacks is replaced.
+STREAMS = [("stdout", {"errors": "replace"}), ("stdin", {"encoding": "utf-8", "errors": "surrogateescape"})]
+
+
+@contextlib.contextmanager
+def same_in_every_locale():
+    """Sets the encodings of stdin and stdout as in STREAMS, until the end of the `with`."""
+    with contextlib.ExitStack() as stack:
+        for name, options in STREAMS:
+            stream = getattr(sys, name)
+            if not hasattr(stream, "reconfigure"):     # None if it is closed, or a notebook's
+                continue
+            before = {option: getattr(stream, option) for option in options}
+            stack.callback(reconfigure, stream, before)
+            reconfigure(stream, options)
+        yield
+
+
+def reconfigure(stream, options):
+    """Sets encoding and errors of a stream, unless it is closed or has been read already."""
+    with contextlib.suppress(ValueError, OSError):
+        stream.reconfigure(**options)
+
+
+def utf8(text):
+    """A type for argparse: text in UTF-8, in every locale; bytes that are not become surrogates."""
+    try:
+        return os.fsencode(text).decode(errors="surrogateescape")
+    except UnicodeEncodeError:               # not from the command line
+        return text
+
+
+def mute_stdout():
+    """Lets stdout lead nowhere once its reader is gone."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def open_standard_files():
+    """Opens what is closed of stdin, stdout and stderr, so that no other file takes their numbers."""
+    file = os.open(os.devnull, os.O_RDWR)
+    while file <= 2:
+        file = os.open(os.devnull, os.O_RDWR)
+    os.close(file)
+
+
+def stop_signals():
+    """The numbers of SIGTERM and SIGHUP, the latter unless it is ignored, as under nohup."""
+    numbers = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+@contextlib.contextmanager
+def handling(numbers, handler):
+    """Handles signals until the end of the `with`. In a thread, which cannot have handlers, does nothing."""
+    before = {}
+    try:
+        with contextlib.suppress(ValueError):
+            for number in numbers:
+                if signal.getsignal(number) is not None:     # otherwise it could not be restored
+                    before[number] = signal.signal(number, handler)
+        yield before
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+NO_GUARD = 77                                # exit status of a process that stops in check_guard
+ENCODER = "encodes text"                     # name of the processes of encode_all
+GUARD = ("this script starts processes (multiprocessing) that import it again: put its calls under"
+         " if __name__ == \"__main__\":")
+
+
+def check_guard():
+    """Ends a process that multiprocessing has started and that is still importing the user's script: without
+    a guard there, it would repeat the whole script."""
+    process = multiprocessing.current_process()
+    if not getattr(process, "_inheriting", False):
+        return
+    if process.name not in (ENCODER, "MainProcess"):     # encode_all reports it: of its own, the fork server
+        warn(GUARD)
+    os._exit(NO_GUARD)                       # the fork server replaces the status of sys.exit
+
+
+def check_system():
+    """Raises GPT2Error where Python lacks a module that is needed, such as on Windows."""
+    if fcntl is None:
+        raise GPT2Error("Python's module fcntl, which locks run directories, is missing here; on Windows, use"
+                        " WSL, the Windows Subsystem for Linux")
+
+
 class Progress:
     """The live line of a long task: redrawn on a terminal, printed every few seconds into a file."""
+    on_failure = None                        # called with an OSError when stdout cannot be written
 
     def __init__(self, total=math.inf, unit="", label=""):
         self.total, self.unit, self.label = total, unit, label
         self.done = 0
-        self.terminal = sys.stdout.isatty()
+        self.terminal = False
+        with contextlib.suppress(AttributeError, ValueError):     # None, not a file, or closed
+            self.terminal = sys.stdout.isatty()
         self.interval = 0.1 if self.terminal else 5.0     # seconds
         self.begun = self.shown = time.perf_counter()
 
@@ -245,17 +358,28 @@ class Progress:
                 left = f" | {clock((self.total - self.done) / rate)} left"
         self.show(f"{self.label}{self.done:,.{digits}f}{of} {self.unit} | {rate:,.1f} {self.unit}/s{left}")
 
+    def print(self, text, end="\n"):
+        """Prints text at once."""
+        try:
+            print(text, end=end, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "replace").decode(), end=end, flush=True)
+        except OSError as error:
+            if not self.on_failure:
+                raise
+            self.on_failure(error)
+
     def show(self, line):
         """Shows the line in place of the previous one."""
         if self.terminal:
-            print(end="\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K", flush=True)
+            self.print("\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K", end="")
         else:
-            print(line, flush=True)
+            self.print(line)
 
     def say(self, text):
         """Prints a line that stays."""
         self.close()
-        print(text, flush=True)
+        self.print(text)
 
     def close(self):
         """Clears the live line."""
@@ -283,6 +407,72 @@ def naming(path):
         raise
 
 
+# Errors of a file system that lacks a feature, such as flock or fsync.
+UNSUPPORTED = {getattr(errno, name, None) for name in
+               ("ENOSYS", "ENOLCK", "EOPNOTSUPP", "ENOTSUP", "ENODEV", "EBADF", "EINVAL")}
+
+
+def flush_file(file):
+    """Writes an open file to the disk, where the file system can."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        warn_once("the file system cannot flush files to the disk (fsync: %s), so a power failure may damage"
+                  " them" % error.strerror)
+
+
+def lock_folder(folder):
+    """Locks a run directory against other runs, until the file that it returns is closed."""
+    check_system()
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (os.path.exists(folder) and os.path.samestat(os.fstat(file), os.stat(folder))):
+            raise BlockingIOError            # a failed start has removed it
+    except OSError as error:
+        if error.errno in UNSUPPORTED:
+            warn_once(f"{folder} is on a file system without locks ({error.strerror}); take care that no"
+                      " other run uses this directory")
+            return file
+        os.close(file)
+        if isinstance(error, BlockingIOError):
+            raise GPT2Error(f"{folder} is in use by another run; choose another --out") from None
+        error.filename = folder
+        raise
+    return file
+
+
+def is_writable(folder):
+    """Whether files can be written to a folder, which is created."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def cache_paths(name):
+    """Where a download may be: in dev/data or, where that is read-only, in the user's cache folder."""
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return [os.path.join(DATA, name), os.path.join(user, "train_gpt2", name)]
+
+
+def cache_path(name):
+    """Where a download is or, if there is none, where one can be written."""
+    paths = cache_paths(name)
+    for path in paths:
+        if os.path.lexists(path):
+            return path
+    for path in paths:
+        if is_writable(os.path.dirname(path)):
+            return path
+    return paths[0]
+
+
 def read_file(path):
     """The bytes of a regular file."""
     with naming(path), open(path, "rb", opener=regular) as file:
@@ -299,8 +489,7 @@ def replace_file(path, *parts):
                     file.writelines(part)
                 else:
                     file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
+            flush_file(file)
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -387,12 +576,13 @@ class CString(ctypes.c_char_p):
 # Section 1 of train_gpt2.c documents these. Result and arguments: p pointer (to a model, a loader, an array,
 # a struct), s str, c bytes, i int, l int64, u uint64, f float, d double, C GPT2Config, S GPT2Size, D GPT2Data,
 # L pointer to int64, - none. !: NULL or < 0 is a failure.
+API_VERSION = 2                              # GPT2_API_VERSION in train_gpt2.c
 C_TYPES = {"p": ctypes.c_void_p, "s": CString, "c": ctypes.c_char_p, "i": ctypes.c_int, "l": ctypes.c_int64,
            "u": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "C": GPT2Config, "S": GPT2Size,
            "D": GPT2Data, "L": ctypes.POINTER(ctypes.c_int64), "-": None}
 C_FUNCTIONS = """
-    c  gpt2_error()             c  gpt2_version()             c  gpt2_device()
-    d  gpt2_ceiling()
+    i  gpt2_api_version()       c  gpt2_version()             c  gpt2_device()
+    c  gpt2_error()             c  gpt2_warning()             d  gpt2_ceiling()
     i! gpt2_descriptor(sp)      i! gpt2_config_check(p)       l! gpt2_tensor(pipp)
     l  gpt2_parameters(p)       d  gpt2_flops_per_token(pi)   C  gpt2_config(p)
     p! gpt2_create(p)           i! gpt2_init(pu)              -  gpt2_free(p)
@@ -410,6 +600,10 @@ C_FUNCTIONS = """
 """
 
 
+class OldLibrary(GPT2Error):
+    """A library of another API version."""
+
+
 @functools.lru_cache(maxsize=None)
 def library(device="auto"):
     """The C library of "cpu" or "cuda"; "auto" is cuda's if that was built and finds a GPU. The environment's
@@ -418,6 +612,9 @@ def library(device="auto"):
         try:
             if library("cuda").gpt2_device() != b"no GPU":
                 return library("cuda")
+        except OldLibrary:
+            if not os.environ.get("GPT2_LIBRARY"):
+                raise
         except GPT2Error:
             pass
         device = "cpu"
@@ -429,10 +626,21 @@ def library(device="auto"):
         raise GPT2Error(f"the library {path} is missing; run `{target}` first")
     try:
         lib = ctypes.CDLL(path)
+        check_version(lib, path, target)
         declare_functions(lib)
     except (OSError, AttributeError) as error:
         raise GPT2Error(f"the library {path} does not load ({error}); run `{target}` again") from None
     return lib
+
+
+def check_version(lib, path, target):
+    """Raises GPT2Error for a library whose functions have other arguments than this file expects."""
+    found = "none"                           # before there was a function for it
+    if hasattr(lib, "gpt2_api_version"):
+        found = lib.gpt2_api_version()
+    if found != API_VERSION:
+        raise OldLibrary(f"the library {path} has the API version {found}, and {os.path.basename(__file__)}"
+                         f" expects {API_VERSION}; run `{target}` again")
 
 
 def declare_functions(lib):
@@ -768,7 +976,8 @@ def train(model, train_loader, val_loader, run):
 class Run:
     """A run directory, which locked_folder has locked, and the state of a run.
 
-    The first Ctrl-C or SIGTERM sets `stop`; the training loop then saves and returns."""
+    The first Ctrl-C, SIGTERM or SIGHUP, or a closed stdout, sets `stop`; the training loop then saves and
+    returns."""
 
     def __init__(self, folder, settings, model, tokenizer):
         self.folder, self.settings = folder, settings
@@ -778,6 +987,8 @@ class Run:
         flops = self.lib.gpt2_flops_per_token(ctypes.byref(model.config), settings.seq_len)
         self.peak = self.lib.gpt2_ceiling() / flops     # tokens/s at the machine's peak
         self.live = Progress()
+        self.live.on_failure = self.stdout_failed
+        self.output = None                   # of the last lines: stdout, or stderr if stdout is gone
         self.recent = collections.deque(maxlen=50)     # seconds of the last steps
         self.progress = GPT2Progress(rng=settings.seed)
         self.stop = False
@@ -787,16 +998,30 @@ class Run:
         self.waited = 0                      # validations since the lowest loss
         self.draw_at = time.perf_counter() + 10
 
-    def watch_signals(self):
-        """Lets the first SIGINT or SIGTERM stop the run after the current step."""
-        def stop(number, frame):
+    @contextlib.contextmanager
+    def watching_signals(self):
+        """Lets the first SIGINT, SIGTERM or SIGHUP stop the run after the current step."""
+        def stop(*_):
             self.stop = True
-            signal.signal(signal.SIGINT, signal.SIG_DFL)     # the second one ends the process at once
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to quit at once\n")
+            for number, handler in before.items():     # the second one ends main() without saving
+                signal.signal(number, handler)
+            with contextlib.suppress(OSError):     # the terminal may be gone
+                os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to quit without"
+                         b" saving\n")
 
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        with handling([signal.SIGINT, *stop_signals()], stop) as before:
+            yield
+
+    def stdout_failed(self, error):
+        """Stops the run if the reader of stdout or its terminal is gone; otherwise, such as when a disk is
+        full, training continues without output."""
+        mute_stdout()
+        self.output = sys.stderr
+        if error.errno in (errno.EPIPE, errno.EIO):
+            self.stop = True
+            warn(f"stdout was closed ({error.strerror}), so the run ends after this step")
+        else:
+            warn(f"stdout cannot be written ({error.strerror}); training continues without output")
 
     def log(self, line, **values):
         """Appends a line to main.log, and one with the values to metrics.jsonl (null if NaN or infinite)."""
@@ -869,10 +1094,10 @@ class Run:
         tokens = self.model.generate([self.tokenizer.start], self.settings.sample_tokens, 0.8, rng=rng,
                                      allowed=self.tokenizer.allowed(self.model.config.V))
         for text in self.tokenizer.stream(tokens):
-            print(end=text, flush=True)
+            self.live.print(text, end="")
             if self.stop:
                 break
-        print("\n", flush=True)
+        self.live.print("\n")
 
     def checkpoint(self, loader):
         """Saves a checkpoint, unless this step has one. A failure ends the run only if the run is ending."""
@@ -885,23 +1110,12 @@ class Run:
         except GPT2Error as error:
             if self.stop or self.progress.step == s.steps:
                 raise
-            print(f"train_gpt2.py: no checkpoint of step {self.progress.step}: {error}", file=sys.stderr)
+            warn(f"no checkpoint of step {self.progress.step}: {error}")
             return
+        if warning := self.lib.gpt2_warning():
+            warn_once(warning.decode())
         self.saved = path
         self.live.say(f"step {self.progress.step}: saved {path}")
-
-
-def lock_folder(folder):
-    """Locks a run directory against other processes, for as long as the file descriptor is open."""
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock), os.stat(folder)):
-            return lock
-    except (BlockingIOError, FileNotFoundError):     # a failed start removes its folder
-        pass
-    os.close(lock)
-    raise GPT2Error(f"{folder} is in use by another run; choose another --out")
 
 
 @contextlib.contextmanager
@@ -1217,7 +1431,7 @@ def find_shards(settings, given, folder, lib, model, resumed):
                 settings.tokenizer = tokenizer.source
             else:
                 tokenizer = new_tokenizer(settings.tokenizer, lib)
-            paths = paths or [default_text()]
+            paths = paths or [default_text(folder)]
             prepare(paths, tokens, tokenizer, **reading_options(settings))
         shards = find_data([tokens]).shards
     train, val = split_shards(shards, settings.val_data)
@@ -1368,8 +1582,11 @@ def write_sample(model, tokenizer, context, args, seed):
 
 def converse(model, tokenizer, context, args):
     """Continues each line that is typed; everything so far is the context."""
-    import readline
-    readline.set_auto_history(True)          # importing it gives input() line editing
+    with contextlib.suppress(ImportError):   # importing it gives input() line editing
+        import readline
+        readline.set_auto_history(True)
+        for setting in ("input-meta on", "output-meta on", "convert-meta off"):     # UTF-8 in locale C, too
+            readline.parse_and_bind(f"set {setting}")
     print("Type a line to continue; Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
     for seed in itertools.count(args.seed):
         try:
@@ -2199,7 +2416,8 @@ def encode_worker(encode, other, connection):
     """A worker process of encode_all: sends tokens, at first none, and receives the next parts, until the
     other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for the main process
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_DFL)
     other.close()                            # this process's copy, if it is a fork
     parts = []
     with contextlib.suppress(EOFError, OSError):
@@ -2222,25 +2440,43 @@ def encode_all(encode, parts, parallel):
     if not parallel:
         yield from (encode_parts(encode, batch) for batch in batches)
         return
-    connections = []
+    workers = []                             # connections and processes
     with contextlib.ExitStack() as stack:    # closes each connection, and waits for its process to end
         for _ in range(2 * cpu_count()):
             connection, other = multiprocessing.Pipe()
+            stack.enter_context(connection)
             worker = multiprocessing.Process(target=encode_worker, args=(encode, connection, other),
-                                             daemon=True)
-            worker.start()
+                                             name=ENCODER, daemon=True)
+            start_worker(worker)
             other.close()                    # so that it closes with its process
             stack.callback(worker.join)
-            connections.append(stack.enter_context(connection))
-        last = itertools.repeat([], len(connections))     # no parts, for the tokens of the previous ones
-        for connection, batch in zip(itertools.cycle(connections), itertools.chain(batches, last)):
+            stack.callback(connection.close)
+            workers.append((connection, worker))
+        last = itertools.repeat([], len(workers))     # no parts, for the tokens of the previous ones
+        for (connection, worker), batch in zip(itertools.cycle(workers), itertools.chain(batches, last)):
             try:
                 tokens = connection.recv()
                 connection.send(batch)
             except (EOFError, OSError):
+                worker.join()
+                if worker.exitcode == NO_GUARD:
+                    raise GPT2Error(GUARD) from None
                 raise GPT2Error("a process that encodes text was killed, perhaps for lack of memory; free"
                                 " some, or use fewer CPUs, as in `taskset -c 0 python3 ...`") from None
             yield tokens
+
+
+def start_worker(worker):
+    """Starts a process, which fails if it, or the fork server, has ended in check_guard. Signals wait, since
+    Python ignores exceptions of their handlers while it forks."""
+    late = []
+    with handling([signal.SIGINT, *stop_signals()], lambda number, _: late.append(number)):
+        try:
+            worker.start()
+        except (EOFError, ConnectionError):
+            raise GPT2Error(GUARD) from None
+    for number in late:
+        os.kill(os.getpid(), number)
 
 
 # --- Shards -------------------------------------------------------------------------------------------------
@@ -2270,6 +2506,7 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
     paths: what find_data accepts, or with raw files of uint16 tokens (see find_raw). reading: the options of
     TextReader. The last val_fraction of all tokens is for validation; see split_at. The output replaces what
     is in the folder when it is complete."""
+    check_guard()
     tokenizer.encode(" ")                    # fails here, and not in a worker process
     progress = Progress(unit="MB")
     reader = TextReader(tokenizer, progress, **reading)
@@ -2291,7 +2528,7 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
         if not progress.done or not stream.tell():
             raise GPT2Error(f"{listed(paths)}: no text there, only empty files or lines")
         stream.flush()
-        tokens = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)).cast("H")
+        tokens = mapped_tokens(stream)
         cut = split_at(tokens, tokenizer, val_fraction, raw or reader.documents)
         if raw and "val" in os.path.basename(files[-1]):
             cut = sum(os.path.getsize(path) // 2 for path in files if "val" not in os.path.basename(path))
@@ -2304,6 +2541,18 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
     replace_file(os.path.join(folder, "manifest.json"), json.dumps(manifest, indent=1).encode())
     reader.report()
     return cut, total - cut
+
+
+def mapped_tokens(stream):
+    """The uint16 of an open file: mapped, or read where the file system cannot map files."""
+    try:
+        data = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        stream.seek(0)
+        data = stream.read()
+    return memoryview(data).cast("H")
 
 
 def find_raw(paths):
@@ -2342,7 +2591,11 @@ def write_shards(stream, tokens, cut, folder, shard_tokens):
             name = f"{split}_{(start - first) // shard_tokens:06d}.bin"
             shard = tokens[start:min(start + shard_tokens, last)]
             shards.append(write_shard(os.path.join(folder, name), shard))
-            stream.truncate(2 * start)
+            try:
+                stream.truncate(2 * start)
+            except OSError as error:         # then the disk needs more room
+                if error.errno not in UNSUPPORTED:
+                    raise
     return shards[::-1]
 
 
@@ -2426,12 +2679,12 @@ def fetch_text(function):
         return getattr(fetch, function)()
 
 
-def default_text():
+def default_text(folder):
     """The path of the first of DEFAULT_TEXTS that is cached or can be obtained. Prints which one it is, and
-    why not an earlier one."""
+    why not an earlier one. Where no cache can be written, the text is in the folder."""
     reasons = []
     for name, title, origin, sha256, function in DEFAULT_TEXTS:
-        path = os.path.join(DATA, name)
+        path = cache_path(name)
         cached = os.path.exists(path)
         source = os.path.relpath(path) if cached else origin
         try:
@@ -2442,7 +2695,9 @@ def default_text():
             reasons.append(f"not {title} from {source}: {describe(error)}")
             continue
         if not cached:
-            os.makedirs(DATA, exist_ok=True)
+            if not is_writable(os.path.dirname(path)):
+                path = os.path.join(folder, name)
+                os.makedirs(folder, exist_ok=True)
             replace_file(path, text)
         print(f"text:   {title} from {source}, {len(text):,} bytes", *(f"({r})" for r in reasons))
         return path
@@ -2505,7 +2760,7 @@ def find_model(source):
     """The file of a model that is not in a run directory: itself, the weights in a Hugging Face folder or,
     after a download, of one of HUB_MODELS. The environment's HF_ENDPOINT names another hub."""
     if source in HUB_MODELS and not os.path.exists(source):
-        name, source = source, os.path.join(DATA, source)
+        name, source = source, cache_path(source)
         with optional_module("data/fetch") as fetch:
             fetch.hub_model(name, source, Progress(unit="MB", label=f"{name}: "))
     if not os.path.isdir(source):
@@ -2636,7 +2891,8 @@ def tokenizer_beside(file, lib):
 
 def from_hub(model):
     """Whether a model is one of HUB_MODELS, downloaded."""
-    return os.path.dirname(os.path.abspath(model.file)) in [os.path.join(DATA, name) for name in HUB_MODELS]
+    folder = os.path.dirname(os.path.abspath(model.file))
+    return any(folder in cache_paths(name) for name in HUB_MODELS)
 
 
 def assumed_tokenizer(model):
@@ -2771,8 +3027,8 @@ def train_in(folder, args, lib):
     if args.resume_step is not None:
         discard_later(folder, step, lib)
     print_summary(run, train_loader, val_loader, memory)
-    run.watch_signals()
-    train(model, train_loader, val_loader, run)
+    with run.watching_signals():
+        train(model, train_loader, val_loader, run)
     run.draw()
     return print_end(run)
 
@@ -2856,7 +3112,7 @@ def print_end(run):
     s, done = run.settings, run.progress.step
     resume = command_line("--resume", "--out", run.folder)
     if run.stop:
-        print(f"stopped after step {done} of {s.steps}; to resume: {resume}")
+        print(f"stopped after step {done} of {s.steps}; to resume: {resume}", file=run.output)
         return 130
     if done < s.steps:
         print(f"stopped early: {s.patience} validations without improvement (--patience); to continue:"
@@ -2872,10 +3128,17 @@ def print_end(run):
     return 0
 
 
+def readable(text):
+    """Text with U+FFFD in place of bytes that are not UTF-8."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def sample_command(args):
     model = open_model(args.model, args.device, args.checkpoint)
     tokenizer = find_tokenizer(model, args.tokenizer)
     prompt = args.prompt or ""
+    if not sys.stdin and (prompt == "-" or args.interactive):
+        raise GPT2Error("stdin is closed, from which --prompt - and --interactive read; open it")
     if prompt == "-":
         prompt = sys.stdin.read()
         if "\0" in prompt:
@@ -2886,7 +3149,7 @@ def sample_command(args):
         converse(model, tokenizer, context, args)
         return
     for seed in range(args.seed, args.seed + args.num_samples):
-        print("---\n" if seed > args.seed else "", end=prompt)
+        print("---\n" if seed > args.seed else "", end=readable(prompt))
         write_sample(model, tokenizer, context[:], args, seed)
 
 
@@ -2903,7 +3166,6 @@ def eval_command(args):
 
 
 def prepare_command(args):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C: removes incomplete output
     tokenizer = new_tokenizer(args.tokenizer, library("cpu"))
     try:
         train, val = prepare(args.inputs, args.out, tokenizer, args.val_fraction, args.shard_tokens,
@@ -3086,7 +3348,7 @@ def add_flags(parser, rows, **common):
         elif isinstance(kind, tuple):
             form = {"choices": kind}
         elif isinstance(kind, str):
-            form = {"metavar": kind}
+            form = {"type": utf8, "metavar": kind}
         if default is REQUIRED:
             form["required"] = True
         elif default is not None:
@@ -3141,24 +3403,37 @@ def make_parser():
     return parser
 
 
+def run_command(argv):
+    """Runs a command. Returns the exit status."""
+    try:
+        args = make_parser().parse_args(argv)
+    except SystemExit as error:              # after --help, --version or a mistake
+        return error.code or 0
+    check_system()
+    return args.run(args) or 0
+
+
 def main(argv=None):
     """Runs a command. Returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 if interrupted."""
+    check_guard()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help", "--version"):
         argv.insert(0, "train")
-    args = make_parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        with same_in_every_locale(), handling(stop_signals(), signal.default_int_handler):
+            status = run_command(argv)
+            print(end="", flush=True)        # fails here, if stdout is closed
+            return status
     except BrokenPipeError:                  # as in `sample | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        mute_stdout()
         return 1
-    except (GPT2Error, OSError) as error:
-        print(f"train_gpt2.py: {describe(error)}", file=sys.stderr)
+    except (GPT2Error, OSError, UnicodeError) as error:
+        warn(describe(error))
         return 1
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")     # samples may have characters that the terminal lacks
+    open_standard_files()
     sys.exit(main())

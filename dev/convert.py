@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Converts GPT-2 models between this project's model file and third-party formats.
+# Assigned, so that --help has it under python -OO, which removes docstrings.
+__doc__ = """Converts GPT-2 models between this project's model file and third-party formats.
 
     python3 dev/convert.py import hf/ model.bin                      Hugging Face folder or model.safetensors
     python3 dev/convert.py export model.bin hf/                      folder that transformers loads

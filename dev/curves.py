@@ -50,7 +50,7 @@ def read_curves(path):
         files = [os.path.join(path, name) for name in ("main.log", METRICS) if name in os.listdir(path)]
     curves = collections.defaultdict(dict)
     for file in files:
-        with naming(file), open(file, errors="replace", opener=regular) as text:
+        with naming(file), open(file, encoding="utf-8", errors="replace", opener=regular) as text:
             for line in iter(functools.partial(text.readline, 1000), ""):
                 pairs = re.findall(r'([a-z_]{1,20})"?: ?(\d{1,15}(?:\.\d+)?(?:e-\d\d)?)(?=[\s,}])', line)
                 values = {LOG_NAMES.get(name, name): float(value) for name, value in pairs}
@@ -201,7 +201,7 @@ def draw_curves(runs, path):
     drawing.text(LEFT + WIDTH / 2, y + 38, "step", "middle")
     size = 'width="{0}" height="{1}" viewBox="0 0 {0} {1}"'.format(LEFT + WIDTH + 20, y + 50)
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{STYLE}<rect {size}/>', *drawing.elements]
-    write_file(path, "\n".join([*lines, "</svg>\n"]).encode())
+    write_file(path, "\n".join([*lines, "</svg>\n"]).encode(errors="replace"))
 
 
 def plot(paths, out):

@@ -38,6 +38,21 @@ def naming(path):
         raise
 
 
+# Errors of a file system that lacks a feature, such as flock or fsync.
+UNSUPPORTED = {getattr(errno, name, None) for name in
+               ("ENOSYS", "ENOLCK", "EOPNOTSUPP", "ENOTSUP", "ENODEV", "EBADF", "EINVAL")}
+
+
+def flush_file(file):
+    """Writes an open file to the disk, where the file system can."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
 def write_file(path, *parts):
     """Writes a file atomically. The parts are bytes-like, or generators of them."""
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -48,8 +63,7 @@ def write_file(path, *parts):
                     file.writelines(part)
                 else:
                     file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
+            flush_file(file)
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Downloads data sets, and encodes those that are text into token shards.
+# Assigned, so that --help has it under python -OO, which removes docstrings.
+__doc__ = """Downloads data sets, and encodes those that are text into token shards.
 
     python3 dev/data/fetch.py tinyshakespeare                  1 MB of text, bytes as tokens
     python3 dev/data/fetch.py tinyshakespeare --tokenizer gpt2
@@ -17,7 +18,6 @@ train_gpt2.py beside this folder.
 """
 import argparse
 import array
-import fcntl
 import glob
 import http.client
 import os
@@ -32,9 +32,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+try:
+    import fcntl
+except ImportError:                          # Windows
+    fcntl = None
+
+HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path.append(os.path.dirname(HERE))
-from fileio import Error, sha256_of, write_file  # noqa: E402
+from fileio import UNSUPPORTED, Error, sha256_of, write_file  # noqa: E402
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 GITHUB = "https://raw.githubusercontent.com"
@@ -81,7 +86,7 @@ def tag_of(part):
     """The version of the file of which `part` is the beginning: its ETag or date, or ""."""
     if not os.path.exists(part + ".tag"):
         return ""
-    with open(part + ".tag") as file:
+    with open(part + ".tag", encoding="utf-8", errors="replace") as file:
         return file.read()
 
 
@@ -104,6 +109,19 @@ def announced_length(url, answer, span, size):
     return length
 
 
+def lock_file(file, part):
+    """Locks a file that is downloaded, where the system can; its checksum is verified anyway."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Error(f"{part} is being written by another process; wait for it to finish") from None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
 def receive(url, part, size, timeout, progress):
     """Appends the missing rest of a url to the file `part`; starts over if the server has a newer version.
     Returns the SHA-256 that the hub announces, or None."""
@@ -121,10 +139,7 @@ def receive(url, part, size, timeout, progress):
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"] or "")
         length = announced_length(url, answer, span, size)
         with open(part, "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Error(f"{part} is being written by another process; wait for it to finish") from None
+            lock_file(file, part)
             continues = span and int(span[1]) == have == os.path.getsize(part) and version in (tag, "")
             if answer.status != 206 or not continues:
                 have = 0
@@ -288,7 +303,7 @@ def tinyshakespeare(args):
     are for validation."""
     gpt2 = driver()
     tokenizer = gpt2.TOKENIZERS[args.tokenizer]()
-    path = os.path.relpath(os.path.join(HERE, "tinyshakespeare.txt"))     # the driver's default text, too
+    path = os.path.relpath(gpt2.cache_path("tinyshakespeare.txt"))     # the driver's default text, too
     text = gpt2.read_file(fetch(args, "input.txt", path)).decode()
     tokens = array.array("H")
     for speech in text.replace("\n\n", "\n\n\0").split("\0"):
@@ -403,9 +418,9 @@ def make_parser():
 
     def add(run, text, out, rows):
         command = datasets.add_parser(run.__name__, help=text, description=text)
-        command.set_defaults(run=run)
-        command.add_argument("--out", metavar="DIR", default=os.path.join(HERE, out),
-                             help=f"output folder (dev/data/{out})")
+        command.set_defaults(run=run, folder=out)
+        command.add_argument("--out", metavar="DIR", help=f"output folder (dev/data/{out} or, if that is"
+                             " read-only, one in ~/.cache/train_gpt2)")
         command.add_argument("--url", help=f"folder with the files ({SOURCES[run.__name__][0]})")
         gpt2.add_flags(command, rows)
 
@@ -424,7 +439,7 @@ def make_parser():
 def main(argv=None):
     """Runs a command. Returns the exit status: 0, 1 for a failure, 2 for wrong usage, 130 if interrupted."""
     args = make_parser().parse_args(argv)
-    args.out = os.path.relpath(args.out)
+    args.out = os.path.relpath(args.out or driver().cache_path(args.folder))
     try:
         os.makedirs(args.out, exist_ok=True)
         args.run(args)

@@ -544,7 +544,7 @@ def main():
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     failed = []
 
-    def no_text():
+    def no_text(_):
         raise train_gpt2.GPT2Error("the default text, which is for --data, would go into dev/data")
 
     train_gpt2.default_text = no_text

@@ -317,6 +317,6 @@ def test_shakespeare_is_downloaded_once(tmp_path, server, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt2, "DATA", str(tmp_path / "dev" / "data"))
     for origin in ("GitHub", "tinyshakespeare.txt"):
         path = tmp_path / "dev" / "data" / name
-        assert train_gpt2.default_text() == str(path) and path.read_bytes() == server.text
+        assert train_gpt2.default_text(str(tmp_path)) == str(path) and path.read_bytes() == server.text
         one_sentence(capsys.readouterr().out, "tiny Shakespeare from", origin)
     assert server.requests == ["/input.txt"]
