@@ -62,6 +62,7 @@ import stat
 import struct
 import sys
 import tempfile
+import threading
 import time
 import weakref
 import zlib
@@ -199,58 +200,112 @@ def printable(text):
 
 
 def clock(seconds):
-    """Seconds as 01:23 or 4:05:06."""
-    return str(datetime.timedelta(seconds=round(seconds))).removeprefix("0:")
+    """Seconds as 01:23, 4:05:06 or 12d 03h."""
+    seconds = round(seconds)
+    if seconds >= 86400:
+        return f"{seconds // 86400:,}d {seconds // 3600 % 24:02}h"
+    return str(datetime.timedelta(seconds=seconds)).removeprefix("0:")
 
 
-class Progress:
-    """The live line of a long task: redrawn on a terminal, printed every few seconds into a file."""
+def counted(number, noun, digits=0):
+    """A number and a noun, such as "1 file", "1,234 batches" or "2 run directories"."""
+    if number != 1 and noun != "MB":
+        noun = re.sub("y$", "ie", re.sub("(ch|sh|s|x)$", r"\1e", noun)) + "s"
+    return f"{number:,.{digits}f} {noun}"
 
-    def __init__(self, total=math.inf, unit="", label=""):
+
+class Progress(contextlib.AbstractContextManager):
+    """The live line of a long task, on stderr: redrawn on a terminal, else printed every few seconds.
+
+    In a `with` statement a thread shows it also while a call of the library or the network blocks."""
+    lock = threading.RLock()
+    shown = time.perf_counter() - 3.5        # when any of them showed something; see main()
+
+    def __init__(self, total=math.inf, unit="", label="", stream=None):
         self.total, self.unit, self.label = total, unit, label
+        self.stream = stream or sys.stderr
         self.done = 0
-        self.terminal = sys.stdout.isatty()
-        self.interval = 0.1 if self.terminal else 5.0     # seconds
-        self.begun = self.shown = time.perf_counter()
+        self.terminal = self.stream.isatty()
+        self.interval = 0.1 if self.terminal else 4.0     # seconds
+        self.begun = time.perf_counter()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
 
-    def due(self):
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+        self.close()
+
+    def watch(self):
+        """Shows the line whenever nothing else was shown for somewhat longer than the interval."""
+        while not self.over.wait(0.1):
+            if self.due(late=0.25):
+                self.show(self.line())
+
+    def due(self, late=0.0):
         """Whether the line is due again; if so, it counts as shown."""
-        now = time.perf_counter()
-        if now - self.shown < self.interval:
-            return False
-        self.shown = now
-        return True
+        with self.lock:
+            now = time.perf_counter()
+            if now - Progress.shown < self.interval + late:
+                return False
+            Progress.shown = now
+            return True
 
     def advance(self, amount):
-        """Counts work done, and when the line is due shows it with rate and remaining time."""
+        """Counts work done, and shows the line when it is due."""
         self.done += amount
-        if not self.due():
-            return
+        if self.due():
+            self.show(self.line())
+
+    def line(self):
+        """The label with the amount done, rate and remaining time; without a unit, the time so far."""
+        seconds = time.perf_counter() - self.begun
+        if not self.unit:
+            return f"{self.label} | {clock(seconds)}"
         digits = 1 if self.unit == "MB" else 0
-        rate = self.done / (self.shown - self.begun)
-        of = left = ""
+        amount, rate, left = counted(self.done, self.unit, digits), self.done / seconds, ""
         if self.done <= self.total < math.inf:
-            of = f" of {self.total:,.{digits}f}"
+            amount = f"{self.done:,.{digits}f} of {counted(self.total, self.unit, digits)}"
             if rate:
                 left = f" | {clock((self.total - self.done) / rate)} left"
-        self.show(f"{self.label}{self.done:,.{digits}f}{of} {self.unit} | {rate:,.1f} {self.unit}/s{left}")
+        return f"{self.label}{amount} | {counted(rate, self.unit, 1)}/s{left}"
 
     def show(self, line):
-        """Shows the line in place of the previous one."""
-        if self.terminal:
-            print(end="\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K", flush=True)
-        else:
-            print(line, flush=True)
+        """Shows the line in place of the previous one. None shows nothing."""
+        if line is None:
+            return
+        with self.lock:
+            Progress.shown = time.perf_counter()
+            if self.terminal:
+                line = "\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K"
+                print(end=line, file=self.stream, flush=True)
+            else:
+                print(line, file=self.stream, flush=True)
 
     def say(self, text):
         """Prints a line that stays."""
-        self.close()
-        print(text, flush=True)
+        with self.lock:
+            self.close()
+            print(text, file=self.stream, flush=True)
 
     def close(self):
         """Clears the live line."""
         if self.terminal:
             self.show("")
+
+
+def fitted(fields, width):
+    """A line of fields, a text and a rank each: without those of the highest rank that do not fit."""
+    texts = [text for text, _ in fields]
+    for text, _ in sorted(fields, key=lambda field: -field[1])[:-1]:
+        if len(" | ".join(texts)) <= width:
+            break
+        texts.remove(text)
+    return " | ".join(texts)
 
 
 def regular(path, flags):
@@ -714,7 +769,9 @@ def train(model, train_loader, val_loader, run):
         if due(step, s.checkpoint_every):
             run.checkpoint(train_loader)
         if val_loader and s.val_every and (step == 0 or due(step, s.val_every)) and not run.stop:
-            run.validated(step, model.evaluate(val_loader, s.val_batches))
+            with run.doing("validation"):
+                loss = model.evaluate(val_loader, s.val_batches)
+            run.validated(step, loss)
         rng = run.progress.rng
         if s.sample_tokens and due(step, s.sample_every) and not run.stop:
             run.sample()
@@ -764,7 +821,10 @@ class Run:
         self.tokenizer = tokenizer or Tokenizer([b"%d " % token for token in range(V)], end=V - 1)
         flops = self.lib.gpt2_flops_per_token(ctypes.byref(model.config), settings.seq_len)
         self.peak = self.lib.gpt2_ceiling() / flops     # tokens/s at the machine's peak
-        self.live = Progress()
+        self.live = Progress(stream=sys.stdout)
+        self.busy = Progress()               # shows what takes long, also while the library is called
+        self.busy.line = self.busy_line
+        self.last = None                     # loss, lr and norm of the last step
         self.recent = collections.deque(maxlen=50)     # seconds of the last steps
         self.progress = GPT2Progress(rng=settings.seed)
         self.stop = False
@@ -812,6 +872,43 @@ class Run:
         now = time.perf_counter()
         self.draw_at = now + max(10, 100 * (now - begun))     # at most 1% of the time
 
+    @contextlib.contextmanager
+    def doing(self, what):
+        """Says what takes long until the end of the `with`; None: nothing, since something else is shown."""
+        self.busy.label, self.busy.begun = what, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.busy.label, self.busy.begun = "", time.perf_counter()
+
+    def busy_line(self):
+        """What takes long: as in doing(), else the next step."""
+        if self.busy.label is None:
+            return None
+        spent = clock(time.perf_counter() - self.busy.begun)
+        if self.busy.label:
+            return f"{self.busy.label} | {spent}"
+        if self.last and self.busy.terminal:
+            return self.step_line()
+        return f"step {self.progress.step + 1}/{self.settings.steps} | {spent}"
+
+    def step_line(self):
+        """The live line of the last step. What does not fit on a terminal is left out."""
+        s, done, (loss, lr, norm) = self.settings, self.progress.step, self.last
+        mean = sum(self.recent) / len(self.recent)
+        rate, width = s.total_batch_size / mean, math.inf
+        if self.live.terminal or self.busy.terminal:
+            width = shutil.get_terminal_size().columns - 1
+        return fitted([
+            (f"step {done:{len(str(s.steps))}}/{s.steps}", 0),
+            (clock(time.perf_counter() - self.live.begun), 7),
+            (f"{clock((s.steps - done) * mean)} left", 3),
+            (f"loss {loss:.4f}", 1),
+            (f"lr {lr:.2e}", 6),
+            (f"norm {norm:.2f}", 5),
+            (f"{rate:,.0f} tok/s", 2),
+            (f"{100 * rate / self.peak:.0f}% MFU", 4)], width)
+
     def trained(self, step, loss, lr, norm, seconds):
         """Records a training step and shows the live line when it is due."""
         done, s, live = step + 1, self.settings, self.live
@@ -819,17 +916,16 @@ class Run:
         self.lib.gpt2_zscore(ctypes.byref(self.progress), 0, loss)
         self.lib.gpt2_zscore(ctypes.byref(self.progress), 1, norm)
         self.log(f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}", step=step, loss=loss, lr=lr,
-                 norm=norm, seconds=seconds)
+                 norm=norm, tokens=s.total_batch_size, seconds=seconds)
+        self.last = loss, lr, norm
+        self.busy.begun = time.perf_counter()
         self.recent.append(seconds)
-        mean = sum(self.recent) / len(self.recent)
-        left = clock((s.steps - done) * mean)
         if len(self.recent) == 2 and done < s.steps:
-            live.say(f"time:   about {left} for the remaining {s.steps - done:,} steps, estimated from two")
+            left = clock((s.steps - done) * sum(self.recent) / 2)
+            live.say(f"time:   about {left} for the remaining {counted(s.steps - done, 'step')}, estimated"
+                     " from two")
         if live.due() or len(self.recent) == 1 or done == s.steps:
-            rate, spent = s.total_batch_size / mean, clock(time.perf_counter() - live.begun)
-            live.show(f"step {done:{len(str(s.steps))}}/{s.steps} | {spent}, {left} left | loss {loss:.4f}"
-                      f" | lr {lr:.2e} | norm {norm:.2f} | {rate:,.0f} tok/s"
-                      f" | {100 * rate / self.peak:.0f}% of peak")
+            live.show(self.step_line())
         if time.perf_counter() > self.draw_at:
             self.draw()
 
@@ -844,7 +940,8 @@ class Run:
         self.waited = sum(at > self.best[0] for at, _ in losses)
         text = f"step {step}: validation loss {loss:.4f}"
         if self.waited == 0:
-            self.model.save(self.best_file)
+            with self.doing(f"saving {self.best_file}"):
+                self.model.save(self.best_file)
             text += ", the best so far"
         self.live.say(text)
 
@@ -854,11 +951,12 @@ class Run:
         self.live.say(f"step {self.progress.step}: a sample\n")
         tokens = self.model.generate([self.tokenizer.start], self.settings.sample_tokens, 0.8, rng=rng,
                                      allowed=self.tokenizer.allowed(self.model.config.V))
-        for text in self.tokenizer.stream(tokens):
-            print(end=text, flush=True)
-            if self.stop:
-                break
-        print("\n", flush=True)
+        with self.doing(None):
+            for text in self.tokenizer.stream(tokens):
+                print(end=text, flush=True)
+                if self.stop:
+                    break
+            print("\n", flush=True)
 
     def checkpoint(self, loader):
         """Saves a checkpoint, unless this step has one. A failure ends the run only if the run is ending."""
@@ -866,8 +964,9 @@ class Run:
         if self.saved == path:
             return
         try:
-            self.lib.gpt2_checkpoint(self.folder, self.model.handle, loader.handle,
-                                     ctypes.byref(self.progress), s.checkpoint_every, s.keep, 0)
+            with self.doing(f"saving {path}"):
+                self.lib.gpt2_checkpoint(self.folder, self.model.handle, loader.handle,
+                                         ctypes.byref(self.progress), s.checkpoint_every, s.keep, 0)
         except GPT2Error as error:
             if self.stop or self.progress.step == s.steps:
                 raise
@@ -1194,15 +1293,17 @@ def eval_text(model, folder, args):
     B = max(1, min(1024, most) // T)
     pattern = exact_globs(shards)
     loader = Loader(pattern, B, T, V, device=args.device)
-    progress, count, nats, size = Progress(loader.batches, "batches"), 0, 0.0, 0
-    for _ in range(loader.batches):
-        x, y = loader.next()
-        count += B * T
-        nats += B * T * model.forward(x, y, train=False)
-        size += sum(sizes[token] for row in y for token in row)
-        progress.label = f"loss {nats / count:.4f} | "
-        progress.advance(1)
-    progress.say(f"loss:       {nats / count:.4f} nats per token, over {count:,} tokens in sequences of {T}")
+    count, nats, size = 0, 0.0, 0
+    with Progress(loader.batches, "batch") as progress:
+        for _ in range(loader.batches):
+            x, y = loader.next()
+            count += B * T
+            nats += B * T * model.forward(x, y, train=False)
+            size += sum(sizes[token] for row in y for token in row)
+            progress.label = f"loss {nats / count:.4f} | "
+            progress.advance(1)
+    print(f"loss:       {nats / count:.4f} nats per token, over {counted(count, 'token')} in sequences of"
+          f" {T}")
     print(f"perplexity: {math.exp(min(nats / count, 700)):.2f}")
     print(f"bits:       {nats / max(size, 1) / math.log(2):.4f} per byte, over {size:,} bytes")
 
@@ -1212,19 +1313,22 @@ def eval_hellaswag(model, folder, args):
     file = args.hellaswag
     if not file.endswith(".bin"):
         file = os.path.join(folder, os.path.basename(file) + ".bin")
-        write_choices(file, args.hellaswag, find_tokenizer(model, args.tokenizer).encode)
+        encode = find_tokenizer(model, args.tokenizer).encode
+        with Progress(label=f"encoding {args.hellaswag}"):
+            write_choices(file, args.hellaswag, encode)
     examples = min(args.examples, model.hellaswag(file, 0, 0)[2])
     if examples == 0:
         raise GPT2Error(f"{args.hellaswag} has no examples")
-    progress, right, by_mean = Progress(examples, "examples"), 0, 0
-    for done in range(1, examples + 1):
-        by_sum_here, by_mean_here, _ = model.hellaswag(file, done - 1, 1)
-        right += by_sum_here
-        by_mean += by_mean_here
-        progress.label = f"accuracy {right / done:.1%}, by mean {by_mean / done:.1%} | "
-        progress.advance(1)
-    progress.say(f"HellaSwag:  accuracy {right / done:.4f}, by the mean over tokens {by_mean / done:.4f},"
-                 f" over {done:,} examples (chance: 0.25)")
+    right = by_mean = 0
+    with Progress(examples, "example") as progress:
+        for done in range(1, examples + 1):
+            by_sum_here, by_mean_here, _ = model.hellaswag(file, done - 1, 1)
+            right += by_sum_here
+            by_mean += by_mean_here
+            progress.label = f"accuracy {right / done:.1%}, by mean {by_mean / done:.1%} | "
+            progress.advance(1)
+    print(f"HellaSwag:  accuracy {right / done:.4f}, by the mean over tokens {by_mean / done:.4f}, over"
+          f" {counted(done, 'example')} (chance: 0.25)")
 
 
 # ============================================================================================================
@@ -2077,7 +2181,9 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
         cut = split_at(tokens, tokenizer, val_fraction, raw or reader.documents)
         if raw and "val" in os.path.basename(files[-1]):
             cut = sum(os.path.getsize(path) // 2 for path in files if "val" not in os.path.basename(path))
-        shards = write_shards(stream, tokens, cut, temporary, shard_tokens)
+        progress.close()
+        with Progress(label=f"writing {folder}"):
+            shards = write_shards(stream, tokens, cut, temporary, shard_tokens)
         replace_shards(temporary, folder, shards)
     total = sum(shard["tokens"] for shard in shards)
     tokenizer.save(os.path.join(folder, TABLE))
@@ -2215,7 +2321,8 @@ def default_text():
         cached = os.path.exists(path)
         source = os.path.relpath(path) if cached else origin
         try:
-            text = read_file(path) if cached else fetch_text(function)
+            with Progress(label=f"reading {title} from {source}"):
+                text = read_file(path) if cached else fetch_text(function)
             if sha256 and hashlib.sha256(text).hexdigest() != sha256:
                 raise GPT2Error("its sha256 is wrong" + ("; delete it" if cached else ""))
         except Exception as error:           # there is another text
@@ -2242,8 +2349,8 @@ def find_model(source, lib):
     after a download, of one of HUB_MODELS. The environment's HF_ENDPOINT names another hub."""
     if source in HUB_MODELS and not os.path.exists(source):
         name, source = source, os.path.join(DATA, source)
-        with optional_module("data/fetch") as fetch:
-            fetch.hub_model(name, source, Progress(unit="MB", label=f"{name}: "))
+        with optional_module("data/fetch") as fetch, Progress(unit="MB", label=f"{name}: ") as progress:
+            fetch.hub_model(name, source, progress)
     if not os.path.isdir(source):
         return source
     checkpoint = model_path(source, lib.gpt2_newest(source))
@@ -2278,28 +2385,27 @@ def open_model(source, device="auto"):
                         " it, for which torch must be installed, and use the folder:"
                         f" {shlex.join(('python3', convert, 'unpickle', path, folder))}")
     else:
-        model = GPT2.load(path, device)
+        with Progress(label=f"loading {path}"):
+            model = GPT2.load(path, device)
     model.file = path
     return model
 
 
+@contextlib.contextmanager
 def report_tensors(verb):
     """A callback for dev/convert.py that shows how many tensors are done."""
-    progress = Progress(unit="tensors", label=f"{verb}: ")
+    with Progress(unit="tensor", label=f"{verb}: ") as progress:
+        def report(done, total):
+            progress.total = total
+            progress.advance(1)
 
-    def report(done, total):
-        progress.total = total
-        progress.advance(1)
-        if done == total:
-            progress.close()
-
-    return report
+        yield report
 
 
 def import_model(path, device):
     """The GPT2 in a model.safetensors, or in the files that its index names."""
-    with optional_module("convert") as convert:
-        shape, pieces = convert.read_model(path, report_tensors("read"))
+    with optional_module("convert") as convert, report_tensors("read") as report:
+        shape, pieces = convert.read_model(path, report)
         try:
             model = GPT2(GPT2Config(*shape), None, device)
         except GPT2Error as error:
@@ -2324,12 +2430,11 @@ def export_model(model, tokenizer, format, path, dtype, **options):
         model.lib.gpt2_get(model.handle, indices[name], KINDS["param"], first, count, values.buffer_info()[0])
         return values
 
-    with optional_module("convert") as convert:
+    with optional_module("convert") as convert, report_tensors("written") as report:
         c = model.config
         shape = convert.Shape(c.max_T, c.V, c.L, c.NH, c.C)
         vocabulary = tokenizer.vocabulary() if tokenizer else None
-        convert.FORMATS[format](path, shape, read, vocabulary, dtype, report_tensors("written"),
-                                **options)
+        convert.FORMATS[format](path, shape, read, vocabulary, dtype, report, **options)
 
 
 def check_model_target(path):
@@ -2349,7 +2454,8 @@ def export_llmc(model, tokenizer, path, dtype):
     replaced = tokenizer and os.path.exists(table)
     if replaced and Tokenizer.load(table, model.lib).pieces != tokenizer.pieces:
         raise GPT2Error(f"{table} belongs to a different tokenizer; choose another folder with --out")
-    model.save(path, 5 if dtype == "BF16" else 3)
+    with Progress(label=f"writing {path}"):
+        model.save(path, 5 if dtype == "BF16" else 3)
     if tokenizer:
         tokenizer.save(table)
 
@@ -2473,7 +2579,9 @@ def train_command(args):
         settle_fine_tuning(s, given, config, train_shards)
     if step is None:
         settle_size(s, given, train_shards)
-    model = model or GPT2(config, s.seed, args.device)
+    if not model:
+        with Progress(label="initializing the model"):
+            model = GPT2(config, s.seed, args.device)
     B, T = s.batch_size, s.seq_len
     train_loader = Loader(exact_globs(train_shards), B, T, config.V, True, s.seed, args.device)
     val_loader = open_val_loader(s, val_shards, config.V, args.device)
@@ -2482,7 +2590,8 @@ def train_command(args):
     start_run(run, tokenizer, step, source, train_loader)
     print_summary(run, train_loader, val_loader, memory)
     run.watch_signals()
-    train(model, train_loader, val_loader, run)
+    with run.busy:
+        train(model, train_loader, val_loader, run)
     run.draw()
     return print_end(run)
 
@@ -2494,7 +2603,9 @@ def start_run(run, tokenizer, step, source, train_loader):
         replace_file(os.path.join(folder, "main.log"))
         replace_file(os.path.join(folder, METRICS))
     else:
-        run.lib.gpt2_restore(folder, step, run.model.handle, train_loader.handle, ctypes.byref(run.progress))
+        with Progress(label=f"loading the state of {source}"):
+            run.lib.gpt2_restore(folder, step, run.model.handle, train_loader.handle,
+                                 ctypes.byref(run.progress))
         run.saved = source
     if run.progress.step > s.steps:
         raise GPT2Error(f"{folder} has done {run.progress.step} steps, more than --steps {s.steps}")
@@ -2599,7 +2710,7 @@ def train_tokenizer_command(args):
     reader = TextReader(ByteTokenizer(), progress, **reading_options(args))
     parts = reader.parts(find_texts(args.inputs))
     texts = (part.decode(errors="replace") for part in parts if isinstance(part, bytes))
-    with contextlib.closing(progress), optional_module("vocabulary") as module:
+    with progress, optional_module("vocabulary") as module:
         vocabulary = module.train(texts, args.vocab_size)
     if not progress.done:
         raise GPT2Error(f"{' '.join(args.inputs)}: no text there, only empty files or lines")
@@ -2655,7 +2766,8 @@ def check_command(args):
         raise GPT2Error(f"{args.reference} does not end in reference.bin; name its model file with --model")
     model = open_model(model_file, args.device)
     rows = (GPT2Diff * (TENSORS + 2))()
-    wrong = model.lib.gpt2_check(model.handle, args.reference, args.tolerance, rows)
+    with Progress(label=f"comparing with {args.reference}"):
+        wrong = model.lib.gpt2_check(model.handle, args.reference, args.tolerance, rows)
     print(f"{'':10} {'max abs error':>14} {'relative error':>14}")
     for row in rows:
         verdict = "ok" if row.ok else "NOT OK"
@@ -2813,6 +2925,7 @@ def main(argv=None):
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help", "--version"):
         argv.insert(0, "train")
     args = make_parser().parse_args(argv)
+    Progress.shown = time.perf_counter() - 3.5     # the first output is due in less than a second
     try:
         return args.run(args) or 0
     except BrokenPipeError:                  # as in `sample | head`

@@ -278,8 +278,8 @@ def fetch(args, name, path=None):
     """Downloads a file of the data set into its folder or to `path`. Returns the path."""
     url, files = SOURCES[args.dataset]
     path = path or os.path.join(args.out, name)
-    progress = driver().Progress(unit="MB", label=f"{path}: ")
-    download(f"{(args.url or url).rstrip('/')}/{name}", path, files[name], progress=progress)
+    with driver().Progress(unit="MB", label=f"{path}: ") as progress:
+        download(f"{(args.url or url).rstrip('/')}/{name}", path, files[name], progress=progress)
     return path
 
 
@@ -332,7 +332,8 @@ def shard_stories(tokenizer, path, folder, split, size):
             del tokens[:size]
     if tokens:
         gpt2.write_shard(os.path.join(folder, f"{split}_{shards:06d}.bin"), tokens)
-    progress.say(f"{split}: {shards * size + len(tokens):,} tokens")
+    progress.close()
+    print(f"{split}: {gpt2.counted(shards * size + len(tokens), 'token')}", flush=True)
 
 
 def tinystories(args):

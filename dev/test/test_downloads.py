@@ -159,7 +159,7 @@ def test_a_download_shows_progress(fetch, server, monkeypatch, capsys):
 
     monkeypatch.setattr(train_gpt2.Progress, "__init__", eager)
     fetch("cut")
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert re.search(r"data/f: 0\.1 of 0\.1 MB \| \d+\.\d MB/s \| 00:00 left\n", shown)
     assert f"{server.url}/f: the connection ended after 25,600 of 76,800 bytes; retrying in 1 s" in shown
 
