@@ -502,7 +502,8 @@ def token_rows(x):
                         " [[1, 2, 3]]") from None
     lengths = [len(row) for row in rows]
     if not rows or set(lengths) != {lengths[0]} or lengths[0] == 0:
-        raise GPT2Error(f"the tokens are {len(rows)} rows of {lengths}, expected rows of one length")
+        raise GPT2Error(f"the tokens are {counted(len(rows), 'row')} of {lengths}, expected rows of one"
+                        " length")
     return (ctypes.c_int32 * lengths[0] * len(rows))(*map(tuple, rows)), len(rows), lengths[0]
 
 
@@ -615,7 +616,7 @@ class GPT2(Handle):
         if "lib" in vars(self):
             place = self.lib.gpt2_device().decode()
         return (f"GPT2(L {c.L}, C {c.C}, NH {c.NH}, V {c.V}, max_T {c.max_T}:"
-                f" {self.num_parameters:,} parameters; {place})")
+                f" {counted(self.num_parameters, 'parameter')}; {place})")
 
     def forward(self, x, y, train=True, scale=1.0):
         """Mean cross-entropy, in nats per token, of predicting y (B,T) from x (B,T). With train, backward()
@@ -685,7 +686,8 @@ class GPT2(Handle):
         except TypeError:
             raise GPT2Error(f"the tokens are {reprlib.repr(tokens)}, expected a list of token ids") from None
         if allowed is not None and len(allowed) != self.config.V:
-            raise GPT2Error(f"allowed has {len(allowed)} bytes, expected one for each of {self.config.V} ids")
+            raise GPT2Error(f"allowed has {counted(len(allowed), 'byte')}, expected one for each of"
+                            f" {counted(self.config.V, 'id')}")
         for _ in range(n):
             address, length = context.buffer_info()
             token = self.lib.gpt2_next(self.handle, address, length, temperature, top_k, top_p, allowed,
@@ -713,7 +715,8 @@ class GPT2(Handle):
         index, kind = self._locate(name, kind)
         data = float32_array(values)
         if len(data) != math.prod(self.shapes[name]):
-            raise GPT2Error(f"{name} has the shape {self.shapes[name]}, and {len(data)} numbers were given")
+            raise GPT2Error(f"{name} has the shape {self.shapes[name]}, and the values are"
+                            f" {counted(len(data), 'number')}")
         self.lib.gpt2_set(self.handle, index, kind, 0, len(data), data.buffer_info()[0])
 
     def save(self, path, version=3):
@@ -1155,13 +1158,14 @@ def settle_size(s, given, train):
     if "batch_size" not in given:
         s.batch_size = max(1, min(s.batch_size, room // s.seq_len))
     if s.batch_size * s.seq_len > room:
-        raise GPT2Error(f"{listed(s.data or ['the text'])} has {tokens:,} tokens for training, expected at"
-                        f" least {s.batch_size * s.seq_len + 1:,}, which is --batch-size {s.batch_size} times"
-                        f" --seq-len {s.seq_len} plus 1; give more text, or reduce these")
+        raise GPT2Error(f"{listed(s.data or ['the text'])} has {counted(tokens, 'token')} for training,"
+                        f" expected at least {s.batch_size * s.seq_len + 1:,}, which is --batch-size"
+                        f" {s.batch_size} times --seq-len {s.seq_len} plus 1; give more text, or reduce"
+                        " these")
     s.total_batch_size = given.get("total_batch_size")
     settle_batch(s, s.seq_len)
-    print(f"batch:  {s.batch_size} x {s.seq_len} instead of {before[0]} x {before[1]}, since there are only"
-          f" {tokens:,} tokens for training")
+    print(f"batch:  {s.batch_size} x {s.seq_len} instead of {before[0]} x {before[1]}, since the text has"
+          f" only {counted(tokens, 'token')} for training")
 
 
 def open_val_loader(s, val, V, device):
@@ -1170,12 +1174,12 @@ def open_val_loader(s, val, V, device):
     tokens = max(map(tokens_in, val), default=0)
     if tokens < 2:
         if val:
-            print(f"batch:  no validation, since there are only {tokens} tokens for it")
+            print(f"batch:  no validation, since the text has only {counted(tokens, 'token')} for it")
         return None
     T = min(s.seq_len, tokens - 1)
     B = min(s.batch_size, (tokens - 1) // T)
     if (B, T) != (s.batch_size, s.seq_len):
-        print(f"batch:  {B} x {T} for validation, since there are only {tokens:,} tokens for it")
+        print(f"batch:  {B} x {T} for validation, since the text has only {counted(tokens, 'token')} for it")
     return Loader(exact_globs(val), B, T, V, device=device)
 
 
@@ -1191,8 +1195,8 @@ def settle_fine_tuning(s, given, config, train):
     tenth = max(1, s.steps // 10)
     vars(s).update({"lr": float(f"{3e-5 * 768 / config.C:.1e}"), "warmup": tenth, "final_lr_frac": 0.1,
                     "val_every": tenth, "val_batches": 40, "patience": 3, "sample_tokens": 100, **given})
-    print(f"tuning: peak learning rate {s.lr:g}, {s.warmup} warm-up steps, validation every {s.val_every}"
-          f" steps, patience {s.patience}")
+    print(f"tuning: peak learning rate {s.lr:g}, {counted(s.warmup, 'warm-up step')}, validation every"
+          f" {counted(s.val_every, 'step')}, patience {s.patience}")
 
 
 def memory_needed(model, B, T):
@@ -1239,12 +1243,12 @@ def write_sample(model, tokenizer, context, args, seed):
     print(held)
     if len(times) > 2:
         rate = (len(times) - 2) / (times[-1] - times[1])
-        print(f"({begin} tokens read in {times[1] - times[0]:.2f} s, then {rate:.1f} tokens/s)",
-              file=sys.stderr)
+        print(f"({counted(begin, 'token')} read in {times[1] - times[0]:.2f} s, then"
+              f" {rate:,.1f} tokens/s)", file=sys.stderr)
     max_T = model.config.max_T
     if len(context) > max_T:
-        print(f"(longer than the model's context of {max_T} tokens; the last {max_T // 2} or more were used)",
-              file=sys.stderr)
+        print(f"(longer than the model's context of {counted(max_T, 'token')}; the last {max_T // 2} or more"
+              " were used)", file=sys.stderr)
 
 
 def converse(model, tokenizer, context, args):
@@ -1288,7 +1292,7 @@ def eval_text(model, folder, args):
     sizes = token_bytes(tokenizer, model.config.V)
     V, context, most = model.config.V, model.config.max_T, max(map(tokens_in, shards)) - 1
     if most < 1:
-        raise GPT2Error(f"{listed(args.data)} has {most + 1} tokens, expected at least 2")
+        raise GPT2Error(f"{listed(args.data)} has {counted(most + 1, 'token')}, expected at least 2")
     T = min(args.seq_len or context, context, most)
     B = max(1, min(1024, most) // T)
     pattern = exact_globs(shards)
@@ -1305,7 +1309,7 @@ def eval_text(model, folder, args):
     print(f"loss:       {nats / count:.4f} nats per token, over {counted(count, 'token')} in sequences of"
           f" {T}")
     print(f"perplexity: {math.exp(min(nats / count, 700)):.2f}")
-    print(f"bits:       {nats / max(size, 1) / math.log(2):.4f} per byte, over {size:,} bytes")
+    print(f"bits:       {nats / max(size, 1) / math.log(2):.4f} per byte, over {counted(size, 'byte')}")
 
 
 def eval_hellaswag(model, folder, args):
@@ -1415,8 +1419,8 @@ class Tokenizer:
     def encode(self, text):
         """The token ids of a str, as an array of uint16. End-of-text in it is ordinary text."""
         if text:
-            raise GPT2Error(f"{self.source} can only decode its {len(self.pieces)} tokens; to encode text,"
-                            f" put the {TOKENIZER_JSON} that belongs to it into its folder")
+            raise GPT2Error(f"{self.source} can only decode its {counted(len(self.pieces), 'token')}; to"
+                            f" encode text, put the {TOKENIZER_JSON} that belongs to it into its folder")
         return array.array("H")
 
     def encode_prompt(self, text):
@@ -1561,6 +1565,7 @@ JSON_LINES = re.compile(r"\.jsonl(\.gz)?$", re.IGNORECASE)     # files with a JS
 TEXTS = re.compile(r"\.(txt|text|md|markdown|rst|jsonl)(\.gz)?$", re.IGNORECASE)     # of a folder
 RUN_FILES = re.compile(r"main\.log$|run\.json$|metrics\.jsonl$|DONE_\d+$|state_\d+_\d+\.bin$")
 Data = collections.namedtuple("Data", "shards texts skipped")     # two lists of files, a Counter of types
+RUN, SHARDS = "run directory", "shard folder"     # types that are skipped, besides extensions
 
 
 def find_data(paths):
@@ -1652,9 +1657,9 @@ def texts_in(top, skipped):
             elif os.path.isdir(path):
                 names = os.listdir(path)
                 if any(map(RUN_FILES.match, names)):
-                    skipped["run directory"] += 1
+                    skipped[RUN] += 1
                 elif shards_in(path, names):
-                    skipped["folder of token shards"] += 1
+                    skipped[SHARDS] += 1
                 elif os.path.realpath(path) not in seen:     # a link may lead back
                     folders.append(path)
                     seen.add(os.path.realpath(path))
@@ -1681,8 +1686,13 @@ def skipped_files(skipped, before):
     """A sentence, or a part of one, about what was skipped."""
     if not skipped:
         return ""
-    types = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(9))
-    return printable(f"{before} {sum(skipped.values())} files: {types}")
+    kinds = []
+    for kind, count in skipped.most_common(9):
+        if kind in (RUN, SHARDS):
+            kinds.append(counted(count, kind))
+        else:                                # an extension, for instance
+            kinds.append(f"{count} {kind}")
+    return printable(f"{before} {counted(sum(skipped.values()), 'file')}: {', '.join(kinds)}")
 
 
 def listed(paths):
@@ -1793,7 +1803,7 @@ class TextReader:
         stderr which bytes were not UTF-8."""
         if self.separators or self.marks and END_OF_TEXT not in self.marks:
             shown = " or ".join(map(repr, self.marks))
-            print(f"text:   {self.separators:,} document separators {shown}")
+            print(f"text:   {counted(self.separators, 'document separator')} {shown}")
         if self.invalid:
             print(f"train_gpt2.py: {listed(self.invalid)}; another encoding must be named with --encoding",
                   file=sys.stderr)
@@ -1870,7 +1880,7 @@ class TextReader:
             yield block
         if not wrong:
             return
-        found = f"{path}: {wrong:,} of {size:,} bytes are not UTF-8, the first at offset {first:,}"
+        found = f"{path}: bytes that are not UTF-8: {wrong:,} of {size:,}, the first at offset {first:,}"
         if self.tokenizer.name != "bytes" and wrong > 0.005 * size:
             raise GPT2Error(f"{found}, expected at most 5 in 1,000; name the encoding of the text, as with"
                             " --encoding latin-1")
@@ -2201,8 +2211,9 @@ def find_raw(paths):
         files += glob.glob(os.path.join(glob.escape(path), "*.bin")) or [path]
     for path in files:
         if magic_of(path) == MAGIC_SHARD or os.path.getsize(path) % 2:
-            raise GPT2Error(f"{path} is a token shard or has an odd size of {os.path.getsize(path):,} bytes,"
-                            " expected headerless uint16 tokens; --data takes shards as they are")
+            raise GPT2Error(f"{path} is a token shard or has an odd size of"
+                            f" {counted(os.path.getsize(path), 'byte')}, expected headerless uint16 tokens;"
+                            " --data takes shards as they are")
     return sorted(files, key=lambda path: ("val" in os.path.basename(path), path))
 
 
@@ -2331,7 +2342,7 @@ def default_text():
         if not cached:
             os.makedirs(DATA, exist_ok=True)
             replace_file(path, text)
-        print(f"text:   {title} from {source}, {len(text):,} bytes", *(f"({r})" for r in reasons))
+        print(f"text:   {title} from {source}, {counted(len(text), 'byte')}", *(f"({r})" for r in reasons))
         return path
     raise GPT2Error(f"no text to train on: {'; '.join(reasons)}; name one with --data FILE")
 
@@ -2507,19 +2518,20 @@ def find_tokenizer(model, name=None, shards=()):
     if not tokenizer and (kind := assumed_tokenizer(model)):
         tokenizer = kind()
     if not tokenizer:
-        raise GPT2Error(f"{model.file} has a vocabulary of {V} tokens and no tokenizer beside it, expected"
-                        f" {TABLE}, {TOKENIZER_JSON}, or vocab.json and merges.txt there; name one with"
-                        " --tokenizer")
+        raise GPT2Error(f"{model.file} has a vocabulary of {counted(V, 'token')} and no tokenizer beside"
+                        f" it, expected {TABLE}, {TOKENIZER_JSON}, or vocab.json and merges.txt there; name"
+                        " one with --tokenizer")
     other = from_hub(model) and tokenizer.name != GPT2Tokenizer.name
     if other or not all(agree(tokenizer, another) for another in found):
         places = ", ".join(filter(None, [name, *shards, model.file]))
         raise GPT2Error(f"the tokenizers of {places} differ, expected the same; use the model's own")
     size = len(tokenizer.pieces)
     if size > V:
-        raise GPT2Error(f"the tokenizer has {size} tokens, expected at most the vocabulary size of"
+        raise GPT2Error(f"the tokenizer has {counted(size, 'token')}, expected at most the vocabulary size of"
                         f" {model.file}, {V}; name another with --tokenizer")
     if size < V:
-        print(f"{model.file}: {V - size} of {V} ids have no token and are never sampled", file=sys.stderr)
+        print(f"{model.file}: {V - size} of {counted(V, 'id')} without a token, never sampled",
+              file=sys.stderr)
     if own and len(own.pieces) > size:
         return own
     return tokenizer
@@ -2608,7 +2620,8 @@ def start_run(run, tokenizer, step, source, train_loader):
                                  ctypes.byref(run.progress))
         run.saved = source
     if run.progress.step > s.steps:
-        raise GPT2Error(f"{folder} has done {run.progress.step} steps, more than --steps {s.steps}")
+        raise GPT2Error(f"{folder} has done {counted(run.progress.step, 'step')}, more than --steps"
+                        f" {s.steps}")
     if tokenizer:
         tokenizer.save(os.path.join(folder, TABLE))
     replace_file(os.path.join(folder, "run.json"), json.dumps(vars(s), indent=1).encode())
@@ -2621,12 +2634,12 @@ def print_summary(run, train_loader, val_loader, memory):
     tokens, needed = s.steps * s.total_batch_size, memory_needed(model, B, T)
     validation = "no validation"
     if val_loader:
-        validation = f"{val_loader.tokens:,} validation tokens"
+        validation = counted(val_loader.tokens, "validation token")
     print(f"device: {run.lib.gpt2_device().decode()}")
-    print(f"data:   {train_loader.tokens:,} training tokens, {validation}")
-    print(f"model:  {c.L} layers, {c.NH} heads, {c.C} channels, context {c.max_T}, vocabulary size {c.V}:"
-          f" {model.num_parameters:,} parameters")
-    print(f"steps:  {s.steps:,} of {s.total_batch_size:,} tokens, in micro-batches of {B} x {T}:"
+    print(f"data:   {counted(train_loader.tokens, 'training token')}, {validation}")
+    print(f"model:  {counted(c.L, 'layer')}, {counted(c.NH, 'head')}, {counted(c.C, 'channel')}, context"
+          f" {c.max_T}, vocabulary size {c.V}: {counted(model.num_parameters, 'parameter')}")
+    print(f"steps:  {s.steps:,} of {counted(s.total_batch_size, 'token')}, in micro-batches of {B} x {T}:"
           f" {tokens / train_loader.tokens:,.2f} epochs, {tokens / model.num_parameters:,.2f} tokens per"
           " parameter")
     print(f"memory: {needed / 1e6:,.0f} MB needed, {memory / 1e6:,.0f} MB available")
@@ -2644,12 +2657,12 @@ def print_end(run):
         print(f"stopped after step {done} of {s.steps}; to resume: {resume}")
         return 130
     if done < s.steps:
-        print(f"stopped early: {s.patience} validations without improvement (--patience)")
+        print(f"stopped early: {counted(s.patience, 'validation')} without improvement (--patience)")
         resume += " --patience 0"
     best = "no validation"
     if run.best:
         best = f"best validation loss {run.best[1]:.4f} at step {run.best[0]:.0f} ({run.best_file})"
-    print(f"{done} steps, {clock(time.perf_counter() - run.live.begun)}, {best}")
+    print(f"{counted(done, 'step')}, {clock(time.perf_counter() - run.live.begun)}, {best}")
     print(f"checkpoint: {run.saved}\ncurves:     {os.path.join(run.folder, 'loss.svg')}")
     print(f"sample:     {command_line('sample', run.best_file if run.best else run.saved)}")
     print(f"continue:   {resume} --steps {2 * s.steps}")
@@ -2696,7 +2709,7 @@ def prepare_command(args):
     except KeyboardInterrupt:
         print(f"train_gpt2.py: stopped; {args.out} has no new shards", file=sys.stderr)
         return 130
-    print(f"{args.out}: {train:,} training tokens, {val:,} validation tokens")
+    print(f"{args.out}: {counted(train, 'training token')}, {counted(val, 'validation token')}")
     print(f"train on them: {command_line('--data', args.out)}")
 
 
@@ -2716,7 +2729,7 @@ def train_tokenizer_command(args):
         raise GPT2Error(f"{' '.join(args.inputs)}: no text there, only empty files or lines")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     replace_file(args.out, vocabulary.json())
-    print(f"{args.out}: {len(vocabulary.pieces):,} tokens; train with it:"
+    print(f"{args.out}: {counted(len(vocabulary.pieces), 'token')}; train with it:"
           f" {command_line('--tokenizer', args.out, '--data', *args.inputs)}")
 
 

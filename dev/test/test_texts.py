@@ -134,7 +134,7 @@ def test_folders_are_read_recursively_without_what_is_no_text(tmp_path):
     (tmp_path / "top" / "again.txt").symlink_to("a.TXT")     # the same text
     done = reads(tmp_path, "top", "elsewhere/i.txt", expected=b"\0a\0b\0e\0f\0g\0h\0i")
     [line] = [line for line in done.stdout.splitlines() if "skipped" in line]
-    for words in ("2 .pdf", "1 .bin", "3 hidden", "3 run directory", "1 folder of token shards",
+    for words in ("2 .pdf", "1 .bin", "3 hidden", "3 run directories", "1 shard folder",
                   "1 without extension"):
         assert words in line
     sources = json.loads((tmp_path / "out" / "manifest.json").read_text())["sources"]
