@@ -448,10 +448,10 @@ def test_a_run_logs_every_step(whole_runs):
     assert [int(match[1]) for match in validated if match] == [0, 3, 6, 8]
     rates = [float(match[3]) for match in trained if match]
     assert rates == [pytest.approx(llmc_lr("linear", step, 8, 2, 1e-3, 0.1), abs=6e-7) for step in range(8)]
-    line = r"^step (\d)/8 \| loss \d\.\d+ \| lr \S+ \| norm \S+ \| .* tok/s \| .*% of peak \| .* left$"
+    line = r"^step (\d)/8 \| loss \d\.\d+ \| lr \S+ \| norm \S+ \| .* tok/s \| .*% MFU \| .* left$"
     assert re.findall(line, shown, re.M) == list("12345678")
     assert len(re.findall(r"^---\n(\d+ ){7}\n---$", shown, re.M)) == 2     # samples
-    line = r"^step 8/8 \| .* left \| loss \d\.\d+ \| lr \S+ \| norm \S+ \| .* tok/s \| \d+% of peak$"
+    line = r"^step 8/8 \| .* left \| loss \d\.\d+ \| lr \S+ \| norm \S+ \| .* tok/s \| \d+% MFU$"
     assert re.search(line, shown_by_driver, re.M) and "\r" not in shown_by_driver
 
 

@@ -184,6 +184,7 @@ int gpt2_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));   
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef _OPENMP
@@ -1225,7 +1226,9 @@ static void gemm(const Workspace *ws, float *c, size_t ldc, Matrix a, Matrix b, 
 /* --- The machine ---------------------------------------------------------------------------------------- */
 const char *gpt2_device(void) {
     static _Thread_local char text[64];
-    snprintf(text, sizeof text, "CPU, %d threads, %d floats per vector", omp_get_max_threads(), LANES);
+    const int threads = omp_get_max_threads();
+    snprintf(text, sizeof text, "CPU, %d thread%s, %d floats per vector", threads, threads == 1 ? "" : "s",
+             LANES);
     return text;
 }
 
@@ -1271,6 +1274,8 @@ int gpt2_fail(const char *format, ...) {
     return -1;
 }
 
+static const char *plural(long long n) { return n == 1 ? "" : "s"; }
+
 static int fail_in(const char *what, const char *name) {     /* puts the place before the sentence */
     char why[sizeof error_text];
     memcpy(why, error_text, sizeof why);
@@ -1279,7 +1284,7 @@ static int fail_in(const char *what, const char *name) {     /* puts the place b
 
 static void *alloc_bytes(size_t bytes) {  /* zeroed; one byte more, so that 0 bytes are no failure */
     void *p = calloc(bytes + 1, 1);
-    if (!p) gpt2_fail("no memory for %zu bytes", bytes);
+    if (!p) gpt2_fail("no memory for %zu byte%s", bytes, plural((long long)bytes));
     return p;
 }
 
@@ -1476,8 +1481,8 @@ static int file_open(File *in, const char *path, const char *what, int magic) {
     in->f = fopen(path, "rb");
     if (!in->f) return file_close(in, gpt2_fail("cannot be opened: %s", strerror(errno)));
     if (fread(in->header, sizeof in->header, 1, in->f) != 1 || in->header[0] != magic)
-        return file_close(in, gpt2_fail("%lld bytes that begin with %d, expected 1024 or more and %d",
-                                        (long long)info.st_size, in->header[0], magic));
+        return file_close(in, gpt2_fail("%lld byte%s, beginning with %d, expected 1024 or more and %d",
+                                        (long long)info.st_size, plural(info.st_size), in->header[0], magic));
     in->size = info.st_size;
     in->changed = info.st_mtim;
     if (file_verify(in)) return file_close(in, -1);
@@ -1601,8 +1606,8 @@ GPT2Tokenizer *gpt2_tokenizer_load(const char *path) {
         for (; !failed && i < V && at < size; at += 1 + t->bytes[at]) t->at[i++] = at;
     }
     if (!failed && (!fits || i < V || at != size))
-        failed = gpt2_fail("version %d, %lld tokens, %lld bytes, expected version 2, and a length and its "
-                           "bytes for each token", in.header[1], V, size);
+        failed = gpt2_fail("version %d, %lld token%s, %lld byte%s, expected version 2, and a length and its "
+                           "bytes for each token", in.header[1], V, plural(V), size, plural(size));
     if (!file_close(&in, failed)) return t;
     free(t);
     return NULL;
@@ -1650,13 +1655,12 @@ static int shard_open(File *in, const char *path, Shard *was) {
     if (file_open(in, path, "token shard", MAGIC_SHARD)) return -1;
     const long long version = in->header[1], n = in->header[2];
     if (version != 1 || n < 0 || in->size != 1024 + 2 * n)
-        return file_close(in, gpt2_fail("version %lld, %lld tokens, %lld bytes, expected version 1, and 2 "
-                                        "bytes per token after 1024", version, n, in->size));
+        return file_close(in, gpt2_fail("version %lld, %lld token%s, %lld bytes, expected version 1, and 2 "
+                                        "bytes per token after 1024", version, n, plural(n), in->size));
     if (!was->tokens) *was = (Shard){n, in->changed};
     if (was->tokens == n && !memcmp(&was->changed, &in->changed, sizeof in->changed)) return 0;
-    return file_close(in, gpt2_fail("changed while in use: %lld tokens, previously %lld; restore it, and "
-                                    "resume",
-                                    n, (long long)was->tokens));
+    return file_close(in, gpt2_fail("changed while in use: %lld token%s, previously %lld; restore it, and "
+                                    "resume", n, plural(n), (long long)was->tokens));
 }
 
 /* Adds a shard of n tokens to a fingerprint; see GPT2Data. */
@@ -1733,9 +1737,9 @@ static int loader_find(GPT2Loader *l, const char *globs) {
     }
     l->at.tokens = (uint64_t)l->size.tokens;
     if (l->size.batches) return 0;
-    return gpt2_fail("the shards '%.*s' have %lld tokens, expected at least B T + 1 = %lld in one; reduce "
-                     "the batch size or the sequence length",
-                     (int)strcspn(globs, "\n"), globs, (long long)l->size.tokens, BT + 1);
+    return gpt2_fail("the shards '%.*s' have %lld token%s, expected at least B T + 1 = %lld in one; reduce "
+                     "the batch size or the sequence length", (int)strcspn(globs, "\n"), globs,
+                     (long long)l->size.tokens, plural(l->size.tokens), BT + 1);
 }
 
 GPT2Loader *gpt2_loader_open(const char *globs, int B, int T, int V, int shuffle, uint64_t seed) {
@@ -1907,8 +1911,8 @@ int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t cou
     int32_t *x = alloc_bytes(2 * CHOICES * max_T * sizeof *x);
     int failed = !e || !x || file_read(&in, e, bytes);
     if (!failed && (in.header[1] != 1 || examples < 0))
-        failed = gpt2_fail("version %d, %lld examples, expected version 1, 0 or more", in.header[1],
-                           (long long)examples);
+        failed = gpt2_fail("version %d, %lld example%s, expected version 1, 0 or more", in.header[1],
+                           (long long)examples, plural(examples));
     size_t at = 0, size = 0;              /* in uint16 */
     for (int64_t i = 0; i < examples && i < first + count && !failed; i++, at += size) {
         char number[24];
@@ -1920,7 +1924,7 @@ int64_t gpt2_hellaswag(GPT2 *model, const char *path, int64_t first, int64_t cou
         if (failed) fail_in("example", number);
     }
     if (!failed && first + count >= examples && 2 * at < bytes)
-        failed = gpt2_fail("it continues after its %lld examples", (long long)examples);
+        failed = gpt2_fail("it continues after its %lld example%s", (long long)examples, plural(examples));
     free(e);
     free(x);
     return file_close(&in, failed) ? -1 : examples;
@@ -2071,7 +2075,7 @@ static int state_open(File *in, const char *path, const GPT2Config *c, State *st
     if (file_read(in, state, sizeof *state)) return file_close(in, -1);
     const GPT2Progress *p = &state->progress;
     if ((uint64_t)(p->step | p->seen[0] | p->seen[1] | state->updates) >> 62)
-        return file_close(in, gpt2_fail("step %lld, %lld losses, %lld norms, %lld updates, expected each "
+        return file_close(in, gpt2_fail("step %lld, losses %lld, norms %lld, updates %lld, expected each "
                                         "from 0 to 2^62", (long long)p->step, (long long)p->seen[0],
                                         (long long)p->seen[1], (long long)state->updates));
     const Position *at = &state->position;
@@ -2255,6 +2259,9 @@ static void print_help(void) {
     printf("Trains GPT-2, or compares a model with a reference: ./train_gpt2 [FLAG VALUE]...\n");
     for (int i = 0; i < FLAGS; i++) printf("  %-11s %s [%s]\n", flags[i].name, flags[i].help, flags[i].value);
     printf("  %-11s print the version and exit\n", "--version");
+    printf("\nA step's line has its loss in nats per token, learning rate, gradient norm before clipping, time,"
+           "\ntokens/s, MFU (model FLOPs utilization: the model's arithmetic per second, without recomputation, "
+           "as a\nshare of the peak that is measured at the start), and the time left.\n");
     exit(0);
 }
 
@@ -2341,6 +2348,41 @@ static void flush_output(void) {
     if (interrupted || !fflush(stdout) || (errno != EPIPE && errno != EIO)) return;
     interrupted = 1;
     fprintf(stderr, "train_gpt2: stdout was closed (%s), so the run ends after this step\n", strerror(errno));
+}
+
+/* What takes long is shown on stderr: in the first second, then after every four without another line. */
+static const char *volatile task;
+static volatile sig_atomic_t task_begun;  /* in seconds */
+static void on_alarm(int number) {        /* async-signal-safe */
+    (void)number;
+    const int saved_errno = errno, spent = (int)seconds() - task_begun;
+    char line[80];
+    const size_t n = strlen(task);
+    memcpy(line, task, n);
+    memcpy(line + n, " | 00:00\n", 9);
+    line[n + 3] += (char)(spent / 600 % 10);
+    line[n + 4] += (char)(spent / 60 % 10);
+    line[n + 6] += (char)(spent % 60 / 10);
+    line[n + 7] += (char)(spent % 10);
+    const ssize_t written = write(2, line, n + 9);
+    (void)written;                        /* whether anybody sees it or not */
+    errno = saved_errno;
+}
+
+/* Shows the task after these milliseconds and then every four seconds; 0: never. Flushes what was printed. */
+static void show_task_after(int ms) {
+    flush_output();
+    setitimer(ITIMER_REAL, &(struct itimerval){{4, 0}, {ms / 1000, ms % 1000 * 1000}}, NULL);
+}
+
+/* Names what begins. step: -1 for none. */
+static void begin(const char *what, long long step) {
+    static char texts[2][64];             /* one for the handler while the other is written */
+    char *text = texts[task == texts[0]];
+    snprintf(text, sizeof *texts, "%s", what);
+    if (step >= 0) snprintf(text, sizeof *texts, "step %lld: %s", step, what);
+    task = text;
+    task_begun = (int)seconds();
 }
 
 /* Whether -e names a new model, such as d12, and not a file. */
@@ -2589,15 +2631,17 @@ static Run open_run(void) {
     GPT2Data was = {0};
     lock_run();
     if (settings.resume) run.saved = find_checkpoint(&was);
+    begin("creating or loading the model", -1);
     run.tokenizer = find_tokenizer();
     run.model = find_model(run.saved, run.tokenizer, seed);
     check_ok(run.model != NULL);
     set_gpu_options(run.model);
     const GPT2Config c = gpt2_config(run.model);
     if (run.tokenizer && run.tokenizer->V > c.V)
-        die("the run's tokenizer.bin has %d tokens, expected at most the model's %d; remove or replace it",
-            run.tokenizer->V, c.V);
+        die("the run's tokenizer.bin has %d token%s, expected at most the model's %d; remove or replace it",
+            run.tokenizer->V, plural(run.tokenizer->V), c.V);
     if (T > c.max_T) die("-t is %d, expected at most the model's context, %d", T, c.max_T);
+    begin("opening the shards", -1);
     run.train = gpt2_loader_open(settings.train_shards, B, T, c.V, !settings.overfit, seed);
     check_ok(run.train != NULL);
     if (*settings.val_shards) {
@@ -2606,10 +2650,12 @@ static Run open_run(void) {
     }
     run.steps = settings.steps;
     if (run.steps < 0) run.steps = gpt2_loader_size(run.train).tokens / settings.total_batch;
+    if (run.saved >= 0) begin("loading the training state", -1);
     if (run.saved >= 0) restore(&run, &was);
     else check_new();
     run.log = open_log(run.saved >= 0);
     run.first = run.progress.step;
+    begin("measuring the peak", -1);
     run.peak = gpt2_ceiling();
     run.flops = gpt2_flops_per_token(&c, T) * (double)settings.total_batch;
     return run;
@@ -2672,15 +2718,17 @@ static void print_summary(const Run *run) {
     const GPT2Size data = gpt2_loader_size(run->train);
     printf("%s, %.0f GFLOP/s peak; L %d, NH %d, C %d, V %d, context %d: %.1fM parameters\n", gpt2_device(),
            run->peak * 1e-9, c.L, c.NH, c.C, c.V, c.max_T, (double)gpt2_parameters(&c) * 1e-6);
-    printf("%s; %lld tokens, %lld shards; steps %lld to %lld of %lld tokens, %lld micro-batches of %lld x "
+    const long long total = settings.total_batch, micro_batches = total / (settings.B * settings.T);
+    printf("%s; %lld token%s, %lld shard%s; steps %lld to %lld of %lld token%s, %lld micro-batch%s of %lld x "
            "%lld\n",
-           run->saved >= 0 ? "resumed" : settings.model, (long long)data.tokens, (long long)data.shards,
-           run->first, run->steps, settings.total_batch, settings.total_batch / (settings.B * settings.T),
-           settings.B, settings.T);
+           run->saved >= 0 ? "resumed" : settings.model, (long long)data.tokens, plural(data.tokens),
+           (long long)data.shards, plural(data.shards), run->first, run->steps, total, plural(total),
+           micro_batches, micro_batches == 1 ? "" : "es", settings.B, settings.T);
     flush_output();
 }
 
 static void sample(Run *run) {
+    show_task_after(0);                   /* its tokens are seen */
     const GPT2Tokenizer *t = run->tokenizer;
     const int V = gpt2_config(run->model).V;
     int32_t *tokens = alloc_bytes((size_t)(settings.sample_tokens + 1) * sizeof *tokens);
@@ -2700,7 +2748,7 @@ static void sample(Run *run) {
         flush_output();
     }
     printf("\n---\n");
-    flush_output();
+    show_task_after(4000);
     free(tokens);
     free(allowed);
 }
@@ -2708,13 +2756,15 @@ static void sample(Run *run) {
 /* Validation loss and HellaSwag accuracy, where requested. */
 static void validate(Run *run, long long step) {
     float loss;
+    begin("validation", step);
     if (run->val) {
         check_ok(!gpt2_evaluate(run->model, run->val, settings.val_batches, &loss));
         printf("val loss %.4f\n", loss);
-        flush_output();
+        show_task_after(4000);
         fprintf(run->log, "s:%lld tel:%.4f\n", step, loss);
     }
     if (settings.hellaswag) {
+        begin("HellaSwag", step);
         int64_t right[2] = {0}, count = INT32_MAX;
         if (settings.hellaswag > 1) count = settings.hellaswag;
         const int64_t examples = gpt2_hellaswag(run->model, HELLASWAG, 0, count, right);
@@ -2730,6 +2780,7 @@ static void validate(Run *run, long long step) {
 /* Saves a checkpoint, unless this step has one. A failure ends the run only if it is ending anyway. */
 static void save(Run *run, long long step) {
     if (step == run->saved) return;
+    begin("saving", step);
     if (!gpt2_checkpoint(settings.out, run->model, run->train, &run->progress, settings.checkpoint_every,
                          settings.keep, settings.keep_every)) {
         static int warned;
@@ -2775,6 +2826,7 @@ static const char *reason_to_skip(Run *run, long long step, double loss, double 
 }
 
 static void train_step(Run *run, long long step) {
+    begin("training", step + 1);
     const double start = seconds();
     const double loss = accumulate_gradients(run);
     const double norm = gpt2_grad_norm(run->model);
@@ -2785,13 +2837,13 @@ static void train_step(Run *run, long long step) {
     run->progress.step = step + 1;
 
     const double took = seconds() - start, mean = (seconds() - run->began) / (double)(step + 1 - run->first);
-    printf("step %lld/%lld | loss %.6f | lr %.2e | norm %.4f | %.0f ms | %.0f tok/s | %.0f%% of peak | %.0f "
+    printf("step %lld/%lld | loss %.6f | lr %.2e | norm %.4f | %.0f ms | %.0f tok/s | %.0f%% MFU | %.0f "
            "s left%s\n",
            step + 1, run->steps, loss, lr, norm, took * 1e3, (double)settings.total_batch / took,
            100 * run->flops / took / run->peak, mean * (double)(run->steps - step - 1), skipped);
     fprintf(run->log, "s:%lld trl:%.4f lr:%.6f norm:%.2f\n", step, loss, lr, norm);
     fflush(run->log);
-    flush_output();
+    show_task_after(4000);
 }
 
 static int due(long long every, long long step) { return every && step && step % every == 0; }
@@ -2799,6 +2851,7 @@ static int due(long long every, long long step) { return every && step && step %
 /* Step n begins with what is due after n steps: a checkpoint (first, so that a resumed run repeats the rest),
    validation, a sample. train() in train_gpt2.py makes the same calls. */
 static void train(Run *run) {
+    show_task_after(4000);
     run->began = seconds();
     for (long long step = run->first;; step++) {
         const int last = step >= run->steps;
@@ -2827,6 +2880,7 @@ static void spin_less(char **argv) {
 
 static int check_command(void) {
     GPT2Diff rows[GPT2_DIFFS];
+    begin("comparing", -1);
     GPT2 *model = gpt2_load(settings.model);
     check_ok(model != NULL);
     const int wrong = gpt2_check(model, settings.check, settings.tolerance, rows);
@@ -2844,6 +2898,9 @@ int main(int argc, char **argv) {
     open_standard_files();
     spin_less(argv);
     parse_flags(argc, argv);
+    begin("starting", -1);
+    signal(SIGALRM, on_alarm);
+    show_task_after(700);
     if (*settings.check) return check_command();
 
     Run run = open_run();

@@ -62,6 +62,7 @@ import stat
 import struct
 import sys
 import tempfile
+import threading
 import time
 import weakref
 import zlib
@@ -214,8 +215,18 @@ def printable(text):
 
 
 def clock(seconds):
-    """Seconds as 01:23 or 4:05:06."""
-    return str(datetime.timedelta(seconds=round(seconds))).removeprefix("0:")
+    """Seconds as 01:23, 4:05:06 or 12d 03h."""
+    seconds = round(seconds)
+    if seconds >= 86400:
+        return f"{seconds // 86400:,}d {seconds // 3600 % 24:02}h"
+    return str(datetime.timedelta(seconds=seconds)).removeprefix("0:")
+
+
+def counted(number, noun, digits=0):
+    """A number and a noun, such as "1 file", "1,234 batches" or "2 run directories"."""
+    if number != 1 and noun != "MB":
+        noun = re.sub("y$", "ie", re.sub("(ch|sh|s|x)$", r"\1e", noun)) + "s"
+    return f"{number:,.{digits}f} {noun}"
 
 
 def warn(text):
@@ -323,54 +334,87 @@ def check_system():
                         " WSL, the Windows Subsystem for Linux")
 
 
-class Progress:
-    """The live line of a long task: redrawn on a terminal, printed every few seconds into a file."""
-    on_failure = None                        # called with an OSError when stdout cannot be written
+class Progress(contextlib.AbstractContextManager):
+    """The live line of a long task, on stderr: redrawn on a terminal, else printed every few seconds.
 
-    def __init__(self, total=math.inf, unit="", label=""):
+    In a `with` statement a thread shows it also while a call of the library or the network blocks."""
+    lock = threading.RLock()
+    shown = time.perf_counter() - 3.5        # when any of them showed something; see main()
+
+    def __init__(self, total=math.inf, unit="", label="", stream=None):
         self.total, self.unit, self.label = total, unit, label
+        self.stream = stream or sys.stderr
         self.done = 0
         self.terminal = False
         with contextlib.suppress(AttributeError, ValueError):     # None, not a file, or closed
-            self.terminal = sys.stdout.isatty()
-        self.interval = 0.1 if self.terminal else 5.0     # seconds
-        self.begun = self.shown = time.perf_counter()
+            self.terminal = self.stream.isatty()
+        self.interval = 0.1 if self.terminal else 4.0     # seconds
+        self.begun = time.perf_counter()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
 
-    def due(self):
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+        self.close()
+
+    def watch(self):
+        """Shows the line whenever nothing else was shown for somewhat longer than the interval."""
+        while not self.over.wait(0.1):
+            if self.due(late=0.25):
+                self.show(self.line())
+
+    def due(self, late=0.0):
         """Whether the line is due again; if so, it counts as shown."""
-        now = time.perf_counter()
-        if now - self.shown < self.interval:
-            return False
-        self.shown = now
-        return True
+        with self.lock:
+            now = time.perf_counter()
+            if now - Progress.shown < self.interval + late:
+                return False
+            Progress.shown = now
+            return True
 
     def advance(self, amount):
-        """Counts work done, and when the line is due shows it with rate and remaining time."""
+        """Counts work done, and shows the line when it is due."""
         self.done += amount
-        if not self.due():
-            return
+        if self.due():
+            self.show(self.line())
+
+    def line(self):
+        """The label with the amount done, rate and remaining time; without a unit, the time so far."""
+        seconds = time.perf_counter() - self.begun
+        if not self.unit:
+            return f"{self.label} | {clock(seconds)}"
         digits = 1 if self.unit == "MB" else 0
-        rate = self.done / (self.shown - self.begun)
-        of = left = ""
+        amount, rate, left = counted(self.done, self.unit, digits), self.done / seconds, ""
         if self.done <= self.total < math.inf:
-            of = f" of {self.total:,.{digits}f}"
+            amount = f"{self.done:,.{digits}f} of {counted(self.total, self.unit, digits)}"
             if rate:
                 left = f" | {clock((self.total - self.done) / rate)} left"
-        self.show(f"{self.label}{self.done:,.{digits}f}{of} {self.unit} | {rate:,.1f} {self.unit}/s{left}")
+        return f"{self.label}{amount} | {counted(rate, self.unit, 1)}/s{left}"
 
     def print(self, text, end="\n"):
         """Prints text at once."""
-        try:
-            print(text, end=end, flush=True)
-        except UnicodeEncodeError:
-            print(text.encode("ascii", "replace").decode(), end=end, flush=True)
-        except OSError as error:
-            if not self.on_failure:
-                raise
-            self.on_failure(error)
+        with self.lock:
+            Progress.shown = time.perf_counter()
+            try:
+                print(text, end=end, file=self.stream, flush=True)
+            except UnicodeEncodeError:
+                print(text.encode("ascii", "replace").decode(), end=end, file=self.stream, flush=True)
+            except (OSError, ValueError) as error:
+                if self.stream is sys.stderr:     # progress that nobody can see
+                    return
+                if not self.on_failure or not isinstance(error, OSError):
+                    raise
+                self.on_failure(error)
 
     def show(self, line):
-        """Shows the line in place of the previous one."""
+        """Shows the line in place of the previous one. None shows nothing."""
+        if line is None:
+            return
         if self.terminal:
             self.print("\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K", end="")
         else:
@@ -378,13 +422,24 @@ class Progress:
 
     def say(self, text):
         """Prints a line that stays."""
-        self.close()
-        self.print(text)
+        with self.lock:
+            self.close()
+            self.print(text)
 
     def close(self):
         """Clears the live line."""
         if self.terminal:
             self.show("")
+
+
+def fitted(fields, width):
+    """A line of fields, a text and a rank each: without those of the highest rank that do not fit."""
+    texts = [text for text, _ in fields]
+    for text, _ in sorted(fields, key=lambda field: -field[1])[:-1]:
+        if len(" | ".join(texts)) <= width:
+            break
+        texts.remove(text)
+    return " | ".join(texts)
 
 
 def regular(path, flags):
@@ -672,7 +727,8 @@ def token_rows(x):
                         " [[1, 2, 3]]") from None
     lengths = [len(row) for row in rows]
     if not rows or set(lengths) != {lengths[0]} or lengths[0] == 0:
-        raise GPT2Error(f"the tokens are {len(rows)} rows of {lengths}, expected rows of one length")
+        raise GPT2Error(f"the tokens are {counted(len(rows), 'row')} of {lengths}, expected rows of one"
+                        " length")
     return (ctypes.c_int32 * lengths[0] * len(rows))(*map(tuple, rows)), len(rows), lengths[0]
 
 
@@ -785,7 +841,7 @@ class GPT2(Handle):
         if "lib" in vars(self):
             place = self.lib.gpt2_device().decode()
         return (f"GPT2(L {c.L}, C {c.C}, NH {c.NH}, V {c.V}, max_T {c.max_T}:"
-                f" {self.num_parameters:,} parameters; {place})")
+                f" {counted(self.num_parameters, 'parameter')}; {place})")
 
     def forward(self, x, y, train=True, scale=1.0):
         """Mean cross-entropy, in nats per token, of predicting y (B,T) from x (B,T). With train, backward()
@@ -855,7 +911,8 @@ class GPT2(Handle):
         except TypeError:
             raise GPT2Error(f"the tokens are {reprlib.repr(tokens)}, expected a list of token ids") from None
         if allowed is not None and len(allowed) != self.config.V:
-            raise GPT2Error(f"allowed has {len(allowed)} bytes, expected one for each of {self.config.V} ids")
+            raise GPT2Error(f"allowed has {counted(len(allowed), 'byte')}, expected one for each of"
+                            f" {counted(self.config.V, 'id')}")
         for _ in range(n):
             address, length = context.buffer_info()
             token = self.lib.gpt2_next(self.handle, address, length, temperature, top_k, top_p, allowed,
@@ -883,7 +940,8 @@ class GPT2(Handle):
         index, kind = self._locate(name, kind)
         data = float32_array(values)
         if len(data) != math.prod(self.shapes[name]):
-            raise GPT2Error(f"{name} has the shape {self.shapes[name]}, and {len(data)} numbers were given")
+            raise GPT2Error(f"{name} has the shape {self.shapes[name]}, and the values are"
+                            f" {counted(len(data), 'number')}")
         self.lib.gpt2_set(self.handle, index, kind, 0, len(data), data.buffer_info()[0])
 
     def save(self, path, version=3):
@@ -942,7 +1000,9 @@ def train(model, train_loader, val_loader, run):
         if due(step, s.checkpoint_every):
             run.checkpoint(train_loader)
         if val_loader and s.val_every and (step == 0 or due(step, s.val_every)) and not run.stop:
-            run.validated(step, model.evaluate(val_loader, s.val_batches))
+            with run.doing("validation"):
+                loss = model.evaluate(val_loader, s.val_batches)
+            run.validated(step, loss)
         rng = run.progress.rng
         if s.sample_tokens and due(step, s.sample_every) and not run.stop:
             run.sample()
@@ -986,9 +1046,12 @@ class Run:
         self.tokenizer = tokenizer or Tokenizer([b"%d " % token for token in range(V)], end=V - 1)
         flops = self.lib.gpt2_flops_per_token(ctypes.byref(model.config), settings.seq_len)
         self.peak = self.lib.gpt2_ceiling() / flops     # tokens/s at the machine's peak
-        self.live = Progress()
+        self.live = Progress(stream=sys.stdout)
         self.live.on_failure = self.stdout_failed
         self.output = None                   # of the last lines: stdout, or stderr if stdout is gone
+        self.busy = Progress()               # shows what takes long, also while the library is called
+        self.busy.line = self.busy_line
+        self.last = None                     # loss, lr and norm of the last step
         self.recent = collections.deque(maxlen=50)     # seconds of the last steps
         self.progress = GPT2Progress(rng=settings.seed)
         self.stop = False
@@ -1050,6 +1113,43 @@ class Run:
         now = time.perf_counter()
         self.draw_at = now + max(10, 100 * (now - begun))     # at most 1% of the time
 
+    @contextlib.contextmanager
+    def doing(self, what):
+        """Says what takes long until the end of the `with`; None: nothing, since something else is shown."""
+        self.busy.label, self.busy.begun = what, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.busy.label, self.busy.begun = "", time.perf_counter()
+
+    def busy_line(self):
+        """What takes long: as in doing(), else the next step."""
+        if self.busy.label is None:
+            return None
+        spent = clock(time.perf_counter() - self.busy.begun)
+        if self.busy.label:
+            return f"{self.busy.label} | {spent}"
+        if self.last and self.busy.terminal:
+            return self.step_line()
+        return f"step {self.progress.step + 1}/{self.settings.steps} | {spent}"
+
+    def step_line(self):
+        """The live line of the last step. What does not fit on a terminal is left out."""
+        s, done, (loss, lr, norm) = self.settings, self.progress.step, self.last
+        mean = sum(self.recent) / len(self.recent)
+        rate, width = s.total_batch_size / mean, math.inf
+        if self.live.terminal or self.busy.terminal:
+            width = shutil.get_terminal_size().columns - 1
+        return fitted([
+            (f"step {done:{len(str(s.steps))}}/{s.steps}", 0),
+            (clock(time.perf_counter() - self.live.begun), 7),
+            (f"{clock((s.steps - done) * mean)} left", 3),
+            (f"loss {loss:.4f}", 1),
+            (f"lr {lr:.2e}", 6),
+            (f"norm {norm:.2f}", 5),
+            (f"{rate:,.0f} tok/s", 2),
+            (f"{100 * rate / self.peak:.0f}% MFU", 4)], width)
+
     def trained(self, step, loss, lr, norm, seconds):
         """Records a training step and shows the live line when it is due."""
         done, s, live = step + 1, self.settings, self.live
@@ -1057,17 +1157,16 @@ class Run:
         self.lib.gpt2_zscore(ctypes.byref(self.progress), 0, loss)
         self.lib.gpt2_zscore(ctypes.byref(self.progress), 1, norm)
         self.log(f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}", step=step, loss=loss, lr=lr,
-                 norm=norm, seconds=seconds)
+                 norm=norm, tokens=s.total_batch_size, seconds=seconds)
+        self.last = loss, lr, norm
+        self.busy.begun = time.perf_counter()
         self.recent.append(seconds)
-        mean = sum(self.recent) / len(self.recent)
-        left = clock((s.steps - done) * mean)
         if len(self.recent) == 2 and done < s.steps:
-            live.say(f"time:   about {left} for the remaining {s.steps - done:,} steps, estimated from two")
+            left = clock((s.steps - done) * sum(self.recent) / 2)
+            live.say(f"time:   about {left} for the remaining {counted(s.steps - done, 'step')}, estimated"
+                     " from two")
         if live.due() or len(self.recent) == 1 or done == s.steps:
-            rate, spent = s.total_batch_size / mean, clock(time.perf_counter() - live.begun)
-            live.show(f"step {done:{len(str(s.steps))}}/{s.steps} | {spent}, {left} left | loss {loss:.4f}"
-                      f" | lr {lr:.2e} | norm {norm:.2f} | {rate:,.0f} tok/s"
-                      f" | {100 * rate / self.peak:.0f}% of peak")
+            live.show(self.step_line())
         if time.perf_counter() > self.draw_at:
             self.draw()
 
@@ -1083,7 +1182,8 @@ class Run:
         self.best = min(ever, key=LOSS)
         text = f"step {step}: validation loss {loss:.4f}"
         if self.waited == 0 and loss == self.best[1]:
-            self.model.save(self.best_file)
+            with self.doing(f"saving {self.best_file}"):
+                self.model.save(self.best_file)
             text += ", the best so far"
         self.live.say(text)
 
@@ -1093,11 +1193,12 @@ class Run:
         self.live.say(f"step {self.progress.step}: a sample\n")
         tokens = self.model.generate([self.tokenizer.start], self.settings.sample_tokens, 0.8, rng=rng,
                                      allowed=self.tokenizer.allowed(self.model.config.V))
-        for text in self.tokenizer.stream(tokens):
-            self.live.print(text, end="")
-            if self.stop:
-                break
-        self.live.print("\n")
+        with self.doing(None):
+            for text in self.tokenizer.stream(tokens):
+                self.live.print(text, end="")
+                if self.stop:
+                    break
+            self.live.print("\n")
 
     def checkpoint(self, loader):
         """Saves a checkpoint, unless this step has one. A failure ends the run only if the run is ending."""
@@ -1105,8 +1206,9 @@ class Run:
         if self.saved == path:
             return
         try:
-            self.lib.gpt2_checkpoint(self.folder, self.model.handle, loader.handle,
-                                     ctypes.byref(self.progress), s.checkpoint_every, s.keep, 0)
+            with self.doing(f"saving {path}"):
+                self.lib.gpt2_checkpoint(self.folder, self.model.handle, loader.handle,
+                                         ctypes.byref(self.progress), s.checkpoint_every, s.keep, 0)
         except GPT2Error as error:
             if self.stop or self.progress.step == s.steps:
                 raise
@@ -1488,13 +1590,14 @@ def settle_size(s, given, train):
     if "batch_size" not in given:
         s.batch_size = max(1, min(s.batch_size, room // s.seq_len))
     if s.batch_size * s.seq_len > room:
-        raise GPT2Error(f"{listed(s.data or ['the text'])} has {tokens:,} tokens for training, expected at"
-                        f" least {s.batch_size * s.seq_len + 1:,}, which is --batch-size {s.batch_size} times"
-                        f" --seq-len {s.seq_len} plus 1; give more text, or reduce these")
+        raise GPT2Error(f"{listed(s.data or ['the text'])} has {counted(tokens, 'token')} for training,"
+                        f" expected at least {s.batch_size * s.seq_len + 1:,}, which is --batch-size"
+                        f" {s.batch_size} times --seq-len {s.seq_len} plus 1; give more text, or reduce"
+                        " these")
     s.total_batch_size = given.get("total_batch_size")
     settle_batch(s, s.seq_len)
-    print(f"batch:  {s.batch_size} x {s.seq_len} instead of {before[0]} x {before[1]}, since there are only"
-          f" {tokens:,} tokens for training")
+    print(f"batch:  {s.batch_size} x {s.seq_len} instead of {before[0]} x {before[1]}, since the text has"
+          f" only {counted(tokens, 'token')} for training")
 
 
 def open_val_loader(s, val, V, device):
@@ -1503,12 +1606,12 @@ def open_val_loader(s, val, V, device):
     tokens = max(map(tokens_in, val), default=0)
     if tokens < 2:
         if val:
-            print(f"batch:  no validation, since there are only {tokens} tokens for it")
+            print(f"batch:  no validation, since the text has only {counted(tokens, 'token')} for it")
         return None
     T = min(s.seq_len, tokens - 1)
     B = min(s.batch_size, (tokens - 1) // T)
     if (B, T) != (s.batch_size, s.seq_len):
-        print(f"batch:  {B} x {T} for validation, since there are only {tokens:,} tokens for it")
+        print(f"batch:  {B} x {T} for validation, since the text has only {counted(tokens, 'token')} for it")
     return Loader(exact_globs(val), B, T, V, device=device)
 
 
@@ -1524,8 +1627,8 @@ def settle_fine_tuning(s, given, config, train):
     tenth = max(1, s.steps // 10)
     vars(s).update({"lr": float(f"{3e-5 * 768 / config.C:.1e}"), "warmup": tenth, "final_lr_frac": 0.1,
                     "val_every": tenth, "val_batches": 40, "patience": 3, "sample_tokens": 100, **given})
-    print(f"tuning: peak learning rate {s.lr:g}, {s.warmup} warm-up steps, validation every {s.val_every}"
-          f" steps, patience {s.patience}")
+    print(f"tuning: peak learning rate {s.lr:g}, {counted(s.warmup, 'warm-up step')}, validation every"
+          f" {counted(s.val_every, 'step')}, patience {s.patience}")
 
 
 def memory_needed(model, B, T):
@@ -1572,12 +1675,12 @@ def write_sample(model, tokenizer, context, args, seed):
     print(held)
     if len(times) > 2:
         rate = (len(times) - 2) / (times[-1] - times[1])
-        print(f"({begin} tokens read in {times[1] - times[0]:.2f} s, then {rate:.1f} tokens/s)",
-              file=sys.stderr)
+        print(f"({counted(begin, 'token')} read in {times[1] - times[0]:.2f} s, then"
+              f" {rate:,.1f} tokens/s)", file=sys.stderr)
     max_T = model.config.max_T
     if len(context) > max_T:
-        print(f"(longer than the model's context of {max_T} tokens; the last {max_T // 2} or more were used)",
-              file=sys.stderr)
+        print(f"(longer than the model's context of {counted(max_T, 'token')}; the last {max_T // 2} or more"
+              " were used)", file=sys.stderr)
 
 
 def converse(model, tokenizer, context, args):
@@ -1624,22 +1727,24 @@ def eval_text(model, folder, args):
     sizes = token_bytes(tokenizer, model.config.V)
     V, context, most = model.config.V, model.config.max_T, max(map(tokens_in, shards)) - 1
     if most < 1:
-        raise GPT2Error(f"{listed(args.data)} has {most + 1} tokens, expected at least 2")
+        raise GPT2Error(f"{listed(args.data)} has {counted(most + 1, 'token')}, expected at least 2")
     T = min(args.seq_len or context, context, most)
     B = max(1, min(1024, most) // T)
     pattern = exact_globs(shards)
     loader = Loader(pattern, B, T, V, device=args.device)
-    progress, count, nats, size = Progress(loader.batches, "batches"), 0, 0.0, 0
-    for _ in range(loader.batches):
-        x, y = loader.next()
-        count += B * T
-        nats += B * T * model.forward(x, y, train=False)
-        size += sum(sizes[token] for row in y for token in row)
-        progress.label = f"loss {nats / count:.4f} | "
-        progress.advance(1)
-    progress.say(f"loss:       {nats / count:.4f} nats per token, over {count:,} tokens in sequences of {T}")
+    count, nats, size = 0, 0.0, 0
+    with Progress(loader.batches, "batch") as progress:
+        for _ in range(loader.batches):
+            x, y = loader.next()
+            count += B * T
+            nats += B * T * model.forward(x, y, train=False)
+            size += sum(sizes[token] for row in y for token in row)
+            progress.label = f"loss {nats / count:.4f} | "
+            progress.advance(1)
+    print(f"loss:       {nats / count:.4f} nats per token, over {counted(count, 'token')} in sequences of"
+          f" {T}")
     print(f"perplexity: {math.exp(min(nats / count, 700)):.2f}")
-    print(f"bits:       {nats / max(size, 1) / math.log(2):.4f} per byte, over {size:,} bytes")
+    print(f"bits:       {nats / max(size, 1) / math.log(2):.4f} per byte, over {counted(size, 'byte')}")
 
 
 def eval_hellaswag(model, folder, args):
@@ -1647,19 +1752,22 @@ def eval_hellaswag(model, folder, args):
     file = args.hellaswag
     if not file.endswith(".bin"):
         file = os.path.join(folder, os.path.basename(file) + ".bin")
-        write_choices(file, args.hellaswag, find_tokenizer(model, args.tokenizer).encode)
+        encode = find_tokenizer(model, args.tokenizer).encode
+        with Progress(label=f"encoding {args.hellaswag}"):
+            write_choices(file, args.hellaswag, encode)
     examples = min(args.examples, model.hellaswag(file, 0, 0)[2])
     if examples == 0:
         raise GPT2Error(f"{args.hellaswag} has no examples")
-    progress, right, by_mean = Progress(examples, "examples"), 0, 0
-    for done in range(1, examples + 1):
-        by_sum_here, by_mean_here, _ = model.hellaswag(file, done - 1, 1)
-        right += by_sum_here
-        by_mean += by_mean_here
-        progress.label = f"accuracy {right / done:.1%}, by mean {by_mean / done:.1%} | "
-        progress.advance(1)
-    progress.say(f"HellaSwag:  accuracy {right / done:.4f}, by the mean over tokens {by_mean / done:.4f},"
-                 f" over {done:,} examples (chance: 0.25)")
+    right = by_mean = 0
+    with Progress(examples, "example") as progress:
+        for done in range(1, examples + 1):
+            by_sum_here, by_mean_here, _ = model.hellaswag(file, done - 1, 1)
+            right += by_sum_here
+            by_mean += by_mean_here
+            progress.label = f"accuracy {right / done:.1%}, by mean {by_mean / done:.1%} | "
+            progress.advance(1)
+    print(f"HellaSwag:  accuracy {right / done:.4f}, by the mean over tokens {by_mean / done:.4f}, over"
+          f" {counted(done, 'example')} (chance: 0.25)")
 
 
 # ============================================================================================================
@@ -1746,8 +1854,8 @@ class Tokenizer:
     def encode(self, text):
         """The token ids of a str, as an array of uint16. End-of-text in it is ordinary text."""
         if text:
-            raise GPT2Error(f"{self.source} can only decode its {len(self.pieces)} tokens; to encode text,"
-                            f" put the {TOKENIZER_JSON} that belongs to it into its folder")
+            raise GPT2Error(f"{self.source} can only decode its {counted(len(self.pieces), 'token')}; to"
+                            f" encode text, put the {TOKENIZER_JSON} that belongs to it into its folder")
         return array.array("H")
 
     def encode_prompt(self, text):
@@ -1892,6 +2000,7 @@ JSON_LINES = re.compile(r"\.jsonl(\.gz)?$", re.IGNORECASE)     # files with a JS
 TEXTS = re.compile(r"\.(txt|text|md|markdown|rst|jsonl)(\.gz)?$", re.IGNORECASE)     # of a folder
 RUN_FILES = re.compile(r"main\.log$|run\.json$|metrics\.jsonl$|DONE_\d+$|state_\d+_\d+\.bin$")
 Data = collections.namedtuple("Data", "shards texts skipped")     # two lists of files, a Counter of types
+RUN, SHARDS = "run directory", "shard folder"     # types that are skipped, besides extensions
 
 
 def find_data(paths):
@@ -1983,9 +2092,9 @@ def texts_in(top, skipped):
             elif os.path.isdir(path):
                 names = os.listdir(path)
                 if any(map(RUN_FILES.match, names)):
-                    skipped["run directory"] += 1
+                    skipped[RUN] += 1
                 elif shards_in(path, names):
-                    skipped["folder of token shards"] += 1
+                    skipped[SHARDS] += 1
                 elif os.path.realpath(path) not in seen:     # a link may lead back
                     folders.append(path)
                     seen.add(os.path.realpath(path))
@@ -2012,8 +2121,13 @@ def skipped_files(skipped, before):
     """A sentence, or a part of one, about what was skipped."""
     if not skipped:
         return ""
-    types = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(9))
-    return printable(f"{before} {sum(skipped.values())} files: {types}")
+    kinds = []
+    for kind, count in skipped.most_common(9):
+        if kind in (RUN, SHARDS):
+            kinds.append(counted(count, kind))
+        else:                                # an extension, for instance
+            kinds.append(f"{count} {kind}")
+    return printable(f"{before} {counted(sum(skipped.values()), 'file')}: {', '.join(kinds)}")
 
 
 def listed(paths):
@@ -2124,7 +2238,7 @@ class TextReader:
         stderr which bytes were not UTF-8."""
         if self.separators or self.marks and END_OF_TEXT not in self.marks:
             shown = " or ".join(map(repr, self.marks))
-            print(f"text:   {self.separators:,} document separators {shown}")
+            print(f"text:   {counted(self.separators, 'document separator')} {shown}")
         if self.invalid:
             print(f"train_gpt2.py: {listed(self.invalid)}; another encoding must be named with --encoding",
                   file=sys.stderr)
@@ -2201,7 +2315,7 @@ class TextReader:
             yield block
         if not wrong:
             return
-        found = f"{path}: {wrong:,} of {size:,} bytes are not UTF-8, the first at offset {first:,}"
+        found = f"{path}: bytes that are not UTF-8: {wrong:,} of {size:,}, the first at offset {first:,}"
         if self.tokenizer.name != "bytes" and wrong > 0.005 * size:
             raise GPT2Error(f"{found}, expected at most 5 in 1,000; name the encoding of the text, as with"
                             " --encoding latin-1")
@@ -2532,7 +2646,9 @@ def prepare(paths, folder, tokenizer, val_fraction=0.1, shard_tokens=100_000_000
         cut = split_at(tokens, tokenizer, val_fraction, raw or reader.documents)
         if raw and "val" in os.path.basename(files[-1]):
             cut = sum(os.path.getsize(path) // 2 for path in files if "val" not in os.path.basename(path))
-        shards = write_shards(stream, tokens, cut, temporary, shard_tokens)
+        progress.close()
+        with Progress(label=f"writing {folder}"):
+            shards = write_shards(stream, tokens, cut, temporary, shard_tokens)
         replace_shards(temporary, folder, shards)
     total = sum(shard["tokens"] for shard in shards)
     tokenizer.save(os.path.join(folder, TABLE))
@@ -2562,8 +2678,9 @@ def find_raw(paths):
         files += glob.glob(os.path.join(glob.escape(path), "*.bin")) or [path]
     for path in files:
         if magic_of(path) == MAGIC_SHARD or os.path.getsize(path) % 2:
-            raise GPT2Error(f"{path} is a token shard or has an odd size of {os.path.getsize(path):,} bytes,"
-                            " expected headerless uint16 tokens; --data takes shards as they are")
+            raise GPT2Error(f"{path} is a token shard or has an odd size of"
+                            f" {counted(os.path.getsize(path), 'byte')}, expected headerless uint16 tokens;"
+                            " --data takes shards as they are")
     return sorted(files, key=lambda path: ("val" in os.path.basename(path), path))
 
 
@@ -2688,7 +2805,8 @@ def default_text(folder):
         cached = os.path.exists(path)
         source = os.path.relpath(path) if cached else origin
         try:
-            text = read_file(path) if cached else fetch_text(function)
+            with Progress(label=f"reading {title} from {source}"):
+                text = read_file(path) if cached else fetch_text(function)
             if sha256 and hashlib.sha256(text).hexdigest() != sha256:
                 raise GPT2Error("its sha256 is wrong" + ("; delete it" if cached else ""))
         except Exception as error:           # there is another text
@@ -2699,7 +2817,7 @@ def default_text(folder):
                 path = os.path.join(folder, name)
                 os.makedirs(folder, exist_ok=True)
             replace_file(path, text)
-        print(f"text:   {title} from {source}, {len(text):,} bytes", *(f"({r})" for r in reasons))
+        print(f"text:   {title} from {source}, {counted(len(text), 'byte')}", *(f"({r})" for r in reasons))
         return path
     raise GPT2Error(f"no text to train on: {'; '.join(reasons)}; name one with --data FILE")
 
@@ -2761,8 +2879,8 @@ def find_model(source):
     after a download, of one of HUB_MODELS. The environment's HF_ENDPOINT names another hub."""
     if source in HUB_MODELS and not os.path.exists(source):
         name, source = source, cache_path(source)
-        with optional_module("data/fetch") as fetch:
-            fetch.hub_model(name, source, Progress(unit="MB", label=f"{name}: "))
+        with optional_module("data/fetch") as fetch, Progress(unit="MB", label=f"{name}: ") as progress:
+            fetch.hub_model(name, source, progress)
     if not os.path.isdir(source):
         return source
     pickles = glob.glob(os.path.join(glob.escape(source), "pytorch_model*.bin"))
@@ -2801,28 +2919,27 @@ def open_model(source, device="auto", checkpoint=None):
                         " it, for which torch must be installed, and use the folder:"
                         f" {shlex.join(('python3', convert, 'unpickle', path, folder))}")
     else:
-        model = GPT2.load(path, device)
+        with Progress(label=f"loading {path}"):
+            model = GPT2.load(path, device)
     model.file = path
     return model
 
 
+@contextlib.contextmanager
 def report_tensors(verb):
     """A callback for dev/convert.py that shows how many tensors are done."""
-    progress = Progress(unit="tensors", label=f"{verb}: ")
+    with Progress(unit="tensor", label=f"{verb}: ") as progress:
+        def report(done, total):
+            progress.total = total
+            progress.advance(1)
 
-    def report(done, total):
-        progress.total = total
-        progress.advance(1)
-        if done == total:
-            progress.close()
-
-    return report
+        yield report
 
 
 def import_model(path, device):
     """The GPT2 in a model.safetensors, or in the files that its index names."""
-    with optional_module("convert") as convert:
-        shape, pieces = convert.read_model(path, report_tensors("read"))
+    with optional_module("convert") as convert, report_tensors("read") as report:
+        shape, pieces = convert.read_model(path, report)
         try:
             model = GPT2(GPT2Config(*shape), None, device)
         except GPT2Error as error:
@@ -2847,12 +2964,11 @@ def export_model(model, tokenizer, format, path, dtype, **options):
         model.lib.gpt2_get(model.handle, indices[name], KINDS["param"], first, count, values.buffer_info()[0])
         return values
 
-    with optional_module("convert") as convert:
+    with optional_module("convert") as convert, report_tensors("written") as report:
         c = model.config
         shape = convert.Shape(c.max_T, c.V, c.L, c.NH, c.C)
         vocabulary = tokenizer.vocabulary() if tokenizer else None
-        convert.FORMATS[format](path, shape, read, vocabulary, dtype, report_tensors("written"),
-                                **options)
+        convert.FORMATS[format](path, shape, read, vocabulary, dtype, report, **options)
 
 
 def check_model_target(path):
@@ -2872,7 +2988,8 @@ def export_llmc(model, tokenizer, path, dtype):
     replaced = tokenizer and os.path.exists(table)
     if replaced and Tokenizer.load(table, model.lib).pieces != tokenizer.pieces:
         raise GPT2Error(f"{table} belongs to a different tokenizer; choose another folder with --out")
-    model.save(path, 5 if dtype == "BF16" else 3)
+    with Progress(label=f"writing {path}"):
+        model.save(path, 5 if dtype == "BF16" else 3)
     if tokenizer:
         tokenizer.save(table)
 
@@ -2925,19 +3042,20 @@ def find_tokenizer(model, name=None, shards=()):
     if not tokenizer and (kind := assumed_tokenizer(model)):
         tokenizer = kind()
     if not tokenizer:
-        raise GPT2Error(f"{model.file} has a vocabulary of {V} tokens and no tokenizer beside it, expected"
-                        f" {TABLE}, {TOKENIZER_JSON}, or vocab.json and merges.txt there; name one with"
-                        " --tokenizer")
+        raise GPT2Error(f"{model.file} has a vocabulary of {counted(V, 'token')} and no tokenizer beside"
+                        f" it, expected {TABLE}, {TOKENIZER_JSON}, or vocab.json and merges.txt there; name"
+                        " one with --tokenizer")
     other = from_hub(model) and tokenizer.name != GPT2Tokenizer.name
     if other or not all(agree(tokenizer, another) for another in found):
         places = ", ".join(filter(None, [name, *shards, model.file]))
         raise GPT2Error(f"the tokenizers of {places} differ, expected the same; use the model's own")
     size = len(tokenizer.pieces)
     if size > V:
-        raise GPT2Error(f"the tokenizer has {size} tokens, expected at most the vocabulary size of"
+        raise GPT2Error(f"the tokenizer has {counted(size, 'token')}, expected at most the vocabulary size of"
                         f" {model.file}, {V}; name another with --tokenizer")
     if size < V:
-        print(f"{model.file}: {V - size} of {V} ids have no token and are never sampled", file=sys.stderr)
+        print(f"{model.file}: {V - size} of {counted(V, 'id')} without a token, never sampled",
+              file=sys.stderr)
     if own and len(own.pieces) > size:
         return own
     return tokenizer
@@ -3009,7 +3127,9 @@ def train_in(folder, args, lib):
         settle_fine_tuning(s, given, config, train_shards)
     if step is None:
         settle_size(s, given, train_shards)
-    model = model or GPT2(config, s.seed, args.device)
+    if not model:
+        with Progress(label="initializing the model"):
+            model = GPT2(config, s.seed, args.device)
     B, T = s.batch_size, s.seq_len
     train_loader = Loader(exact_globs(train_shards), B, T, config.V, True, s.seed, args.device)
     check_data(folder, s, train_shards, data, train_loader)
@@ -3027,7 +3147,7 @@ def train_in(folder, args, lib):
     if args.resume_step is not None:
         discard_later(folder, step, lib)
     print_summary(run, train_loader, val_loader, memory)
-    with run.watching_signals():
+    with run.watching_signals(), run.busy:
         train(model, train_loader, val_loader, run)
     run.draw()
     return print_end(run)
@@ -3042,10 +3162,13 @@ def start_run(run, tokenizer, step, source, train_loader):
         with contextlib.suppress(FileNotFoundError):
             os.remove(run.best_file)         # of a run that has no checkpoint
     else:
-        run.lib.gpt2_restore(folder, step, run.model.handle, train_loader.handle, ctypes.byref(run.progress))
+        with Progress(label=f"loading the state of {source}"):
+            run.lib.gpt2_restore(folder, step, run.model.handle, train_loader.handle,
+                                 ctypes.byref(run.progress))
         run.saved = source
     if run.progress.step > s.steps:
-        raise GPT2Error(f"{folder} has done {run.progress.step} steps, more than --steps {s.steps}")
+        raise GPT2Error(f"{folder} has done {counted(run.progress.step, 'step')}, more than --steps"
+                        f" {s.steps}")
     if tokenizer:
         tokenizer.save(os.path.join(folder, TABLE))
     replace_file(os.path.join(folder, "run.json"), json.dumps(vars(s), indent=1).encode())
@@ -3092,12 +3215,12 @@ def print_summary(run, train_loader, val_loader, memory):
     tokens, needed = s.steps * s.total_batch_size, memory_needed(model, B, T)
     validation = "no validation"
     if val_loader:
-        validation = f"{val_loader.tokens:,} validation tokens"
+        validation = counted(val_loader.tokens, "validation token")
     print(f"device: {run.lib.gpt2_device().decode()}")
-    print(f"data:   {train_loader.tokens:,} training tokens, {validation}")
-    print(f"model:  {c.L} layers, {c.NH} heads, {c.C} channels, context {c.max_T}, vocabulary size {c.V}:"
-          f" {model.num_parameters:,} parameters")
-    print(f"steps:  {s.steps:,} of {s.total_batch_size:,} tokens, in micro-batches of {B} x {T}:"
+    print(f"data:   {counted(train_loader.tokens, 'training token')}, {validation}")
+    print(f"model:  {counted(c.L, 'layer')}, {counted(c.NH, 'head')}, {counted(c.C, 'channel')}, context"
+          f" {c.max_T}, vocabulary size {c.V}: {counted(model.num_parameters, 'parameter')}")
+    print(f"steps:  {s.steps:,} of {counted(s.total_batch_size, 'token')}, in micro-batches of {B} x {T}:"
           f" {tokens / train_loader.tokens:,.2f} epochs, {tokens / model.num_parameters:,.2f} tokens per"
           " parameter")
     print(f"memory: {needed / 1e6:,.0f} MB needed, {memory / 1e6:,.0f} MB available")
@@ -3115,12 +3238,12 @@ def print_end(run):
         print(f"stopped after step {done} of {s.steps}; to resume: {resume}", file=run.output)
         return 130
     if done < s.steps:
-        print(f"stopped early: {s.patience} validations without improvement (--patience); to continue:"
-              f" {resume} --patience 0")
+        print(f"stopped early: {counted(s.patience, 'validation')} without improvement (--patience); to"
+              f" continue: {resume} --patience 0")
     best = "no validation"
     if run.best:
         best = f"best validation loss {run.best[1]:.4f} at step {run.best[0]:.0f} ({run.best_file})"
-    print(f"{done} steps, {clock(time.perf_counter() - run.live.begun)}, {best}")
+    print(f"{counted(done, 'step')}, {clock(time.perf_counter() - run.live.begun)}, {best}")
     print(f"checkpoint: {run.saved}\ncurves:     {os.path.join(run.folder, 'loss.svg')}")
     print(f"sample:     {command_line('sample', run.best_file if run.best else run.saved)}")
     print(f"train on:   {train_on(run.folder, s)}")
@@ -3173,7 +3296,7 @@ def prepare_command(args):
     except KeyboardInterrupt:
         print(f"train_gpt2.py: stopped; {args.out} has no new shards", file=sys.stderr)
         return 130
-    print(f"{args.out}: {train:,} training tokens, {val:,} validation tokens")
+    print(f"{args.out}: {counted(train, 'training token')}, {counted(val, 'validation token')}")
     print(f"train on them: {command_line('--data', args.out)}")
 
 
@@ -3187,13 +3310,13 @@ def train_tokenizer_command(args):
     reader = TextReader(ByteTokenizer(), progress, **reading_options(args))
     parts = reader.parts(find_texts(args.inputs))
     texts = (part.decode(errors="replace") for part in parts if isinstance(part, bytes))
-    with contextlib.closing(progress), optional_module("vocabulary") as module:
+    with progress, optional_module("vocabulary") as module:
         vocabulary = module.train(texts, args.vocab_size)
     if not progress.done:
         raise GPT2Error(f"{' '.join(args.inputs)}: no text there, only empty files or lines")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     replace_file(args.out, vocabulary.json())
-    print(f"{args.out}: {len(vocabulary.pieces):,} tokens; train with it:"
+    print(f"{args.out}: {counted(len(vocabulary.pieces), 'token')}; train with it:"
           f" {command_line('--tokenizer', args.out, '--data', *args.inputs)}")
 
 
@@ -3244,7 +3367,8 @@ def check_command(args):
         raise GPT2Error(f"{args.reference} does not end in reference.bin; name its model file with --model")
     model = open_model(model_file, args.device)
     rows = (GPT2Diff * (TENSORS + 2))()
-    wrong = model.lib.gpt2_check(model.handle, args.reference, args.tolerance, rows)
+    with Progress(label=f"comparing with {args.reference}"):
+        wrong = model.lib.gpt2_check(model.handle, args.reference, args.tolerance, rows)
     print(f"{'':10} {'max abs error':>14} {'relative error':>14}")
     for row in rows:
         verdict = "ok" if row.ok else "NOT OK"
@@ -3419,6 +3543,7 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help", "--version"):
         argv.insert(0, "train")
+    Progress.shown = time.perf_counter() - 3.5     # the first output is due in less than a second
     try:
         with same_in_every_locale(), handling(stop_signals(), signal.default_int_handler):
             status = run_command(argv)

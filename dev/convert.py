@@ -35,7 +35,7 @@ import warnings
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 import vocabulary  # noqa: E402
-from fileio import Error, naming, printable, regular, write_file  # noqa: E402
+from fileio import counted, Error, naming, printable, regular, write_file  # noqa: E402
 
 Shape = collections.namedtuple("Shape", "max_T V L NH C")     # as in the header of a model file
 WRITER = "written by train_gpt2.py"          # in the files that convert.py writes
@@ -173,8 +173,8 @@ def read_safetensors(path):
         size = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
         if start > min(size, LARGEST_JSON):
-            raise Error(f"{path} has {size} bytes, expected a header of at most {LARGEST_JSON:,} bytes that"
-                        f" does not end at byte {start}")
+            raise Error(f"{path} has {counted(size, 'byte')}, expected a header of at most"
+                        f" {LARGEST_JSON:,} bytes that does not end at byte {start}")
         header = json.loads(file.read(start - 8))
     header.pop("__metadata__", None)
     stored = {}

@@ -13,6 +13,13 @@ class Error(Exception):
     """One sentence for the user."""
 
 
+def counted(number, noun):
+    """A number and a regular noun, such as "1 file" or "1,234 bytes"."""
+    if number != 1:
+        noun += "s"
+    return f"{number:,} {noun}"
+
+
 def printable(text):
     """Text from a file without control characters, which could manipulate the terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -39,7 +39,7 @@ except ImportError:                          # Windows
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path.append(os.path.dirname(HERE))
-from fileio import UNSUPPORTED, Error, sha256_of, write_file  # noqa: E402
+from fileio import UNSUPPORTED, counted, Error, sha256_of, write_file  # noqa: E402
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 GITHUB = "https://raw.githubusercontent.com"
@@ -105,7 +105,7 @@ def announced_length(url, answer, span, size):
     if length is None:
         raise Error(f"{url} has no Content-Length, so a complete download cannot be told from a partial one")
     if size not in (None, length):
-        raise Error(f"{url} is {length:,} bytes long, expected {size:,}; nothing was downloaded")
+        raise Error(f"{url} is {counted(length, 'byte')} long, expected {size:,}; nothing was downloaded")
     return length
 
 
@@ -151,7 +151,7 @@ def receive(url, part, size, timeout, progress):
             while have < length:
                 data = answer.read1(min(65536, length - have))
                 if not data:
-                    raise OSError(f"the connection ended after {have:,} of {length:,} bytes")
+                    raise OSError(f"the connection ended after {have:,} of {counted(length, 'byte')}")
                 have += file.write(data)
                 progress.advance(len(data) / 1e6)
     linked = re.fullmatch('"([0-9a-f]{64})"', redirects.linked)
@@ -162,7 +162,7 @@ def flaw_of(path, sha256, size):
     """How a file differs from the expected SHA-256 and size (None: unknown), or None."""
     found = os.path.getsize(path)
     if size not in (None, found):
-        return f"{found:,} bytes long, expected {size:,}"
+        return f"{counted(found, 'byte')} long, expected {size:,}"
     if sha256 is None or sha256_of(path) == sha256:
         return None
     return f"of SHA-256 {sha256_of(path)}, expected {sha256}"
@@ -186,7 +186,7 @@ def download(url, path, sha256=None, size=None, timeout=30, tries=5, progress=No
     def advice():
         kept = ""
         if size_of(part):
-            kept = f", which resumes after the {size_of(part):,} bytes in {part}"
+            kept = f", which resumes after {counted(size_of(part), 'byte')} in {part}"
         return f"try again{kept}, or download {url} by hand to {path}"
 
     if os.path.isfile(path) and not flaw_of(path, sha256, size):
@@ -293,8 +293,8 @@ def fetch(args, name, path=None):
     """Downloads a file of the data set into its folder or to `path`. Returns the path."""
     url, files = SOURCES[args.dataset]
     path = path or os.path.join(args.out, name)
-    progress = driver().Progress(unit="MB", label=f"{path}: ")
-    download(f"{(args.url or url).rstrip('/')}/{name}", path, files[name], progress=progress)
+    with driver().Progress(unit="MB", label=f"{path}: ") as progress:
+        download(f"{(args.url or url).rstrip('/')}/{name}", path, files[name], progress=progress)
     return path
 
 
@@ -312,7 +312,7 @@ def tinyshakespeare(args):
     for split, part in (("val", tokens[:32768]), ("train", tokens[32768:])):
         path = os.path.join(args.out, f"tiny_shakespeare_{split}.bin")
         gpt2.write_shard(path, part)
-        print(f"{path}: {len(part):,} tokens")
+        print(f"{path}: {counted(len(part), 'token')}")
     tokenizer.save(os.path.join(args.out, gpt2.TABLE))
 
 
@@ -347,7 +347,8 @@ def shard_stories(tokenizer, path, folder, split, size):
             del tokens[:size]
     if tokens:
         gpt2.write_shard(os.path.join(folder, f"{split}_{shards:06d}.bin"), tokens)
-    progress.say(f"{split}: {shards * size + len(tokens):,} tokens")
+    progress.close()
+    print(f"{split}: {counted(shards * size + len(tokens), 'token')}", flush=True)
 
 
 def tinystories(args):
@@ -387,12 +388,12 @@ def fineweb(args):
     free = shutil.disk_usage(args.out).free
     if free < 200e6 * len(missing):
         raise Error(f"{args.out} has {free / 1e9:.1f} GB free, expected {len(missing) * 0.2:.1f} GB for"
-                    f" {len(missing)} shards; reduce --shards or choose another --out")
+                    f" {counted(len(missing), 'shard')}; reduce --shards or choose another --out")
     total = 0
     for n, name in enumerate(names, 1):
         tokens = check_shard(fetch(args, name))
         total += tokens
-        print(f"{n}/{len(names)} {name}: {tokens:,} tokens, {total:,} so far", flush=True)
+        print(f"{n}/{len(names)} {name}: {counted(tokens, 'token')}, {total:,} so far", flush=True)
     try:
         gpt2.GPT2Tokenizer().save(os.path.join(args.out, gpt2.TABLE))
     except gpt2.GPT2Error as error:
@@ -405,7 +406,7 @@ def hellaswag(args):
     encode = gpt2.GPT2Tokenizer.bpe().encode_ordinary
     source = fetch(args, "hellaswag_val.jsonl")
     path = os.path.join(args.out, "hellaswag_val.bin")
-    print(f"{path}: {gpt2.write_choices(path, source, encode):,} examples")
+    print(f"{path}: {counted(gpt2.write_choices(path, source, encode), 'example')}")
 
 
 def make_parser():

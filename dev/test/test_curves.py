@@ -93,7 +93,7 @@ def test_a_run_prints_a_summary_and_next_commands(trained, tmp_path):
     assert f"3 of 32 tokens, in micro-batches of 2 x 16: {96 / len(TEXT.encode()) / 0.9:.2f} epochs" in shown
     assert f"{parameters:,} parameters" in shown and f"{96 / parameters:.2f} tokens per parameter" in shown
     assert re.search(r"^memory: \d+ MB needed, [\d,]+ MB available$", shown, re.M)
-    assert re.search(r"^time:   about \d\d:\d\d for the remaining 1 steps", shown, re.M)
+    assert re.search(r"^time:   about \d\d:\d\d for the remaining 1 step,", shown, re.M)
     line = r"^3 steps, \d\d:\d\d, best validation loss \d\.\d{4} at step \d \(runs/1/best.bin\)$"
     assert re.search(line, shown, re.M)
     for title in ("sample", "train on", "compare"):

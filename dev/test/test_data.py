@@ -169,7 +169,7 @@ def test_progress_shows_amount_rate_and_remaining_time(capsys):
         progress = train_gpt2.Progress(total, "MB", "read: ")
         progress.interval = 0
         progress.advance(1)
-        assert re.fullmatch(shown, capsys.readouterr().out)
+        assert re.fullmatch(shown, capsys.readouterr().err)
 
 
 def test_parts_of_a_text_encode_as_the_whole_tiktoken(monkeypatch, bpe):

@@ -121,7 +121,7 @@ def test_more_than_2_to_the_31_bytes_of_tokens_are_read(tmp_path):
 def test_invalid_loaders_are_rejected(tmp_path):
     for sizes, B, T in (([12], 3, 4), ([12, 5, 0], 3, 4), ([1], 1, 1), ([0], 1, 1), ([0, 1], 1, 1)):
         pattern = shards(tmp_path / f"{sizes}", *map(range, sizes)).replace("[", "[[]")
-        with rejects(f"{sum(sizes)} tokens", B * T + 1):
+        with rejects(train_gpt2.counted(sum(sizes), "token"), B * T + 1):
             Loader(pattern, B, T, 65536)
     pattern = shards(tmp_path, range(40))
     for B, T, V in ((0, 4, 9), (4, 0, 9), (4, 4, 0), (-1, 4, 9)):

@@ -152,7 +152,7 @@ def test_a_malformed_safetensors_header_is_reported(tmp_path, small, change, wor
 
 
 @pytest.mark.parametrize("length, header, words", [
-    (None, b"", "0 bytes"), (None, b"\x10", "1 bytes"), (2**64 - 1, b"", "8 bytes"), (9, b"{}", "10 bytes"),
+    (None, b"", "0 bytes"), (None, b"\x10", "1 byte,"), (2**64 - 1, b"", "8 bytes"), (9, b"{}", "10 bytes"),
     (2, b"[]", "not a GPT-2"), (2, b"{}", "wte.weight"), (2, b"{}more", "end at byte 10"),
     (1, b"\xff", "decode"), (10**5, b"[" * 10**5, "not a"), (10**5, b'{"a":' * 20000, "not a")])
 def test_a_file_that_is_not_safetensors_is_reported(tmp_path, length, header, words):

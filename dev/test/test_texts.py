@@ -134,7 +134,7 @@ def test_folders_are_read_recursively_without_what_is_no_text(tmp_path):
     (tmp_path / "top" / "again.txt").symlink_to("a.TXT")     # the same text
     done = reads(tmp_path, "top", "elsewhere/i.txt", expected=b"\0a\0b\0e\0f\0g\0h\0i")
     [line] = [line for line in done.stdout.splitlines() if "skipped" in line]
-    for words in ("2 .pdf", "1 .bin", "3 hidden", "3 run directory", "1 folder of token shards",
+    for words in ("2 .pdf", "1 .bin", "3 hidden", "3 run directories", "1 shard folder",
                   "1 without extension"):
         assert words in line
     sources = json.loads((tmp_path / "out" / "manifest.json").read_text())["sources"]
@@ -386,13 +386,13 @@ def test_separators_become_end_of_text(tmp_path, byte_model):
     assert "separator" not in off
     words = ("a.txt", "--document-separator", "two<")
     shown = reads(tmp_path, *words, expected=text.replace("two<", "\0").encode()).stdout
-    assert "1 document separators" in shown
+    assert "1 document separator " in shown
     assert "0 document separators" in prepare("b.txt", "--document-separator", "xyz", cwd=tmp_path).stdout
     words = ("--data", "a.txt", "--document-separator")
     driver(*words, "\n", "--out", "run", *SMALL[:8], "--steps", 2, *NO_SAMPLE, cwd=tmp_path)
     assert text_of(tmp_path / "run" / "tokens") == text.replace("\n", "\0").encode()
     shown = driver("eval", byte_model[1], *words, "three", cwd=tmp_path).stdout
-    assert "1 document separators 'three'" in shown
+    assert "1 document separator  'three'" in shown
 
 
 @pytest.mark.parametrize("separator", ["<|endoftext|>", " \n\n ", "\n", "–", "<sep>\r\n" * 9])
@@ -456,7 +456,7 @@ def test_ordinary_texts_keep_the_batch(tmp_path):
 
 
 @pytest.mark.parametrize("size, flags, words", [
-    (1, "", "no training tokens"), (2, "", "1 tokens for training"),
+    (1, "", "no training tokens"), (2, "", "1 token for training"),
     (300, "--batch-size 8 --seq-len 64", "270 tokens | 513 | --batch-size 8 | --seq-len 64"),
     (300, "--batch-size 500", "270 tokens | --batch-size 500"),
     (50, "--seq-len 64", "45 tokens | --seq-len 64"),
@@ -469,4 +469,4 @@ def test_what_is_too_small_for_given_sizes_is_reported(tmp_path, byte_model, siz
     assert "shard" not in done.stderr or size == 1
     write(tmp_path, {"b.txt": "x"})
     done = driver("eval", byte_model[1], "--data", "b.txt", status=1, cwd=tmp_path)
-    reports_error(done, "b.txt", "1 tokens")
+    reports_error(done, "b.txt", "1 token,")
