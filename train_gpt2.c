@@ -2196,7 +2196,7 @@ static struct {
     long long checkpoint_every, keep, keep_every, resume;
     long long B, T, total_batch, steps, warmup, skip_nonfinite, overfit;
     long long val_every, val_batches, sample_every, sample_tokens, hellaswag;
-    double lr, final_lr_frac, weight_decay, skip_loss, skip_norm, tolerance;
+    double lr, final_lr_frac, beta1, beta2, eps, weight_decay, grad_clip, skip_loss, skip_norm, tolerance;
 } settings;
 
 enum { TEXT, GPU_OPTION, INTEGER, REAL };     /* kinds of values */
@@ -2221,7 +2221,11 @@ static struct { const char *name, *value; int kind, least; void *target; const c
     {"-l", "3e-4", REAL, 0, &settings.lr, "peak learning rate"},
     {"-u", "0", INTEGER, 0, &settings.warmup, "linear warm-up steps"},
     {"-q", "1", REAL, 0, &settings.final_lr_frac, "final learning rate as a fraction of the peak"},
+    {"-b1", "0.9", REAL, 0, &settings.beta1, "AdamW's decay rate of the mean gradient"},
+    {"-b2", "0.95", REAL, 0, &settings.beta2, "AdamW's decay rate of the mean squared gradient"},
+    {"-ep", "1e-08", REAL, 0, &settings.eps, "AdamW's epsilon"},
     {"-c", "0", REAL, 0, &settings.weight_decay, "weight decay"},
+    {"-gc", "1", REAL, 0, &settings.grad_clip, "maximum gradient norm (clipping); 0 for none"},
     {"-sl", "0", REAL, 0, &settings.skip_loss, "skip steps whose loss has a z-score above this; 0 for none"},
     {"-sg", "0", REAL, 0, &settings.skip_norm, "skip steps whose gradient norm has a z-score above this; 0 "
                                                "for none"},
@@ -2259,9 +2263,9 @@ static void print_help(void) {
     printf("Trains GPT-2, or compares a model with a reference: ./train_gpt2 [FLAG VALUE]...\n");
     for (int i = 0; i < FLAGS; i++) printf("  %-11s %s [%s]\n", flags[i].name, flags[i].help, flags[i].value);
     printf("  %-11s print the version and exit\n", "--version");
-    printf("\nA step's line has its loss in nats per token, learning rate, gradient norm before clipping, time,"
-           "\ntokens/s, MFU (model FLOPs utilization: the model's arithmetic per second, without recomputation, "
-           "as a\nshare of the peak that is measured at the start), and the time left.\n");
+    printf("\nA step's line has its loss in nats per token, learning rate, gradient norm before clipping, "
+           "time,\ntokens/s, MFU (model FLOPs utilization: the model's arithmetic per second, without "
+           "recomputation, as a\nshare of the peak that is measured at the start), and the time left.\n");
     exit(0);
 }
 
@@ -2437,8 +2441,8 @@ static void set_gpu_options(GPT2 *model) {
 
 static void remove_empty_run(void) { rmdir(settings.out); }
 
-/* Creates the run directory if it is missing, and locks it until the process ends. A process that fails before
-   it has a file removes the directory that it made. */
+/* Creates the run directory if it is missing, and locks it until the process ends. A process that fails
+   before it has a file removes the directory that it made. */
 static void lock_run(void) {
     const char *out = settings.out;
     struct stat locked, now;
@@ -2449,10 +2453,11 @@ static void lock_run(void) {
     int taken = 0;
     if (flock(lock, LOCK_EX | LOCK_NB)) {
         taken = errno == EWOULDBLOCK;
-        if (!taken && !is_unsupported(errno)) die("run directory '%s' cannot be locked: %s", out, strerror(errno));
+        const char *why = strerror(errno);
+        if (!taken && !is_unsupported(errno)) die("run directory '%s' cannot be locked: %s", out, why);
         if (!taken)
-            fprintf(stderr, "train_gpt2: '%s' is on a file system without locks (%s); take care that no other "
-                    "run uses this directory\n", out, strerror(errno));
+            fprintf(stderr, "train_gpt2: '%s' is on a file system without locks (%s); take care that no "
+                    "other run uses this directory\n", out, why);
     }
     if (!taken && !fstat(lock, &locked))  /* a failed start may have removed it in the meantime */
         taken = stat(out, &now) || locked.st_ino != now.st_ino;
@@ -2671,10 +2676,13 @@ static void write_run_json(const Run *run, FILE *out) {
         {"steps", run->steps}, {"warmup", settings.warmup}, {"skip_nonfinite", settings.skip_nonfinite},
         {"seed", SEED}, {"val_every", val_every}, {"val_batches", settings.val_batches},
         {"sample_every", settings.sample_every}, {"sample_tokens", settings.sample_tokens},
-        {"checkpoint_every", settings.checkpoint_every}, {"keep", settings.keep}};
+        {"checkpoint_every", settings.checkpoint_every}, {"keep", settings.keep},
+        {"keep_every", settings.keep_every}};
     const struct { const char *name; double value; } reals[] = {
         {"lr", settings.lr}, {"final_lr_frac", settings.final_lr_frac},
-        {"weight_decay", settings.weight_decay}, {"grad_clip", 1}};
+        {"beta1", settings.beta1}, {"beta2", settings.beta2}, {"eps", settings.eps},
+        {"weight_decay", settings.weight_decay}, {"grad_clip", settings.grad_clip},
+        {"skip_loss_z", settings.skip_loss}, {"skip_grad_z", settings.skip_norm}};
     fprintf(out, "{\n");
     write_globs(out, "data", settings.train_shards);
     write_globs(out, "val_data", settings.val_shards);
@@ -2683,7 +2691,7 @@ static void write_run_json(const Run *run, FILE *out) {
         fprintf(out, " \"%s\": %lld,\n", integers[i].name, integers[i].value);
     for (size_t i = 0; i < sizeof reals / sizeof *reals; i++)
         fprintf(out, " \"%s\": %.17g,\n", reals[i].name, reals[i].value);
-    fprintf(out, " \"init\": \"");
+    fprintf(out, " \"overfit\": %s,\n \"init\": \"", settings.overfit ? "true" : "false");
     if (is_descriptor(settings.model)) fprintf(out, "scratch");
     else write_text(out, settings.model, strlen(settings.model));
     fprintf(out, "\",\n \"schedule\": \"%s\"\n}\n", settings.schedule);
@@ -2825,6 +2833,11 @@ static const char *reason_to_skip(Run *run, long long step, double loss, double 
     return "";
 }
 
+static void update(Run *run, float lr) {
+    check_ok(!gpt2_update(run->model, lr, settings.beta1, settings.beta2, settings.eps, settings.weight_decay,
+                          settings.grad_clip));
+}
+
 static void train_step(Run *run, long long step) {
     begin("training", step + 1);
     const double start = seconds();
@@ -2832,7 +2845,7 @@ static void train_step(Run *run, long long step) {
     const double norm = gpt2_grad_norm(run->model);
     const float lr = scheduled_lr(run, step);
     const char *skipped = reason_to_skip(run, step, loss, norm);
-    if (!*skipped) check_ok(!gpt2_update(run->model, lr, 0.9, 0.95, 1e-8, settings.weight_decay, 1));
+    if (!*skipped) update(run, lr);
     gpt2_zero_grad(run->model);
     run->progress.step = step + 1;
 

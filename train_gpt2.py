@@ -160,33 +160,46 @@ SETTINGS = {
         ("layers", 6, COUNT, "transformer blocks, L"),
         ("heads", 3, COUNT, "attention heads per block, NH"),
         ("channels", 96, COUNT, "embedding width, C; a multiple of the heads"),
-        ("context", 64, COUNT, "maximum sequence length, at least --seq-len"),
+        ("context", None, COUNT, "maximum sequence length, at least --seq-len (64, 256 or 1024, by size)"),
         ("init", "scratch", str, "scratch, or a model to fine-tune: run directory, model file, gpt2; then"
          " most defaults follow from model and text"),
     ],
     "optimization": [
-        ("batch-size", 8, COUNT, "sequences per micro-batch, B"),
+        ("batch-size", None, COUNT, "sequences per micro-batch, B (8, for 768 channels 2)"),
         ("seq-len", None, COUNT, "tokens per sequence, T (the context)"),
         ("total-batch-size", None, COUNT, "tokens per optimizer step, by gradient accumulation (B times T)"),
-        ("steps", 5400, COUNT0, "optimizer steps"),
-        ("lr", 4e-3, REAL, "peak learning rate"),
-        ("warmup", 100, COUNT0, "linear warm-up steps"),
+        ("steps", None, COUNT0, "optimizer steps (by model and text, for at most about an hour)"),
+        ("minutes", None, REAL, "choose the number of steps so that the run takes about N minutes"),
+        ("lr", None, REAL, "peak learning rate (0.384 / channels, at most 0.004)"),
+        ("warmup", None, COUNT0, "linear warm-up steps (100 to a hundredth of the steps)"),
         ("schedule", "cosine", SCHEDULES, "learning-rate schedule after warm-up"),
         ("final-lr-frac", 0.0025, FRACTION, "final learning rate as a fraction of the peak"),
+        ("beta1", 0.9, FRACTION, "AdamW's decay rate of the mean gradient"),
+        ("beta2", 0.95, FRACTION, "AdamW's decay rate of the mean squared gradient"),
+        ("eps", 1e-8, REAL, "AdamW's epsilon"),
         ("weight-decay", 0.1, REAL, "AdamW's weight decay, on 2-D tensors only"),
         ("grad-clip", 1.0, REAL, "maximum gradient norm (clipping); 0 for none"),
         ("skip-nonfinite", 0, COUNT0, "skip up to N consecutive steps with a NaN or infinite loss or"
          " gradient"),
+        ("skip-loss-z", 0.0, REAL, "skip steps whose loss has a z-score above this; 0 for none"),
+        ("skip-grad-z", 0.0, REAL, "skip steps whose gradient norm has a z-score above this; 0 for none"),
+        ("overfit", False, bool, "train on the first batch only, as a test of a model"),
+        ("recompute", None, number(int, 0, 2), "GPU: the backward pass recomputes GELU (1), and layer norm"
+         " too (2), to save memory (as much as necessary)"),
+        ("master-weights", None, number(int, 0, 1), "GPU: 0 trains bf16 parameters without fp32 master"
+         " weights (1)"),
         ("seed", 42, COUNT0, "random seed of initial values, shuffling and samples"),
     ],
     "validation, samples, checkpoints": [
-        ("val-every", 1000, COUNT0, "steps between validations; 0 for none"),
-        ("val-batches", 250, COUNT, "maximum number of validation batches"),
+        ("val-every", None, COUNT0, "steps between validations; 0 for none (a fifth of the steps)"),
+        ("val-batches", None, COUNT, "maximum number of validation batches (20 to 250)"),
         ("patience", 0, COUNT0, "stop after N validations without improvement; 0 for never"),
         ("sample-every", 0, COUNT0, "steps between samples; 0 for one at the end"),
         ("sample-tokens", 400, COUNT0, "tokens per sample; 0 for no samples"),
-        ("checkpoint-every", 1000, COUNT0, "steps between checkpoints; 0 for one at the end"),
-        ("keep", 0, COUNT0, "number of checkpoints to keep; 0 for all"),
+        ("checkpoint-every", None, COUNT0, "steps between checkpoints; 0 for one at the end (a fifth of the"
+         " steps)"),
+        ("keep", None, COUNT0, "number of checkpoints to keep; 0 for all (0; 2 from 50 million parameters)"),
+        ("keep-every", 0, COUNT0, "never delete checkpoints at multiples of this step"),
     ],
 }
 DEFAULTS = {flag.replace("-", "_"): default for rows in SETTINGS.values() for flag, default, *_ in rows}
@@ -225,7 +238,7 @@ def clock(seconds):
 def counted(number, noun, digits=0):
     """A number and a noun, such as "1 file", "1,234 batches" or "2 run directories"."""
     if number != 1 and noun != "MB":
-        noun = re.sub("y$", "ie", re.sub("(ch|sh|s|x)$", r"\1e", noun)) + "s"
+        noun = re.sub("y$", "ie", re.sub("((?<!epo)ch|sh|s|x)$", r"\1e", noun)) + "s"
     return f"{number:,.{digits}f} {noun}"
 
 
@@ -629,8 +642,8 @@ class CString(ctypes.c_char_p):
 
 
 # Section 1 of train_gpt2.c documents these. Result and arguments: p pointer (to a model, a loader, an array,
-# a struct), s str, c bytes, i int, l int64, u uint64, f float, d double, C GPT2Config, S GPT2Size, D GPT2Data,
-# L pointer to int64, - none. !: NULL or < 0 is a failure.
+# a struct), s str, c bytes, i int, l int64, u uint64, f float, d double, C GPT2Config, S GPT2Size,
+# D GPT2Data, L pointer to int64, - none. !: NULL or < 0 is a failure.
 API_VERSION = 2                              # GPT2_API_VERSION in train_gpt2.c
 C_TYPES = {"p": ctypes.c_void_p, "s": CString, "c": ctypes.c_char_p, "i": ctypes.c_int, "l": ctypes.c_int64,
            "u": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "C": GPT2Config, "S": GPT2Size,
@@ -1017,17 +1030,19 @@ def train(model, train_loader, val_loader, run):
         lr = model.lib.gpt2_lr(s.schedule, step, s.steps, s.warmup, s.lr, s.final_lr_frac)
         loss = 0.0
         for _ in range(micro_batches):       # gradient accumulation
+            if s.overfit:
+                train_loader.reset()
             x, y = train_loader.next()
             loss += model.forward(x, y, scale=1 / micro_batches) / micro_batches
             model.backward()
         norm = model.grad_norm()
-        if math.isfinite(loss + norm):
-            model.update(lr, weight_decay=s.weight_decay, grad_clip=s.grad_clip)
-            skipped = 0
-        elif skipped < s.skip_nonfinite:
-            model.zero_grad()
-            skipped += 1
+        finite, outlier = math.isfinite(loss + norm), run.is_outlier(loss, norm)
+        if finite and not outlier:
+            model.update(lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.grad_clip)
         else:
+            model.zero_grad()
+        skipped = 0 if finite else skipped + 1
+        if skipped > s.skip_nonfinite:
             raise GPT2Error(f"step {step} has loss {loss} and gradient norm {norm}: training diverged; lower"
                             f" --lr (last checkpoint: {run.saved or 'none'})")
         run.trained(step, loss, lr, norm, time.perf_counter() - begun)
@@ -1150,12 +1165,17 @@ class Run:
             (f"{rate:,.0f} tok/s", 2),
             (f"{100 * rate / self.peak:.0f}% MFU", 4)], width)
 
+    def is_outlier(self, loss, norm):
+        """Whether --skip-loss-z or --skip-grad-z is exceeded. Both values count for later z-scores."""
+        s, state = self.settings, ctypes.byref(self.progress)
+        scores = [(self.lib.gpt2_zscore(state, 0, loss), s.skip_loss_z),
+                  (self.lib.gpt2_zscore(state, 1, norm), s.skip_grad_z)]
+        return any(0 < limit < score for score, limit in scores)
+
     def trained(self, step, loss, lr, norm, seconds):
         """Records a training step and shows the live line when it is due."""
         done, s, live = step + 1, self.settings, self.live
         self.progress.step = done
-        self.lib.gpt2_zscore(ctypes.byref(self.progress), 0, loss)
-        self.lib.gpt2_zscore(ctypes.byref(self.progress), 1, norm)
         self.log(f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}", step=step, loss=loss, lr=lr,
                  norm=norm, tokens=s.total_batch_size, seconds=seconds)
         self.last = loss, lr, norm
@@ -1208,7 +1228,8 @@ class Run:
         try:
             with self.doing(f"saving {path}"):
                 self.lib.gpt2_checkpoint(self.folder, self.model.handle, loader.handle,
-                                         ctypes.byref(self.progress), s.checkpoint_every, s.keep, 0)
+                                         ctypes.byref(self.progress), s.checkpoint_every, s.keep,
+                                         s.keep_every)
         except GPT2Error as error:
             if self.stop or self.progress.step == s.steps:
                 raise
@@ -1435,9 +1456,9 @@ def open_run(folder, args, given, lib):
         raise GPT2Error(f"no settings in {path}; give --data and the other settings again") from None
     kept = os.path.exists(os.path.join(folder, "tokens", TABLE))
     if saved and kept and given.get("data", saved["data"]) != saved["data"]:
-        raise GPT2Error(f"{folder} is trained on the tokens of {listed(saved['data'] or ['the default text'])},"
-                        f" which it keeps; leave --data out, or for other data start a new run with --init"
-                        f" {folder}")
+        text = listed(saved["data"] or ["the default text"])
+        raise GPT2Error(f"{folder} is trained on the tokens of {text}, which it keeps; leave --data out, or"
+                        f" for other data start a new run with --init {folder}")
     before = saved or {"given": [], "val_shards": None, "seed": data.seed}
     s = argparse.Namespace(**{**DEFAULTS, **before, **given})
     s.seq_len = s.seq_len or data.T or None
@@ -1445,8 +1466,8 @@ def open_run(folder, args, given, lib):
     if "total_batch_size" not in s.given and "batch_size" in given:
         s.total_batch_size = None            # it follows from --batch-size
     if data.T and s.seq_len != data.T:
-        raise GPT2Error(f"--seq-len is {s.seq_len}, expected {data.T}, with which {folder} is trained; leave it"
-                        " out")
+        raise GPT2Error(f"--seq-len is {s.seq_len}, expected {data.T}, with which {folder} is trained; leave"
+                        " it out")
     if data.T and s.seed != data.seed:
         raise GPT2Error(f"--seed is {s.seed}, expected {data.seed}, with which {folder} is trained; leave it"
                         " out")
@@ -1468,7 +1489,7 @@ def check_data(folder, s, train, data, loader=None):
 
 
 def check_val_shards(folder, s, given, val):
-    """Raises GPT2Error if a validation shard of a resumed run is missing, or there are others. Otherwise keeps
+    """Raises GPT2Error if a validation shard of a resumed run is missing, or there are others. Else keeps
     their names for run.json."""
     names = sorted(map(os.path.basename, val))
     if s.val_shards is not None and names != sorted(s.val_shards) and "val_data" not in given:
@@ -1552,10 +1573,16 @@ def new_config(settings, given, lib):
     if settings.model:
         lib.gpt2_descriptor(settings.model, ctypes.byref(config))
     for name, field in SHAPE.items():
-        if name in given or not settings.model:
-            setattr(config, field, getattr(settings, name))
-    if "context" not in given:
-        config.max_T = max(config.max_T, settings.seq_len or 0)
+        value = getattr(settings, name)
+        if value is not None and (name in given or not settings.model):
+            setattr(config, field, value)
+    if settings.context is None:
+        context = 64
+        if config.C >= 128:
+            context = 256
+        if config.C >= 768:                  # GPT-2's own
+            context = 1024
+        config.max_T = max(context, settings.seq_len or 0)
     config.V = 50257
     lib.gpt2_config_check(ctypes.byref(config))
     return config
@@ -1564,6 +1591,7 @@ def new_config(settings, given, lib):
 def settle_batch(s, context):
     """Fills in the batch sizes that were left open, and checks them."""
     s.seq_len = s.seq_len or context
+    s.batch_size = s.batch_size or min(8, max(1, 2048 // s.seq_len))
     tokens = s.batch_size * s.seq_len
     s.total_batch_size = s.total_batch_size or tokens
     if s.seq_len > context:
@@ -1615,26 +1643,114 @@ def open_val_loader(s, val, V, device):
     return Loader(exact_globs(val), B, T, V, device=device)
 
 
+def fill(s, **values):
+    """Sets those settings that are still open."""
+    for name, value in values.items():
+        if getattr(s, name) is None:
+            setattr(s, name, value)
+
+
+def rounded(number, digits):
+    """An integer from 1 on with few digits other than 0: 5,402 with two is 5,400."""
+    return max(1, int(float(f"{number:.{digits - 1}e}")))
+
+
 def settle_fine_tuning(s, given, config, train):
     """Fills in the settings that were not given for fine-tuning on these shards: batches of 1,000 tokens, or
-    of what the smallest shard has, two epochs, ten validations, a peak learning rate of 3e-5 for 768 channels
-    and more for fewer."""
+    of what the smallest shard has, two epochs, a peak learning rate of 3e-5 for 768 channels and more for
+    fewer."""
     sizes = [max(1, tokens_in(path) - 1) for path in train]     # tokens with a successor
     s.seq_len = given.get("seq_len", min(config.max_T, 256, *sizes))
     s.batch_size = given.get("batch_size", max(1, min(1024, *sizes) // s.seq_len))
     settle_batch(s, config.max_T)
     s.steps = given.get("steps", min(max(50, 2 * sum(sizes) // s.total_batch_size), 1000))
-    tenth = max(1, s.steps // 10)
-    vars(s).update({"lr": float(f"{3e-5 * 768 / config.C:.1e}"), "warmup": tenth, "final_lr_frac": 0.1,
-                    "val_every": tenth, "val_batches": 40, "patience": 3, "sample_tokens": 100, **given})
-    print(f"tuning: peak learning rate {s.lr:g}, {counted(s.warmup, 'warm-up step')}, validation every"
-          f" {counted(s.val_every, 'step')}, patience {s.patience}")
+    vars(s).update({"lr": float(f"{3e-5 * 768 / config.C:.1e}"), "final_lr_frac": 0.1, "val_batches": 40,
+                    "patience": 3, "sample_tokens": 100, **given})
 
 
-def memory_needed(model, B, T):
+def settle_training(s, config, lib, train):
+    """Fills in steps and learning rate of a new model: as many tokens as 4 for each parameter, or one epoch
+    if that is more, but at most ten epochs; a peak learning rate that falls with the width (as in Yang et al.
+    2022)."""
+    N, P = sum(map(tokens_in, train)), parameters_of(config, lib)
+    tokens = min(max(N, 3.94 * P), 10 * N)
+    fill(s, steps=max(100, rounded(tokens / s.total_batch_size, 2)),
+         lr=float(f"{min(4e-3, 4e-3 * 96 / config.C):.1e}"))
+
+
+def parameters_of(config, lib):
+    """The number of parameters of a shape."""
+    return lib.gpt2_parameters(ctypes.byref(config))
+
+
+def settle_intervals(s, config, lib, tuning):
+    """Fills in what follows from the number of steps."""
+    fifth, tenth = rounded(s.steps / 5, 1), max(1, s.steps // 10)
+    if tuning:
+        fill(s, warmup=tenth, val_every=tenth)
+    fill(s, warmup=min(max(100, s.steps // 100), tenth), val_every=fifth, checkpoint_every=fifth,
+         val_batches=min(250, max(20, s.steps // 20)), keep=2 if parameters_of(config, lib) >= 5e7 else 0)
+    if tuning:
+        print(f"tuning: peak learning rate {s.lr:g}, {counted(s.warmup, 'warm-up step')}, validation every"
+              f" {counted(s.val_every, 'step')}, patience {s.patience}")
+
+
+def seconds_of_step(model, s):
+    """The time of an optimizer step, from two micro-batches without an update."""
+    x = y = [[0] * s.seq_len] * s.batch_size
+    times = []
+    for _ in range(2):
+        begun = time.perf_counter()
+        model.forward(x, y, scale=1.0)
+        model.backward()
+        times.append(time.perf_counter() - begun)
+    model.zero_grad()
+    return min(times) * s.total_batch_size / (s.batch_size * s.seq_len)
+
+
+def settle_time(s, given, model):
+    """Chooses --steps by --minutes, or limits a number that was not given to an hour."""
+    if "steps" in given:
+        return
+    limit, chosen = 60.0, s.steps
+    if s.minutes is not None:
+        limit, chosen = s.minutes, math.inf
+    with Progress(label="timing two steps"):
+        seconds = seconds_of_step(model, s)
+    # Six validations of a twentieth of the steps, at a third of a step's time each: a tenth of the whole.
+    steps = rounded(max(1, 60 * limit * 0.9 / seconds), 2)
+    if steps < chosen:
+        s.steps = steps
+    if steps < chosen and s.minutes is None:
+        print(f"steps:  {s.steps:,} instead of {chosen:,}, so that the run takes about an hour; --minutes or"
+              " --steps changes that")
+
+
+def warn_before(s, given, config, lib, train, memory):
+    """Warns of what takes long or does not fit, before the model is allocated."""
+    needed, tokens = memory_needed(config, lib, s.batch_size, s.seq_len), s.steps * s.total_batch_size
+    epochs = tokens / max(1, sum(map(tokens_in, train)))
+    if needed > memory:
+        warn(f"training needs {needed / 1e6:,.0f} MB of memory, and {memory / 1e6:,.0f} MB are available; a"
+             " smaller --batch-size, --seq-len or --model needs less")
+    if "steps" not in given:
+        return
+    if epochs > 30:
+        warn(f"--steps {s.steps} is {counted(epochs, 'epoch')} of a text of"
+             f" {counted(sum(map(tokens_in, train)), 'token')}; a model learns such a text by heart, so give"
+             " fewer or more text")
+    flops = lib.gpt2_flops_per_token(ctypes.byref(config), s.seq_len) * tokens
+    if flops > 1e14:                         # a minute or more; measuring the peak takes about a second
+        hours = flops / (0.6 * lib.gpt2_ceiling()) / 3600
+        if hours > 1:
+            warn(f"--steps {s.steps} takes about {clock(3600 * hours)} here; --minutes N chooses a number"
+                 " that takes N minutes")
+
+
+def memory_needed(config, lib, B, T):
     """Bytes for training: parameters, gradients and two moments; activations; a chunk of the logits."""
-    C, L, Vp = model.config.C, model.config.L, model.shapes["wte"][0]
-    parameters = sum(math.prod(shape) for shape in model.shapes.values())
+    C, L, Vp = config.C, config.L, (config.V + 127) // 128 * 128
+    parameters = parameters_of(config, lib) + (Vp - config.V) * C
     return 4 * (4 * parameters + B * T * C * (10 * L + 12) + min(B * T * Vp, 2**24))
 
 
@@ -3104,6 +3220,9 @@ def train_in(folder, args, lib):
     memory = memory_available()
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
     s, saved, step, data = open_run(folder, args, given, lib)
+    if "minutes" in given and ("steps" in given or step is not None):
+        raise GPT2Error("--minutes chooses the number of steps of a new run; leave it out, or --steps and"
+                        " --resume")
 
     # The model comes before the data: most mistakes then show before the run directory has any file.
     source = s.init if step is None else model_path(folder, step)
@@ -3127,11 +3246,17 @@ def train_in(folder, args, lib):
         settle_fine_tuning(s, given, config, train_shards)
     if step is None:
         settle_size(s, given, train_shards)
+    settle_training(s, config, lib, train_shards)
+    warn_before(s, given, config, lib, train_shards, memory)
     if not model:
         with Progress(label="initializing the model"):
             model = GPT2(config, s.seed, args.device)
+    set_options(model, s)
+    if step is None:
+        settle_time(s, given, model)
+    settle_intervals(s, config, lib, tuning)
     B, T = s.batch_size, s.seq_len
-    train_loader = Loader(exact_globs(train_shards), B, T, config.V, True, s.seed, args.device)
+    train_loader = Loader(exact_globs(train_shards), B, T, config.V, not s.overfit, s.seed, args.device)
     check_data(folder, s, train_shards, data, train_loader)
     val_loader = open_val_loader(s, val_shards, config.V, args.device)
 
@@ -3151,6 +3276,17 @@ def train_in(folder, args, lib):
         train(model, train_loader, val_loader, run)
     run.draw()
     return print_end(run)
+
+
+def set_options(model, s):
+    """Passes the settings of a GPU to the model; elsewhere they have no effect, which is reported."""
+    for flag, name in (("recompute", "-r"), ("master_weights", "-w")):
+        value = getattr(s, flag)
+        try:
+            if value is not None:
+                model.lib.gpt2_option(model.handle, name.encode(), value)
+        except GPT2Error as error:
+            warn(f"--{flag.replace('_', '-')} is ignored: {error}")
 
 
 def start_run(run, tokenizer, step, source, train_loader):
@@ -3212,7 +3348,7 @@ def print_summary(run, train_loader, val_loader, memory):
     """Prints what a run is going to do."""
     model, s = run.model, run.settings
     c, B, T = model.config, s.batch_size, s.seq_len
-    tokens, needed = s.steps * s.total_batch_size, memory_needed(model, B, T)
+    tokens, needed = s.steps * s.total_batch_size, memory_needed(c, run.lib, B, T)
     validation = "no validation"
     if val_loader:
         validation = counted(val_loader.tokens, "validation token")
@@ -3224,8 +3360,6 @@ def print_summary(run, train_loader, val_loader, memory):
           f" {tokens / train_loader.tokens:,.2f} epochs, {tokens / model.num_parameters:,.2f} tokens per"
           " parameter")
     print(f"memory: {needed / 1e6:,.0f} MB needed, {memory / 1e6:,.0f} MB available")
-    if needed > memory:
-        print("memory: not enough; a smaller --batch-size, --seq-len or model needs less")
     resumed = f", resumed at step {run.progress.step}" if run.saved else ""
     print(f"run:    {run.folder}{resumed}", flush=True)
 
@@ -3398,7 +3532,7 @@ COMMANDS = {
         ("out", None, "DIR", "run directory (the next free runs/N)"),
         ("resume", False, bool, "resume the run in --out, or the newest runs/N"),
         ("resume-step", None, COUNT0, "resume from the checkpoint of this step, and discard later ones"),
-        ("checkpoint", None, checkpoint_name, "which model of --init's run directory (best where it exists)")]),
+        ("checkpoint", None, checkpoint_name, "which model of --init's run directory (best, if it exists)")]),
     "sample": (sample_command, "generate text with a trained model", [MODEL], [
         DEVICE,
         CHECKPOINT,

@@ -9,8 +9,8 @@ four warps, which counts as 8. For each loop of 50 instructions or more: their n
 product, and the most frequent ones. A loop's count includes inner loops once, and both sides of branches,
 such as the masks that only tiles on the diagonal take.
 
-The exit status is 1 if a kernel spills registers or waits for each HGMMA ("serialized"). Needs nvcc, and nvdisasm from the CUDA toolkit or from the
-Python package nvidia-cuda-nvdisasm.
+The exit status is 1 if a kernel spills registers or waits for each HGMMA ("serialized"). Needs nvcc, and
+nvdisasm from the CUDA toolkit or from the Python package nvidia-cuda-nvdisasm.
 """
 import argparse
 import collections
