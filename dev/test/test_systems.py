@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -80,6 +81,16 @@ def test_main_runs_repeatedly_in_one_process(text, monkeypatch, stream):
     assert LIB.gpt2_newest("run") == 5
     if isinstance(stream, NotebookStream):
         assert "step 5: saved" in stream.text and "\x1b[K" not in stream.text
+
+
+def test_a_run_is_freed_at_once(text, capsys):
+    gc.collect()
+    gc.disable()
+    try:
+        assert train_main("--out", "run") == 0
+        assert not [found for found in gc.get_objects() if type(found) is train_gpt2.Run]
+    finally:
+        gc.enable()
 
 
 def test_main_runs_in_a_thread(text, capsys):
