@@ -454,7 +454,7 @@ for call in calls:
 def shim(tmp_path_factory):
     path = tmp_path_factory.mktemp("shim") / "filesystem.so"
     run("cc", "-shared", "-fPIC", "-o", path, HERE / "dev" / "fuzz" / "filesystem.c", "-ldl")
-    return {"LD_PRELOAD": str(path)}
+    return {"LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {path}".strip()}     # after a sanitizer's
 
 
 def check_what_is_left(folder, call, shown):
