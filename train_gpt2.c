@@ -55,8 +55,9 @@ const char *gpt2_warning(void);
 
 /* --- the model (section 2) --- */
 GPT2 *gpt2_create(const GPT2Config *config);     /* all parameters 0; see gpt2_init, gpt2_load */
-/* The same, but maps fp32 parameters from byte 1024 of an open file, privately: changes stay in memory.
-   Truncating the file would end the process, so files are always replaced. */
+/* The same, but maps fp32 parameters from byte 1024 of an open file, privately: changes stay in memory. Reads
+   them where the file system cannot map files. Truncating the file would end the process, so files are always
+   replaced. */
 GPT2 *gpt2_create_mapped(const GPT2Config *config, int file);
 void gpt2_free(GPT2 *model);                     /* NULL is allowed, as for the other free functions */
 /* GPU only. "-r" 0, 1, 2: recompute nothing, GELU, or layer norm too; more if memory is short. "-w" 0: no

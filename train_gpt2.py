@@ -641,10 +641,11 @@ class CString(ctypes.c_char_p):
         return ctypes.c_char_p(os.fsencode(text))
 
 
+API_VERSION = 2                              # GPT2_API_VERSION in train_gpt2.c
+
 # Section 1 of train_gpt2.c documents these. Result and arguments: p pointer (to a model, a loader, an array,
 # a struct), s str, c bytes, i int, l int64, u uint64, f float, d double, C GPT2Config, S GPT2Size,
 # D GPT2Data, L pointer to int64, - none. !: NULL or < 0 is a failure.
-API_VERSION = 2                              # GPT2_API_VERSION in train_gpt2.c
 C_TYPES = {"p": ctypes.c_void_p, "s": CString, "c": ctypes.c_char_p, "i": ctypes.c_int, "l": ctypes.c_int64,
            "u": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double, "C": GPT2Config, "S": GPT2Size,
            "D": GPT2Data, "L": ctypes.POINTER(ctypes.c_int64), "-": None}
@@ -1061,11 +1062,11 @@ class Run:
         self.tokenizer = tokenizer or Tokenizer([b"%d " % token for token in range(V)], end=V - 1)
         flops = self.lib.gpt2_flops_per_token(ctypes.byref(model.config), settings.seq_len)
         self.peak = self.lib.gpt2_ceiling() / flops     # tokens/s at the machine's peak
-        self.live = Progress(stream=sys.stdout)
-        self.live.on_failure = self.stdout_failed
+        self.live, self.busy = Progress(stream=sys.stdout), Progress()
+        run = weakref.proxy(self)            # no cycle: the model's memory is freed with the run
+        self.live.on_failure = lambda error: run.stdout_failed(error)
         self.output = None                   # of the last lines: stdout, or stderr if stdout is gone
-        self.busy = Progress()               # shows what takes long, also while the library is called
-        self.busy.line = self.busy_line
+        self.busy.line = lambda: run.busy_line()     # what takes long, also while the library is called
         self.last = None                     # loss, lr and norm of the last step
         self.recent = collections.deque(maxlen=50)     # seconds of the last steps
         self.progress = GPT2Progress(rng=settings.seed)
