@@ -33,6 +33,10 @@ def started(words, out, cwd=None):
     return process
 
 
+def steps_flag(front, steps):
+    return {"binary": f"-x {steps}", "driver": f"--steps {steps}"}[front]
+
+
 LONG = {"binary": "-x 1000000 -n 0 -v 0 -g 0", "driver": "--steps 1000000 --val-every 0 --sample-tokens 0"}
 
 
@@ -41,7 +45,8 @@ def test_a_second_start_is_rejected_and_the_first_finishes(data, tmp_path, first
     out = tmp_path / "run"
     process = started(command(first, data, LONG[first], out), out)
     for resume in (False, True):
-        done = run(*command(second, data, LONG[second], out, resume=resume), status=1)
+        flags = f"{LONG[second]} {steps_flag(second, 9)}"     # soon done, if it is not rejected
+        done = run(*command(second, data, flags, out, resume=resume), status=1)
         reports_error(done, out, "in use by another run")
     process.terminate()
     assert process.wait(60) == 130 and process.stderr.read().count("\n") < 3
@@ -56,7 +61,7 @@ def test_a_second_start_on_a_text_leaves_its_tokens(tmp_path):
     process = started(words, tmp_path / "run", tmp_path)
     files = sorted((tmp_path / "run" / "tokens").iterdir())
     before = [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in files]
-    reports_error(run(*words, status=1, cwd=tmp_path), "run is in use")
+    reports_error(run(*words, "--steps", 9, status=1, cwd=tmp_path), "run is in use")
     assert [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in files] == before
     at = (tmp_path / "run" / "main.log").read_text().count("\n")
     while (tmp_path / "run" / "main.log").read_text().count("\n") < at + 3:
@@ -65,12 +70,15 @@ def test_a_second_start_on_a_text_leaves_its_tokens(tmp_path):
     assert process.wait(60) == 130
 
 
-def test_simultaneous_starts_have_different_directories(tmp_path):
+def test_simultaneous_starts_have_different_directories(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     words = [sys.executable, str(HERE / "train_gpt2.py"), "--data", "text.txt", *SMALL, "--val-every", "0"]
     processes = [subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
     assert [LIB.gpt2_newest(str(tmp_path / "runs" / n)) for n in "12"] == [3, 3]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt2, "numbered_runs", list)     # both looked before either created one
+    assert train_gpt2.make_numbered_run() == [os.path.join("runs", "3")]
 
 
 @pytest.mark.parametrize("words", [
@@ -108,10 +116,6 @@ def copy_of(whole_runs, front, folder):
     """A copy of a whole run, with checkpoints of steps 4 and 8."""
     shutil.copytree(whole_runs[front][1], folder)
     return folder
-
-
-def steps_flag(front, steps):
-    return {"binary": f"-x {steps}", "driver": f"--steps {steps}"}[front]
 
 
 @pytest.mark.parametrize("name", ["model_00000008.bin", "state_00000008_00000.bin"])
@@ -298,8 +302,12 @@ def test_commands_use_the_best_model_of_a_run(trained, tmp_path):
     """Which has the lowest validation loss; a damaged one falls back."""
     folder = tmp_path / "run"
     shutil.copytree(trained[1], folder)
+    resume = functools.partial(driver, "--out", folder, *"--warmup 0 --steps 6 --sample-tokens 0".split())
+    resume("--resume", "--lr", 1e-2)
     shutil.copy(folder / "best.bin", tmp_path / "best.bin")
-    driver("--resume", "--out", folder, *"--steps 6 --lr 9 --warmup 0 --sample-tokens 0".split())     # worse
+    assert metrics(folder)[-1]["val_loss"] < 5.4
+    resume("--resume-step", 3, "--lr", 1e-4)     # better than before, but worse than what is discarded
+    assert 5.4 < metrics(folder)[-1]["val_loss"] < metrics(trained[1])[-1]["val_loss"]
     assert (folder / "best.bin").read_bytes() == (tmp_path / "best.bin").read_bytes()
     rows = [(row["step"], row["val_loss"]) for row in metrics(folder) if "val_loss" in row]
     step, loss = min(rows, key=lambda row: row[1])
