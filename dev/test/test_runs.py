@@ -190,11 +190,11 @@ def test_the_driver_resumes_the_binarys_run_of_unusual_paths(tmp_path):
     folder = tmp_path / 'a [b]*é"\\ \t'
     make_data(folder, GPT2Config(24, 97, 1, 1, 8))
     os.symlink("data", os.fsencode(folder) + b"/\xff")
-    flags = "-o run -e model.bin -b 2 -t 8 -n 2 -v 0 -g 0 -l 1e-3 -q 0.5"
+    flags = "-o run -e model.bin -b 2 -t 8 -n 2 -v 0 -g 0 -l 1.2345e-3 -q 0.5"
     binary("-i", os.fsdecode(b"\xff/*.bin\n./data/val*"), *flags.split(), "-x", 2, cwd=folder)
     saved = train_gpt2.read_settings(str(folder / "run" / "run.json"))
     assert saved["val_data"] == [] and all(map(os.path.isabs, saved["data"]))
-    assert saved["init"] == "model.bin" and saved["lr"] == 1e-3
+    assert saved["init"] == "model.bin" and saved["lr"] == 1.2345e-3
     shown = driver("--resume", "--out", "run", "--steps", 4, "--sample-tokens", 0, cwd=folder).stdout
     assert "data:   1,633 training tokens, no validation" in shown
     binary("-i", "data/*.bin", *flags.split(), "-x", 2, "-o", "new", "-e", "d2", "-d", 32, cwd=folder)
