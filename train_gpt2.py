@@ -2815,8 +2815,9 @@ def discard_later(folder, step, lib):
 
 
 def train_on(folder, s):
-    """The command that trains the best model of a run further: fine-tuning on the same tokens, at a lower
-    learning rate than fine-tuning had before."""
+    """The command that trains the best model of a run further: fine-tuning on the same tokens, with the same
+    batches, so that validation losses can be compared, at a lower learning rate than fine-tuning had before,
+    to the end of its schedule."""
     words, tokens = ["--init", folder], os.path.join(folder, "tokens")
     if os.path.isdir(tokens):
         words += ["--data", tokens]
@@ -2824,9 +2825,12 @@ def train_on(folder, s):
         words += ["--data", *s.data]
     if s.val_data:
         words += ["--val-data", *s.val_data]
+    words += ["--batch-size", s.batch_size, "--seq-len", s.seq_len, "--val-batches", s.val_batches]
+    if s.total_batch_size != s.batch_size * s.seq_len:
+        words += ["--total-batch-size", s.total_batch_size]
     if s.init != "scratch":
         words += ["--lr", f"{s.lr / 3:.1e}"]
-    return command_line("train", *words)
+    return command_line("train", *map(str, words), "--patience", "0")
 
 
 def print_summary(run, train_loader, val_loader, memory):

@@ -363,4 +363,6 @@ def test_the_command_to_train_on_improves_the_model(tmp_path):
         shown = run(sys.executable, *words, "--sample-tokens", 0, cwd=tmp_path).stdout
         losses += [[row["val_loss"] for row in metrics(tmp_path / "runs" / n) if "val_loss" in row]]
     assert losses[0][-1] < losses[0][0] - 0.1 and losses[1][-1] < losses[1][0]
-    assert losses[1][0] == min(losses[0])    # it began with the best model
+    assert losses[1][0] == min(losses[0])    # it began with the best model, and validates as before
+    first = [row["val_loss"] for row in metrics(tmp_path / "runs" / "1") if "val_loss" in row]
+    assert losses[0][0] == min(first)
