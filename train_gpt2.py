@@ -962,7 +962,8 @@ def read_val_losses(folder):
     """The validation losses in a run's metrics.jsonl as (step, loss), in the order of the file."""
     losses = []
     for line in read_file(os.path.join(folder, METRICS)).splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):     # a damaged line
+        # A damaged line is skipped.
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
             values = json.loads(line)
             losses.append((int(values["step"]), float(values["val_loss"])))
     return losses
@@ -1057,8 +1058,7 @@ def read_settings(path):
             saved[name] = [saved[name]]
         with contextlib.suppress(TypeError):     # the binary escapes all but ASCII
             saved[name] = [os.fsdecode(os.fsencode(glob)) for glob in saved.get(name)]
-    total = saved.get("total_batch_size")
-    saved.setdefault("given", ["total_batch_size"] if total != batch_tokens(saved) else [])
+    saved.setdefault("given", None)
     saved.setdefault("val_shards", None)
     for name in ("given", "val_shards"):
         value = saved[name] or []
@@ -1071,14 +1071,10 @@ def read_settings(path):
         if not none and not is_valid(value, default, kind):
             raise GPT2Error(f"{path}: {name} is {value!r:.99}, which --{flag} does not accept; correct it"
                             " there")
+    if saved["given"] is None:               # of the binary or an earlier version
+        derived = saved["total_batch_size"] == saved["batch_size"] * (saved["seq_len"] or 0)
+        saved["given"] = [] if derived else ["total_batch_size"]
     return saved
-
-
-def batch_tokens(saved):
-    """The tokens of a micro-batch by saved settings; None, if they have none."""
-    with contextlib.suppress(KeyError, TypeError):
-        return int(saved["batch_size"] * saved["seq_len"])
-    return None
 
 
 def is_valid(value, default, kind):
@@ -2738,6 +2734,8 @@ def train_in(folder, args, lib):
             raise GPT2Error(f"--{name} cannot be combined with a model from a file, {source}")
     model = None
     if source == "scratch":
+        if args.checkpoint is not None:
+            raise GPT2Error("--checkpoint is for a run directory that --init names, which is missing")
         config = new_config(s, given, lib)
     else:
         model = open_model(source, args.device, args.checkpoint)

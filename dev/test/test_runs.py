@@ -235,6 +235,10 @@ def test_data_of_a_run_that_keeps_its_tokens_is_not_read(trained, tmp_path):
     driver("--resume", "--out", folder, "--steps", 4, "--sample-tokens", 0)
     done = driver("--resume", "--out", folder, "--steps", 5, "--data", "none.txt", status=1)
     reports_error(done, "text.txt", "other data", "--init")
+    table = str(tmp_path / "tokenizer.bin")
+    train_gpt2.Tokenizer([bytes([255 - value]) for value in range(256)], 0).save(table)
+    done = driver("--resume", "--out", folder, "--tokenizer", table, status=1)
+    reports_error(done, "another tokenizer than --tokenizer", table)
 
 
 def test_derived_settings_are_not_treated_as_given(trained, tmp_path):
@@ -259,6 +263,7 @@ def test_an_earlier_checkpoint_is_resumed(data, whole_runs, tmp_path):
     done = driver("--resume-step", 5, "--out", folder, status=1)
     reports_error(done, "--resume-step is 5", "checkpoint: 4, 8")
     reports_error(driver("--resume", "--checkpoint", 4, "--out", folder, status=1), "--resume-step")
+    reports_error(driver("--checkpoint", 4, "--out", tmp_path / "new", status=1), "--checkpoint", "--init")
     shown = driver("--resume-step", 4, "--out", folder, "--steps", 5).stdout
     assert "resumed at step 4" in shown and "of the steps 8 are discarded" in shown
     assert LIB.gpt2_newest(str(folder)) == 5 and (folder / "model_00000008.bin").exists()
