@@ -1300,7 +1300,8 @@ def read_val_losses(folder):
     """The validation losses in a run's metrics.jsonl as (step, loss), in the order of the file."""
     losses = []
     for line in read_file(os.path.join(folder, METRICS)).splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):     # a damaged line
+        # A damaged line is skipped.
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
             values = json.loads(line)
             losses.append((int(values["step"]), float(values["val_loss"])))
     return losses
@@ -1395,8 +1396,7 @@ def read_settings(path):
             saved[name] = [saved[name]]
         with contextlib.suppress(TypeError):     # the binary escapes all but ASCII
             saved[name] = [os.fsdecode(os.fsencode(glob)) for glob in saved.get(name)]
-    total = saved.get("total_batch_size")
-    saved.setdefault("given", ["total_batch_size"] if total != batch_tokens(saved) else [])
+    saved.setdefault("given", None)
     saved.setdefault("val_shards", None)
     for name in ("given", "val_shards"):
         value = saved[name] or []
@@ -1409,14 +1409,10 @@ def read_settings(path):
         if not none and not is_valid(value, default, kind):
             raise GPT2Error(f"{path}: {name} is {value!r:.99}, which --{flag} does not accept; correct it"
                             " there")
+    if saved["given"] is None:               # of the binary or an earlier version
+        derived = saved["total_batch_size"] == saved["batch_size"] * (saved["seq_len"] or 0)
+        saved["given"] = [] if derived else ["total_batch_size"]
     return saved
-
-
-def batch_tokens(saved):
-    """The tokens of a micro-batch by saved settings; None, if they have none."""
-    with contextlib.suppress(KeyError, TypeError):
-        return int(saved["batch_size"] * saved["seq_len"])
-    return None
 
 
 def is_valid(value, default, kind):
@@ -3232,6 +3228,8 @@ def train_in(folder, args, lib):
             raise GPT2Error(f"--{name} cannot be combined with a model from a file, {source}")
     model = None
     if source == "scratch":
+        if args.checkpoint is not None:
+            raise GPT2Error("--checkpoint is for a run directory that --init names, which is missing")
         config = new_config(s, given, lib)
     else:
         model = open_model(source, args.device, args.checkpoint)
@@ -3331,8 +3329,9 @@ def discard_later(folder, step, lib):
 
 
 def train_on(folder, s):
-    """The command that trains the best model of a run further: fine-tuning on the same tokens, at a lower
-    learning rate than fine-tuning had before."""
+    """The command that trains the best model of a run further: fine-tuning on the same tokens, with the same
+    batches, so that validation losses can be compared, at a lower learning rate than fine-tuning had before,
+    to the end of its schedule."""
     words, tokens = ["--init", folder], os.path.join(folder, "tokens")
     if os.path.isdir(tokens):
         words += ["--data", tokens]
@@ -3340,9 +3339,12 @@ def train_on(folder, s):
         words += ["--data", *s.data]
     if s.val_data:
         words += ["--val-data", *s.val_data]
+    words += ["--batch-size", s.batch_size, "--seq-len", s.seq_len, "--val-batches", s.val_batches]
+    if s.total_batch_size != s.batch_size * s.seq_len:
+        words += ["--total-batch-size", s.total_batch_size]
     if s.init != "scratch":
         words += ["--lr", f"{s.lr / 3:.1e}"]
-    return command_line("train", *words)
+    return command_line("train", *map(str, words), "--patience", "0")
 
 
 def print_summary(run, train_loader, val_loader, memory):

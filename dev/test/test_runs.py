@@ -33,6 +33,10 @@ def started(words, out, cwd=None):
     return process
 
 
+def steps_flag(front, steps):
+    return {"binary": f"-x {steps}", "driver": f"--steps {steps}"}[front]
+
+
 LONG = {"binary": "-x 1000000 -n 0 -v 0 -g 0", "driver": "--steps 1000000 --val-every 0 --sample-tokens 0"}
 
 
@@ -41,7 +45,8 @@ def test_a_second_start_is_rejected_and_the_first_finishes(data, tmp_path, first
     out = tmp_path / "run"
     process = started(command(first, data, LONG[first], out), out)
     for resume in (False, True):
-        done = run(*command(second, data, LONG[second], out, resume=resume), status=1)
+        flags = f"{LONG[second]} {steps_flag(second, 9)}"     # soon done, if it is not rejected
+        done = run(*command(second, data, flags, out, resume=resume), status=1)
         reports_error(done, out, "in use by another run")
     process.terminate()
     assert process.wait(60) == 130 and process.stderr.read().count("\n") < 3
@@ -56,7 +61,7 @@ def test_a_second_start_on_a_text_leaves_its_tokens(tmp_path):
     process = started(words, tmp_path / "run", tmp_path)
     files = sorted((tmp_path / "run" / "tokens").iterdir())
     before = [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in files]
-    reports_error(run(*words, status=1, cwd=tmp_path), "run is in use")
+    reports_error(run(*words, "--steps", 9, status=1, cwd=tmp_path), "run is in use")
     assert [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in files] == before
     at = (tmp_path / "run" / "main.log").read_text().count("\n")
     while (tmp_path / "run" / "main.log").read_text().count("\n") < at + 3:
@@ -65,12 +70,15 @@ def test_a_second_start_on_a_text_leaves_its_tokens(tmp_path):
     assert process.wait(60) == 130
 
 
-def test_simultaneous_starts_have_different_directories(tmp_path):
+def test_simultaneous_starts_have_different_directories(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     words = [sys.executable, str(HERE / "train_gpt2.py"), "--data", "text.txt", *SMALL, "--val-every", "0"]
     processes = [subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
     assert [LIB.gpt2_newest(str(tmp_path / "runs" / n)) for n in "12"] == [3, 3]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt2, "numbered_runs", list)     # both looked before either created one
+    assert train_gpt2.make_numbered_run() == [os.path.join("runs", "3")]
 
 
 @pytest.mark.parametrize("words", [
@@ -108,10 +116,6 @@ def copy_of(whole_runs, front, folder):
     """A copy of a whole run, with checkpoints of steps 4 and 8."""
     shutil.copytree(whole_runs[front][1], folder)
     return folder
-
-
-def steps_flag(front, steps):
-    return {"binary": f"-x {steps}", "driver": f"--steps {steps}"}[front]
 
 
 @pytest.mark.parametrize("name", ["model_00000008.bin", "state_00000008_00000.bin"])
@@ -186,11 +190,11 @@ def test_the_driver_resumes_the_binarys_run_of_unusual_paths(tmp_path):
     folder = tmp_path / 'a [b]*é"\\ \t'
     make_data(folder, GPT2Config(24, 97, 1, 1, 8))
     os.symlink("data", os.fsencode(folder) + b"/\xff")
-    flags = "-o run -e model.bin -b 2 -t 8 -n 2 -v 0 -g 0 -l 1e-3 -q 0.5"
+    flags = "-o run -e model.bin -b 2 -t 8 -n 2 -v 0 -g 0 -l 1.2345e-3 -q 0.5"
     binary("-i", os.fsdecode(b"\xff/*.bin\n./data/val*"), *flags.split(), "-x", 2, cwd=folder)
     saved = train_gpt2.read_settings(str(folder / "run" / "run.json"))
     assert saved["val_data"] == [] and all(map(os.path.isabs, saved["data"]))
-    assert saved["init"] == "model.bin" and saved["lr"] == 1e-3
+    assert saved["init"] == "model.bin" and saved["lr"] == 1.2345e-3
     shown = driver("--resume", "--out", "run", "--steps", 4, "--sample-tokens", 0, cwd=folder).stdout
     assert "data:   1,633 training tokens, no validation" in shown
     binary("-i", "data/*.bin", *flags.split(), "-x", 2, "-o", "new", "-e", "d2", "-d", 32, cwd=folder)
@@ -231,6 +235,10 @@ def test_data_of_a_run_that_keeps_its_tokens_is_not_read(trained, tmp_path):
     driver("--resume", "--out", folder, "--steps", 4, "--sample-tokens", 0)
     done = driver("--resume", "--out", folder, "--steps", 5, "--data", "none.txt", status=1)
     reports_error(done, "text.txt", "other data", "--init")
+    table = str(tmp_path / "tokenizer.bin")
+    train_gpt2.Tokenizer([bytes([255 - value]) for value in range(256)], 0).save(table)
+    done = driver("--resume", "--out", folder, "--tokenizer", table, status=1)
+    reports_error(done, "another tokenizer than --tokenizer", table)
 
 
 def test_derived_settings_are_not_treated_as_given(trained, tmp_path):
@@ -255,6 +263,7 @@ def test_an_earlier_checkpoint_is_resumed(data, whole_runs, tmp_path):
     done = driver("--resume-step", 5, "--out", folder, status=1)
     reports_error(done, "--resume-step is 5", "checkpoint: 4, 8")
     reports_error(driver("--resume", "--checkpoint", 4, "--out", folder, status=1), "--resume-step")
+    reports_error(driver("--checkpoint", 4, "--out", tmp_path / "new", status=1), "--checkpoint", "--init")
     shown = driver("--resume-step", 4, "--out", folder, "--steps", 5).stdout
     assert "resumed at step 4" in shown and "of the steps 8 are discarded" in shown
     assert LIB.gpt2_newest(str(folder)) == 5 and (folder / "model_00000008.bin").exists()
@@ -298,8 +307,12 @@ def test_commands_use_the_best_model_of_a_run(trained, tmp_path):
     """Which has the lowest validation loss; a damaged one falls back."""
     folder = tmp_path / "run"
     shutil.copytree(trained[1], folder)
+    resume = functools.partial(driver, "--out", folder, *"--warmup 0 --steps 6 --sample-tokens 0".split())
+    resume("--resume", "--lr", 1e-2)
     shutil.copy(folder / "best.bin", tmp_path / "best.bin")
-    driver("--resume", "--out", folder, *"--steps 6 --lr 9 --warmup 0 --sample-tokens 0".split())     # worse
+    assert metrics(folder)[-1]["val_loss"] < 5.4
+    resume("--resume-step", 3, "--lr", 1e-4)     # better than before, but worse than what is discarded
+    assert 5.4 < metrics(folder)[-1]["val_loss"] < metrics(trained[1])[-1]["val_loss"]
     assert (folder / "best.bin").read_bytes() == (tmp_path / "best.bin").read_bytes()
     rows = [(row["step"], row["val_loss"]) for row in metrics(folder) if "val_loss" in row]
     step, loss = min(rows, key=lambda row: row[1])
@@ -355,4 +368,6 @@ def test_the_command_to_train_on_improves_the_model(tmp_path):
         shown = run(sys.executable, *words, "--sample-tokens", 0, cwd=tmp_path).stdout
         losses += [[row["val_loss"] for row in metrics(tmp_path / "runs" / n) if "val_loss" in row]]
     assert losses[0][-1] < losses[0][0] - 0.1 and losses[1][-1] < losses[1][0]
-    assert losses[1][0] == min(losses[0])    # it began with the best model
+    assert losses[1][0] == min(losses[0])    # it began with the best model, and validates as before
+    first = [row["val_loss"] for row in metrics(tmp_path / "runs" / "1") if "val_loss" in row]
+    assert losses[0][0] == min(first)
