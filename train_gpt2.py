@@ -274,6 +274,12 @@ class Progress(contextlib.AbstractContextManager):
                 left = f" | {clock((self.total - self.done) / rate)} left"
         return f"{self.label}{amount} | {counted(rate, self.unit, 1)}/s{left}"
 
+    def width(self):
+        """The number of characters that fit into the line."""
+        if not self.terminal:
+            return math.inf
+        return shutil.get_terminal_size().columns - 1
+
     def show(self, line):
         """Shows the line in place of the previous one. None shows nothing."""
         if line is None:
@@ -281,8 +287,7 @@ class Progress(contextlib.AbstractContextManager):
         with self.lock:
             Progress.shown = time.perf_counter()
             if self.terminal:
-                line = "\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K"
-                print(end=line, file=self.stream, flush=True)
+                print(end="\r" + line[:self.width()] + "\x1b[K", file=self.stream, flush=True)
             else:
                 print(line, file=self.stream, flush=True)
 
@@ -835,7 +840,7 @@ class Run:
         self.best_file = os.path.join(folder, "best.bin")     # the model with the lowest validation loss,
         self.best = None                     # and its step and loss
         self.waited = 0                      # validations since then
-        self.draw_at = time.perf_counter() + 10
+        self.draw_at = 0.0
 
     def watch_signals(self):
         """Lets the first SIGINT or SIGTERM stop the run after the current step."""
@@ -862,16 +867,17 @@ class Run:
                 raise GPT2Error(f"{path} cannot be written: {error.strerror}; --resume continues from the"
                                 f" last checkpoint ({self.saved or 'none'})") from None
 
-    def draw(self):
-        """Redraws the curves in loss.svg, where dev/curves.py is there to do it."""
-        begun = time.perf_counter()
-        try:
-            with optional_module("curves") as curves:
-                points = curves.read_curves(self.folder)
-                if points:
-                    curves.draw_curves({self.folder: points}, os.path.join(self.folder, "loss.svg"))
-        except GPT2Error:
-            pass
+    def draw(self, over=False):
+        """Redraws the curves in loss.svg and loss.html, where dev/curves.py is there to do it. over: the run
+        has ended."""
+        begun, done = time.perf_counter(), self.progress.step
+        status = f"Stopped after step {done} of {self.settings.steps}."
+        if not over:
+            status = self.step_line(math.inf)
+        elif done == self.settings.steps:
+            status = f"Finished: {counted(done, 'step')}."
+        with contextlib.suppress(GPT2Error, OSError), optional_module("curves") as curves:
+            curves.draw_run(self.folder, status, running=not over)
         now = time.perf_counter()
         self.draw_at = now + max(10, 100 * (now - begun))     # at most 1% of the time
 
@@ -892,16 +898,14 @@ class Run:
         if self.busy.label:
             return f"{self.busy.label} | {spent}"
         if self.last and self.busy.terminal:
-            return self.step_line()
+            return self.step_line(self.busy.width())
         return f"step {self.progress.step + 1}/{self.settings.steps} | {spent}"
 
-    def step_line(self):
-        """The live line of the last step. What does not fit on a terminal is left out."""
+    def step_line(self, width):
+        """The live line of the last step, without what does not fit into the width."""
         s, done, (loss, lr, norm) = self.settings, self.progress.step, self.last
         mean = sum(self.recent) / len(self.recent)
-        rate, width = s.total_batch_size / mean, math.inf
-        if self.live.terminal or self.busy.terminal:
-            width = shutil.get_terminal_size().columns - 1
+        rate = s.total_batch_size / mean
         return fitted([
             (f"step {done:{len(str(s.steps))}}/{s.steps}", 0),
             (clock(time.perf_counter() - self.live.begun), 7),
@@ -928,7 +932,7 @@ class Run:
             live.say(f"time:   about {left} for the remaining {counted(s.steps - done, 'step')}, estimated"
                      " from two")
         if live.due() or len(self.recent) == 1 or done == s.steps:
-            live.show(self.step_line())
+            live.show(self.step_line(live.width()))
         if time.perf_counter() > self.draw_at:
             self.draw()
 
@@ -2602,9 +2606,11 @@ def train_command(args):
     start_run(run, tokenizer, step, source, train_loader)
     print_summary(run, train_loader, val_loader, memory)
     run.watch_signals()
-    with run.busy:
-        train(model, train_loader, val_loader, run)
-    run.draw()
+    try:
+        with run.busy:
+            train(model, train_loader, val_loader, run)
+    finally:
+        run.draw(over=True)
     return print_end(run)
 
 
@@ -2646,7 +2652,7 @@ def print_summary(run, train_loader, val_loader, memory):
     if needed > memory:
         print("memory: not enough; a smaller --batch-size, --seq-len or model needs less")
     resumed = f", resumed at step {run.progress.step}" if run.saved else ""
-    print(f"run:    {run.folder}{resumed}", flush=True)
+    print(f"run:    {run.folder}{resumed}, curves in {os.path.join(run.folder, 'loss.html')}", flush=True)
 
 
 def print_end(run):
@@ -2663,7 +2669,7 @@ def print_end(run):
     if run.best:
         best = f"best validation loss {run.best[1]:.4f} at step {run.best[0]:.0f} ({run.best_file})"
     print(f"{counted(done, 'step')}, {clock(time.perf_counter() - run.live.begun)}, {best}")
-    print(f"checkpoint: {run.saved}\ncurves:     {os.path.join(run.folder, 'loss.svg')}")
+    print(f"checkpoint: {run.saved}\ncurves:     {os.path.join(run.folder, 'loss.html')}, loss.svg")
     print(f"sample:     {command_line('sample', run.best_file if run.best else run.saved)}")
     print(f"continue:   {resume} --steps {2 * s.steps}")
     print(f"compare:    {command_line('plot', run.folder, 'ANOTHER_RUN')}")
@@ -2769,7 +2775,7 @@ def export_command(args):
 
 def plot_command(args):
     with optional_module("curves") as curves:
-        curves.plot(args.runs, args.out)
+        curves.plot(args.runs, args.out, args.x, args.log)
     print(f"{args.out}: the curves of {', '.join(args.runs)}; open it in a browser")
 
 
@@ -2857,6 +2863,8 @@ COMMANDS = {
         ("out", REQUIRED, "PATH", "file, or folder for hf, to write")]),
     "plot": (plot_command, "draw the curves of runs in one picture", [
         ("runs", "+", "RUN", "run directory, or main.log (llm.c's too)")], [
+        ("x", "step", ("step", "tokens", "time"), "horizontal axis"),
+        ("log", False, bool, "logarithmic axes: the horizontal one and the loss"),
         ("out", "loss.svg", "FILE", "picture to write")]),
     "check": (check_command, "compare logits, loss and gradients with a saved reference", [
         ("reference", None, "REFERENCE", "such as dev/reference/tiny_reference.bin")], [
