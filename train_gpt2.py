@@ -219,7 +219,7 @@ class Progress(contextlib.AbstractContextManager):
 
     In a `with` statement a thread shows it also while a call of the library or the network blocks."""
     lock = threading.RLock()
-    shown = time.perf_counter() - 3.5        # when any of them showed something; see main()
+    shown = time.perf_counter() - 3.8        # when any of them showed something; see main()
 
     def __init__(self, total=math.inf, unit="", label="", stream=None):
         self.total, self.unit, self.label = total, unit, label
@@ -243,7 +243,7 @@ class Progress(contextlib.AbstractContextManager):
     def watch(self):
         """Shows the line whenever nothing else was shown for somewhat longer than the interval."""
         while not self.over.wait(0.1):
-            if self.due(late=0.25):
+            if self.due(late=0.5):
                 self.show(self.line())
 
     def due(self, late=0.0):
@@ -2946,7 +2946,7 @@ def main(argv=None):
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help", "--version"):
         argv.insert(0, "train")
     args = make_parser().parse_args(argv)
-    Progress.shown = time.perf_counter() - 3.5     # the first output is due in less than a second
+    Progress.shown = time.perf_counter() - 3.8     # the first output is due in less than a second
     try:
         return args.run(args) or 0
     except BrokenPipeError:                  # as in `sample | head`

@@ -29,7 +29,8 @@ REFRESH = 10                                 # seconds between refreshes of loss
 LEFT, WIDTH = 80, 740                        # pixels: left edge and width of the panels
 X_AXES = {                                   # of --x: units with their size, the largest that suits is used
     "step": [(1, "step")],
-    "tokens": [(1e9, "training tokens, billions"), (1e6, "training tokens, millions"), (1, "training tokens")],
+    "tokens": [(1e9, "training tokens, billions"), (1e6, "training tokens, millions"),
+               (1, "training tokens")],
     "time": [(3600, "training time, hours"), (60, "training time, minutes"), (1, "training time, seconds")],
 }
 Panel = collections.namedtuple("Panel", "heading height curves low")     # low: axis start; None: the data's
@@ -236,7 +237,8 @@ def along(path, curves, axis):
         return curves
     amounts = dict(curves.get({"tokens": "tokens", "time": "seconds"}[axis], []))
     if not amounts:
-        raise Error(f"{path} has no {axis} of steps, expected a metrics.jsonl with them; draw it with --x step")
+        raise Error(f"{path} has no {axis} of steps, expected a metrics.jsonl with them; draw it with --x"
+                    " step")
     usual = statistics.median(amounts.values())     # of the binary's steps, which main.log has without
     steps = [step for step, _ in curves.get("loss", [])]
     totals = [0, *itertools.accumulate(amounts.get(step, usual) for step in steps)]
@@ -249,10 +251,11 @@ def horizontal_axis(runs, axis, log):
     places = [x for curves in runs.values() for points in curves.values() for x, _ in points]
     unit, title = next((size, title) for size, title in X_AXES[axis] if max(places) >= 2 * size or size == 1)
     places = [x / unit for x in places]
-    low = min(places)
+    low, high = min(places), max(places)
     if log:
         low = min((x for x in places if x > 0), default=1)
-    return Scale(low, max(*places, low + 1 / unit), log), unit, title
+        high = max(high, 1.01 * low)
+    return Scale(low, max(high, low + 1 / unit), log), unit, title
 
 
 def picture(runs, axis="step", log=False):
@@ -294,14 +297,16 @@ def page(svg, title, status, running):
 {refresh}<title>{title}: {status}</title>
 <meta name="viewport" content="width=device-width">
 <style>
-body {{ margin: 1em auto; max-width: 840px; font: 14px system-ui, sans-serif; color: #1f2328; background: #fff }}
-p {{ margin: 0 20px .4em 80px; font-variant-numeric: tabular-nums }} .note {{ color: #656d76 }}
+body {{ margin: 1em auto; max-width: 840px; font: 14px system-ui, sans-serif }}
+body {{ color: #1f2328; background: #fff }}
+p {{ margin: 0 20px .2em 80px; font-variant-numeric: tabular-nums }} .note {{ color: #656d76 }}
 body > svg {{ width: 100%; height: auto }}
-@media (prefers-color-scheme: dark) {{ body {{ color: #d1d7e0; background: #0d1117 }} .note {{ color: #9198a1 }} }}
+@media (prefers-color-scheme: dark) {{
+body {{ color: #d1d7e0; background: #0d1117 }} .note {{ color: #9198a1 }} }}
 </style>
-{svg}<p>{status}</p>
+<p>{status}</p>
 <p class="note">{note}</p>
-</html>
+{svg}</html>
 """
 
 
@@ -328,7 +333,8 @@ def main():
     parser = argparse.ArgumentParser(description="Draws the curves of runs into one SVG.")
     parser.add_argument("runs", nargs="+", help="run directory, main.log or metrics.jsonl")
     parser.add_argument("--x", choices=tuple(X_AXES), default="step", help="horizontal axis (step)")
-    parser.add_argument("--log", action="store_true", help="logarithmic axes: the horizontal one and the loss")
+    parser.add_argument("--log", action="store_true",
+                        help="logarithmic axes: the horizontal one and the loss")
     parser.add_argument("--out", default="loss.svg", help="the picture (loss.svg)")
     args = parser.parse_args()
     try:
