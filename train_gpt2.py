@@ -2874,6 +2874,10 @@ COMMANDS = {
 }
 
 
+MFU = ("MFU (model FLOPs utilization), in the line of a step, is the model's arithmetic per second, without"
+       " recomputation, as a share of the peak that is measured at the start.")
+
+
 def add_flags(parser, rows, **common):
     """Adds flags from rows such as those of SETTINGS and COMMANDS."""
     for flag, default, kind, text in rows:
@@ -2934,6 +2938,7 @@ def make_parser():
         for operand, count, shown, what in operands:
             command.add_argument(operand, nargs=count, metavar=shown, help=what)
         add_flags(command, rows)
+    commands.choices["train"].epilog = MFU
     for title, rows in SETTINGS.items():     # not set unless given, so that run.json or the default applies
         group = commands.choices["train"].add_argument_group(title)
         add_flags(group, rows, default=argparse.SUPPRESS)

@@ -127,8 +127,8 @@ def test_plot_over_tokens_and_time_with_logarithmic_axes(tmp_path, trained):
             assert slopes == [pytest.approx(slopes[-1], rel=0.03)] * len(slopes)
         assert linear[3] != logs[3]
     (tmp_path / "main.log").write_text("s:0 trl:2.0 lr:0.1 norm:1.00\n")
-    reports_error(driver("plot", "main.log", "--x", "tokens", status=1, cwd=tmp_path), "main.log", "no tokens",
-                  "--x step")
+    failed = driver("plot", "main.log", "--x", "tokens", status=1, cwd=tmp_path)
+    reports_error(failed, "main.log", "no tokens", "--x step")
 
 
 @pytest.mark.parametrize("flags", ["", "--log"])
