@@ -165,11 +165,18 @@ $(EMULATED)/profile: dev/cuda/profile.cu train_gpt2.cu $(EMULATE_HEADERS) $(EMUL
 	$(CXX) $(EMULATED_FLAGS) -o $@ $(EMULATED)/host.o -x c++ dev/cuda/profile.cu $(EMULATED_LIBS)
 
 # --- Tests: need pytest; comparisons with torch, transformers or tiktoken are skipped without them ----------
+# still: before a command, shows every PATIENCE seconds what is still being done
+PATIENCE ?= 4
+still = (while sleep $(PATIENCE) >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do echo "still $(1)"; done) & \
+	ticker=$$!; trap 'kill $$ticker' EXIT;
+
 $(VENV)/bin/pytest:
-	@$(PYTHON) -m venv $(VENV) >/dev/null || \
+	@echo "creating $(VENV), with pytest, for the tests"
+	@$(call still,creating $(VENV)) $(PYTHON) -m venv $(VENV) >/dev/null || \
 		{ echo "make test could not create $(VENV): install Python's venv module (Debian:" \
 		"apt install python3-venv)"; exit 1; }
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest || \
+	@$(call still,installing pytest) \
+		$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest || \
 		{ echo "make test could not install pytest into $(VENV): see pip's message above"; exit 1; }
 
 test: all $(if $(shell command -v $(firstword $(CXX))),emulated) $(VENV)/bin/pytest

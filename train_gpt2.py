@@ -352,7 +352,7 @@ class Progress(contextlib.AbstractContextManager):
 
     In a `with` statement a thread shows it also while a call of the library or the network blocks."""
     lock = threading.RLock()
-    shown = time.perf_counter() - 3.5        # when any of them showed something; see main()
+    shown = time.perf_counter() - 3.8        # when any of them showed something; see main()
 
     def __init__(self, total=math.inf, unit="", label="", stream=None):
         self.total, self.unit, self.label = total, unit, label
@@ -378,7 +378,7 @@ class Progress(contextlib.AbstractContextManager):
     def watch(self):
         """Shows the line whenever nothing else was shown for somewhat longer than the interval."""
         while not self.over.wait(0.1):
-            if self.due(late=0.25):
+            if self.due(late=0.5):
                 self.show(self.line())
 
     def due(self, late=0.0):
@@ -424,12 +424,18 @@ class Progress(contextlib.AbstractContextManager):
                     raise
                 self.on_failure(error)
 
+    def width(self):
+        """The number of characters that fit into the line."""
+        if not self.terminal:
+            return math.inf
+        return shutil.get_terminal_size().columns - 1
+
     def show(self, line):
         """Shows the line in place of the previous one. None shows nothing."""
         if line is None:
             return
         if self.terminal:
-            self.print("\r" + line[:shutil.get_terminal_size().columns - 1] + "\x1b[K", end="")
+            self.print("\r" + line[:self.width()] + "\x1b[K", end="")
         else:
             self.print(line)
 
@@ -1075,7 +1081,7 @@ class Run:
         self.best_file = os.path.join(folder, BEST)
         self.best = None                     # its step and loss
         self.waited = 0                      # validations since the lowest loss
-        self.draw_at = time.perf_counter() + 10
+        self.draw_at = 0.0
 
     @contextlib.contextmanager
     def watching_signals(self):
@@ -1116,16 +1122,17 @@ class Run:
                 raise GPT2Error(f"{path} cannot be written: {error.strerror}; --resume continues from the"
                                 f" last checkpoint ({self.saved or 'none'})") from None
 
-    def draw(self):
-        """Redraws the curves in loss.svg, where dev/curves.py is there to do it."""
-        begun = time.perf_counter()
-        try:
-            with optional_module("curves") as curves:
-                points = curves.read_curves(self.folder)
-                if points:
-                    curves.draw_curves({self.folder: points}, os.path.join(self.folder, "loss.svg"))
-        except GPT2Error:
-            pass
+    def draw(self, over=False):
+        """Redraws the curves in loss.svg and loss.html, where dev/curves.py is there to do it. over: the run
+        has ended."""
+        begun, done = time.perf_counter(), self.progress.step
+        status = f"Stopped after step {done} of {self.settings.steps}."
+        if not over:
+            status = self.step_line(math.inf)
+        elif done == self.settings.steps:
+            status = f"Finished: {counted(done, 'step')}."
+        with contextlib.suppress(GPT2Error, OSError), optional_module("curves") as curves:
+            curves.draw_run(self.folder, status, running=not over)
         now = time.perf_counter()
         self.draw_at = now + max(10, 100 * (now - begun))     # at most 1% of the time
 
@@ -1146,16 +1153,14 @@ class Run:
         if self.busy.label:
             return f"{self.busy.label} | {spent}"
         if self.last and self.busy.terminal:
-            return self.step_line()
+            return self.step_line(self.busy.width())
         return f"step {self.progress.step + 1}/{self.settings.steps} | {spent}"
 
-    def step_line(self):
-        """The live line of the last step. What does not fit on a terminal is left out."""
+    def step_line(self, width):
+        """The live line of the last step, without what does not fit into the width."""
         s, done, (loss, lr, norm) = self.settings, self.progress.step, self.last
         mean = sum(self.recent) / len(self.recent)
-        rate, width = s.total_batch_size / mean, math.inf
-        if self.live.terminal or self.busy.terminal:
-            width = shutil.get_terminal_size().columns - 1
+        rate = s.total_batch_size / mean
         return fitted([
             (f"step {done:{len(str(s.steps))}}/{s.steps}", 0),
             (clock(time.perf_counter() - self.live.begun), 7),
@@ -1187,7 +1192,7 @@ class Run:
             live.say(f"time:   about {left} for the remaining {counted(s.steps - done, 'step')}, estimated"
                      " from two")
         if live.due() or len(self.recent) == 1 or done == s.steps:
-            live.show(self.step_line())
+            live.show(self.step_line(live.width()))
         if time.perf_counter() > self.draw_at:
             self.draw()
 
@@ -3271,9 +3276,11 @@ def train_in(folder, args, lib):
     if args.resume_step is not None:
         discard_later(folder, step, lib)
     print_summary(run, train_loader, val_loader, memory)
-    with run.watching_signals(), run.busy:
-        train(model, train_loader, val_loader, run)
-    run.draw()
+    try:
+        with run.watching_signals(), run.busy:
+            train(model, train_loader, val_loader, run)
+    finally:
+        run.draw(over=True)
     return print_end(run)
 
 
@@ -3364,7 +3371,7 @@ def print_summary(run, train_loader, val_loader, memory):
           " parameter")
     print(f"memory: {needed / 1e6:,.0f} MB needed, {memory / 1e6:,.0f} MB available")
     resumed = f", resumed at step {run.progress.step}" if run.saved else ""
-    print(f"run:    {run.folder}{resumed}", flush=True)
+    print(f"run:    {run.folder}{resumed}, curves in {os.path.join(run.folder, 'loss.html')}", flush=True)
 
 
 def print_end(run):
@@ -3381,7 +3388,7 @@ def print_end(run):
     if run.best:
         best = f"best validation loss {run.best[1]:.4f} at step {run.best[0]:.0f} ({run.best_file})"
     print(f"{counted(done, 'step')}, {clock(time.perf_counter() - run.live.begun)}, {best}")
-    print(f"checkpoint: {run.saved}\ncurves:     {os.path.join(run.folder, 'loss.svg')}")
+    print(f"checkpoint: {run.saved}\ncurves:     {os.path.join(run.folder, 'loss.html')}, loss.svg")
     print(f"sample:     {command_line('sample', run.best_file if run.best else run.saved)}")
     print(f"train on:   {train_on(run.folder, s)}")
     print(f"compare:    {command_line('plot', run.folder, 'ANOTHER_RUN')}")
@@ -3494,7 +3501,7 @@ def export_command(args):
 
 def plot_command(args):
     with optional_module("curves") as curves:
-        curves.plot(args.runs, args.out)
+        curves.plot(args.runs, args.out, args.x, args.log)
     print(f"{args.out}: the curves of {', '.join(args.runs)}; open it in a browser")
 
 
@@ -3589,6 +3596,8 @@ COMMANDS = {
         ("out", REQUIRED, "PATH", "file, or folder for hf, to write")]),
     "plot": (plot_command, "draw the curves of runs in one picture", [
         ("runs", "+", "RUN", "run directory, or main.log (llm.c's too)")], [
+        ("x", "step", ("step", "tokens", "time"), "horizontal axis"),
+        ("log", False, bool, "logarithmic axes: the horizontal one and the loss"),
         ("out", "loss.svg", "FILE", "picture to write")]),
     "check": (check_command, "compare logits, loss and gradients with a saved reference", [
         ("reference", None, "REFERENCE", "such as dev/reference/tiny_reference.bin")], [
@@ -3596,6 +3605,10 @@ COMMANDS = {
         ("model", None, str, "its model file (the same name with model for reference)"),
         ("tolerance", 1e-5, REAL, "maximum relative error")]),
 }
+
+
+MFU = ("MFU (model FLOPs utilization), in the line of a step, is the model's arithmetic per second, without"
+       " recomputation, as a share of the peak that is measured at the start.")
 
 
 def add_flags(parser, rows, **common):
@@ -3658,6 +3671,7 @@ def make_parser():
         for operand, count, shown, what in operands:
             command.add_argument(operand, nargs=count, metavar=shown, help=what)
         add_flags(command, rows)
+    commands.choices["train"].epilog = MFU
     for title, rows in SETTINGS.items():     # not set unless given, so that run.json or the default applies
         group = commands.choices["train"].add_argument_group(title)
         add_flags(group, rows, default=argparse.SUPPRESS)
@@ -3680,7 +3694,7 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help", "--version"):
         argv.insert(0, "train")
-    Progress.shown = time.perf_counter() - 3.5     # the first output is due in less than a second
+    Progress.shown = time.perf_counter() - 3.8     # the first output is due in less than a second
     try:
         with same_in_every_locale(), handling(stop_signals(), signal.default_int_handler):
             status = run_command(argv)

@@ -35,7 +35,7 @@ import warnings
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 import vocabulary  # noqa: E402
-from fileio import counted, Error, naming, printable, regular, write_file  # noqa: E402
+from fileio import counted, Error, naming, printable, regular, waiting, write_file  # noqa: E402
 
 Shape = collections.namedtuple("Shape", "max_T V L NH C")     # as in the header of a model file
 WRITER = "written by train_gpt2.py"          # in the files that convert.py writes
@@ -652,7 +652,8 @@ def main(argv=None):
     command.add_argument("target", help="folder to write")
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        with waiting(f"converting {args.source}"):
+            args.run(args)
         return 0
     except OverflowError:
         print(f"convert.py: {args.source} has values beyond F16's range, 65504; use --type f32 or bf16",

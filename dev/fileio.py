@@ -7,6 +7,9 @@ import errno
 import hashlib
 import os
 import stat
+import sys
+import threading
+import time
 
 
 class Error(Exception):
@@ -32,6 +35,28 @@ def regular(path, flags):
         os.close(file)
         raise OSError(errno.EINVAL, "not a regular file", path)
     return file
+
+
+@contextlib.contextmanager
+def waiting(what):
+    """Shows on stderr, by a thread, what takes longer than a second: the words and the time, every few
+    seconds."""
+    over, begun = threading.Event(), time.monotonic()
+
+    def watch():
+        seconds = 0.7
+        while not over.wait(seconds):
+            minutes, spent = divmod(round(time.monotonic() - begun), 60)
+            print(f"{what} | {minutes:02}:{spent:02}", file=sys.stderr, flush=True)
+            seconds = 4
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextlib.contextmanager

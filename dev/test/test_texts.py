@@ -392,7 +392,7 @@ def test_separators_become_end_of_text(tmp_path, byte_model):
     driver(*words, "\n", "--out", "run", *SMALL[:8], "--steps", 2, *NO_SAMPLE, cwd=tmp_path)
     assert text_of(tmp_path / "run" / "tokens") == text.replace("\n", "\0").encode()
     shown = driver("eval", byte_model[1], *words, "three", cwd=tmp_path).stdout
-    assert "1 document separator  'three'" in shown
+    assert "1 document separator 'three'" in shown
 
 
 @pytest.mark.parametrize("separator", ["<|endoftext|>", " \n\n ", "\n", "–", "<sep>\r\n" * 9])
