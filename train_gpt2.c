@@ -142,7 +142,7 @@ void gpt2_tokenizer_free(GPT2Tokenizer *tokenizer);
 /* State of a run besides model and loader; zeroed for a new one. */
 typedef struct {
     int64_t step;                         /* training steps done */
-    uint64_t rng;                         /* the sampler's */
+    uint64_t rng;                         /* of the sampler */
     int64_t seen[2];                      /* values put into each window so far */
     double window[2][GPT2_WINDOW];        /* 0: losses, 1: gradient norms */
 } GPT2Progress;
@@ -207,7 +207,7 @@ static inline double seconds(void) {
 /* === 2. The model ======================================================================================= */
 
 /* --- Vectors -----------------------------------------------------------------------------------------------
-   GCC's and Clang's vector extension, as wide as the target's registers: one source for every processor. */
+   The vector extension, as wide as the target's registers: one source for every processor. */
 #if defined(LANES)                        /* given: any of the three widths runs on any processor */
 #elif defined(__AVX512F__)
 #define LANES 16
@@ -2541,11 +2541,11 @@ static FILE *open_log(int append) {
     return log;
 }
 
-/* A text as JSON. Bytes beyond ASCII become lone surrogates, as Python's surrogateescape has them. */
+/* A text as JSON. Bytes beyond ASCII become lone surrogates, as surrogateescape in Python has them. */
 static void write_text(FILE *out, const char *text, size_t n) {
     for (const unsigned char *p = (const unsigned char *)text; p < (const unsigned char *)text + n; p++) {
         if (*p >= 0x80) fprintf(out, "\\udc%02x", *p);
-        else if (*p < 0x20 || *p == '"' || *p == '\\') fprintf(out, "\\u%04x", *p);
+        else if (*p < 0x20 || strchr("\"\\", *p)) fprintf(out, "\\u%04x", *p);
         else fputc(*p, out);
     }
 }
@@ -2568,7 +2568,7 @@ static void write_globs(FILE *out, const char *name, const char *globs) {
             fputc('/', out);
         }
         write_text(out, globs, n);
-        fputc('"', out);
+        fputs("\"", out);
     }
     fprintf(out, "],\n");
 }
@@ -2579,7 +2579,7 @@ static void write_val_shards(FILE *out, const Run *run) {
         const char *name = run->val->paths[i] + folder_length(run->val->paths[i]);
         fprintf(out, "%s\"", i ? ", " : "");
         write_text(out, name, strlen(name));
-        fputc('"', out);
+        fputs("\"", out);
     }
     fprintf(out, "],\n");
 }
@@ -2708,7 +2708,7 @@ static void save_settings(const Run *run) {
     int failed = !out;
     if (out) {
         write_run_json(run, out);
-        failed = fflush(out) || fsync(fileno(out));
+        failed = fflush(out) || disk_flush(fileno(out));
         failed = fclose(out) || failed || rename(temporary, path);
     }
     if (failed) die("'%s' cannot be written: %s", path, strerror(errno));

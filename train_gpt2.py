@@ -1687,7 +1687,7 @@ def parameters_of(config, lib):
 
 def settle_intervals(s, config, lib, tuning):
     """Fills in what follows from the number of steps."""
-    fifth, tenth = rounded(s.steps / 5, 1), max(1, s.steps // 10)
+    fifth, tenth = max(100, rounded(s.steps / 5, 1)), max(1, s.steps // 10)
     if tuning:
         fill(s, warmup=tenth, val_every=tenth)
     fill(s, warmup=min(max(100, s.steps // 100), tenth), val_every=fifth, checkpoint_every=fifth,
@@ -1731,8 +1731,13 @@ def settle_time(s, given, model):
 def warn_before(s, given, config, lib, train, memory):
     """Warns of what takes long or does not fit, before the model is allocated."""
     needed, tokens = memory_needed(config, lib, s.batch_size, s.seq_len), s.steps * s.total_batch_size
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    on_cpu = lib.gpt2_device().startswith(b"CPU")
+    if on_cpu and needed > whole:
+        raise GPT2Error(f"training needs {needed / 1e6:,.0f} MB of memory, and this machine has"
+                        f" {whole / 1e6:,.0f} MB; choose a smaller --batch-size, --seq-len or --model")
     epochs = tokens / max(1, sum(map(tokens_in, train)))
-    if needed > memory:
+    if on_cpu and needed > memory:
         warn(f"training needs {needed / 1e6:,.0f} MB of memory, and {memory / 1e6:,.0f} MB are available; a"
              " smaller --batch-size, --seq-len or --model needs less")
     if "steps" not in given:
@@ -3228,17 +3233,7 @@ def train_in(folder, args, lib):
 
     # The model comes before the data: most mistakes then show before the run directory has any file.
     source = s.init if step is None else model_path(folder, step)
-    for name in ("model", *SHAPE):
-        if name in given and source != "scratch":
-            raise GPT2Error(f"--{name} cannot be combined with a model from a file, {source}")
-    model = None
-    if source == "scratch":
-        if args.checkpoint is not None:
-            raise GPT2Error("--checkpoint is for a run directory that --init names, which is missing")
-        config = new_config(s, given, lib)
-    else:
-        model = open_model(source, args.device, args.checkpoint)
-        config = model.config
+    model, config = initial_model(s, given, source, args, lib)
     tuning = model and step is None
     if not tuning:
         settle_batch(s, config.max_T)
@@ -3282,6 +3277,19 @@ def train_in(folder, args, lib):
     finally:
         run.draw(over=True)
     return print_end(run)
+
+
+def initial_model(s, given, source, args, lib):
+    """The model in a file and its shape; None and the shape of a new one if source is "scratch"."""
+    if source == "scratch":
+        if args.checkpoint is not None:
+            raise GPT2Error("--checkpoint is for a run directory that --init names, which is missing")
+        return None, new_config(s, given, lib)
+    for name in ("model", *SHAPE):
+        if name in given:
+            raise GPT2Error(f"--{name} cannot be combined with a model from a file, {source}")
+    model = open_model(source, args.device, args.checkpoint)
+    return model, model.config
 
 
 def set_options(model, s):

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
 import sys
 import threading
@@ -13,7 +14,8 @@ import zlib
 
 import pytest
 
-from conftest import curves, driver, HERE, metrics, reports_error, run, TEXT
+import train_gpt2
+from conftest import curves, driver, HERE, metrics, reports_error, run, SMALL, TEXT
 from train_gpt2 import GPT2
 
 

@@ -100,7 +100,8 @@ def test_the_default_run_is_unchanged():
 def test_settings_follow_from_model_and_text(model, tokens, steps, lr, batch, keep):
     s = settings(model, tokens)
     assert (s.steps, s.lr, (s.batch_size, s.seq_len), s.keep) == (steps, lr, batch, keep)
-    assert 10 <= s.warmup <= max(100, steps / 100) and 4 <= steps / s.val_every <= 6
+    assert 10 <= s.warmup <= max(100, steps / 100)
+    assert s.val_every == s.checkpoint_every and (4 <= steps / s.val_every <= 6 or s.val_every == 100)
 
 
 def test_given_settings_are_kept():

@@ -219,7 +219,7 @@ def test_the_length_of_json_is_limited(tmp_path, small, run_main):
     ({"data": 3}, "data is 3"), ({"data": [None]}, "data is [None]"), ({"val_data": "a\0b"}, "val_data"),
     ({"seed": 2**31}, "seed"), ({"given": "lr"}, "given is 'lr'"), ({"val_shards": [1]}, "val_shards is [1]"),
     ({"data": ["\ud800"]}, "no settings"),
-    ({"keep": None}, "keep is None"),
+    ({"keep_every": None}, "keep_every is None"),
     ([], "no settings"), ([[1]], "no settings"), (b"[" * 100_000, "no settings"), (b"\xff", "no settings")])
 def test_a_malformed_run_json_is_reported(whole_runs, run_main, change, words):
     shutil.copytree(whole_runs["driver"][1], "run")
