@@ -1735,10 +1735,8 @@ def batches_of_run(s, steps, model, tuning, val):
     return steps * s.total_batch_size // tokens + validations * min(trial.val_batches, largest) / 3
 
 
-def settle_time(s, given, model, tuning, val):
-    """Chooses --steps by --minutes, or limits a number that was not given to an hour."""
-    if "steps" in given:
-        return
+def settle_time(s, model, tuning, train, val):
+    """Chooses --steps by --minutes, or limits those that follow from model and text to an hour."""
     minutes, most = 60.0, s.steps
     if s.minutes is not None:
         minutes, most = s.minutes, 2**31 - 1
@@ -1755,6 +1753,8 @@ def settle_time(s, given, model, tuning, val):
     if s.minutes is None:
         print(f"steps:  {s.steps:,} instead of {most:,}, so that the run takes about an hour; --minutes or"
               " --steps changes that")
+    else:
+        warn_epochs(s, train, "--minutes")
 
 
 def warn_before(s, given, config, lib, train, memory, resumed):
@@ -3292,11 +3292,9 @@ def train_in(folder, args, lib):
         with Progress(label="initializing the model"):
             model = GPT2(config, s.seed, args.device)
     set_options(model, s)
-    if step is None:
-        settle_time(s, given, model, tuning, val_shards)
+    if step is None and "steps" not in given:
+        settle_time(s, model, tuning, train_shards, val_shards)
     settle_intervals(s, config, lib, tuning)
-    if "minutes" in given:
-        warn_epochs(s, train_shards, "--minutes")
     if tuning:
         print_tuning(s)
     B, T = s.batch_size, s.seq_len
