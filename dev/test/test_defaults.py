@@ -150,7 +150,9 @@ def test_minutes_choose_the_number_of_steps(tmp_path, monkeypatch, capsys, flags
 def test_a_long_run_is_limited_to_an_hour(tmp_path, monkeypatch, capsys):
     shown, s = timed(tmp_path, monkeypatch, capsys, 100.0, "--val-every", 0)
     assert s["steps"] == 32 and re.search("^steps: +32 instead of .*--minutes", shown.out, re.M)
-    assert s["given"] == sorted({*s["given"]} - {"steps", "minutes", "lr", "keep"})     # they are derived
+    assert not {"steps", "minutes", "lr", "keep"} & {*s["given"]}     # they are derived
+    _, s = timed(tmp_path / "given", monkeypatch, capsys, 100.0, "--steps", 70)
+    assert s["steps"] == 70 and "steps" in s["given"]
 
 
 def one_line(text, pattern):
@@ -158,7 +160,7 @@ def one_line(text, pattern):
 
 
 def test_many_epochs_are_reported_with_the_flag(tmp_path, monkeypatch, capsys):
-    shown, _ = timed(tmp_path, monkeypatch, capsys, 0.001, "--minutes", 60)
+    shown, _ = timed(tmp_path, monkeypatch, capsys, 0.001, "--minutes", 60, "--batch-size", 64)
     assert one_line(shown.err, r"makes [\d,]+ epochs of a text of [\d,]+ tokens.* --minutes")
     shown, s = timed(tmp_path / "default", monkeypatch, capsys, 0.001)
     assert s["steps"] == 690 and shown.err == ""
@@ -209,7 +211,7 @@ def test_the_memory_available_is_that_of_a_container(tmp_path, monkeypatch):
         files = {"max": limit, "current": b"1000000\n", "stat": b"anon 5\ninactive_file 300000\n"}
         for name, contents in files.items():
             (tmp_path / f"memory.{name}").write_bytes(contents)
-        assert train_gpt2.memory_available() == pytest.approx(expected, rel=0.2)
+        assert train_gpt2.memory_available() == pytest.approx(expected, rel=0.01 if expected < free else 0.2)
 
 
 @pytest.mark.parametrize("flags", ["-b1 1", "-b2 1.5", "-ep 0"])
