@@ -565,7 +565,8 @@ def test_an_interrupted_run_saves_and_prints_how_to_resume(data, tmp_path, front
     flags = {"binary": "-x 1000000 -v 0 -g 0",
              "driver": "--steps 1000000 --val-every 0 --sample-tokens 0"}[front]
     with open(tmp_path / "shown", "w") as shown, open(tmp_path / "errors", "w") as errors:
-        process = subprocess.Popen(command(front, data, flags, out), stdout=shown, stderr=errors)
+        process = subprocess.Popen(command(front, data, flags, out), stdout=shown, stderr=errors,
+                                   preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))     # if nohup
         while not log.exists() or "trl" not in log.read_text():
             assert process.poll() is None, (tmp_path / "errors").read_text()
             time.sleep(0.02)
