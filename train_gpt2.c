@@ -80,8 +80,8 @@ void gpt2_zero_grad(GPT2 *model);
 int gpt2_logits(GPT2 *model, const int32_t *x, int B, int T, int last_only, float *out);
 
 /* One AdamW step (Loshchilov & Hutter 2019, algorithm 2), then zeroes the gradients. Clips their global norm
-   to max_norm unless 0; decays 2-D tensors. Fails, changing nothing, if the norm is infinite or NaN, or lr is
-   1e10 or more. */
+   to max_norm unless 0; decays 2-D tensors. Fails, changing nothing, if the norm is infinite or NaN, lr is
+   1e10 or more, a beta is not from 0 to below 1, or eps is 0 as a float or less. */
 int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, double decay, double max_norm);
 float gpt2_grad_norm(GPT2 *model);               /* global L2 norm before clipping; NaN on failure */
 int64_t *gpt2_updates(GPT2 *model);              /* number of updates, for the bias correction of moments */
@@ -937,6 +937,9 @@ int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, doub
     if (!(isfinite(norm) && fabs(lr) < 1e10))
         return gpt2_fail("gradient norm %f, learning rate %g: training diverged; lower the learning rate",
                          norm, lr);
+    if (!(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1 && (float)eps > 0))
+        return gpt2_fail("beta1 is %g, beta2 %g, eps %g, expected betas from 0 to below 1 and an eps above 0",
+                         beta1, beta2, eps);
     m->updates++;
     const float epsilon = (float)eps;
     float clip = 1;
@@ -2312,6 +2315,9 @@ static void parse_flags(int argc, char **argv) {
     if (settings.hellaswag && access(HELLASWAG, R_OK))
         die("-h needs " HELLASWAG ", which is missing; download it: python3 dev/data/fetch.py hellaswag");
     check_ok(gpt2_lr(settings.schedule, 0, 1, 0, 1, 1) >= 0);
+    if (settings.beta1 >= 1) die("-b1 is %g, expected less than 1", settings.beta1);
+    if (settings.beta2 >= 1) die("-b2 is %g, expected less than 1", settings.beta2);
+    if (settings.eps < 1e-30) die("-ep is %g, expected at least 1e-30", settings.eps);
     exit_status = 1;
 }
 

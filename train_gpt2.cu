@@ -2090,6 +2090,9 @@ int gpt2_update(GPT2 *m, double lr, double beta1, double beta2, double eps, doub
     if (!(isfinite(norm) && fabs(lr) < 1e10))
         return gpt2_fail("gradient norm %f, learning rate %g: training diverged; lower the learning rate",
                          norm, lr);
+    if (!(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1 && (float)eps > 0))
+        return gpt2_fail("beta1 is %g, beta2 %g, eps %g, expected betas from 0 to below 1 and an eps above 0",
+                         beta1, beta2, eps);
     m->updates++;
     Step s = {};
     memcpy(s.start, m->start, sizeof s.start);

@@ -110,6 +110,9 @@ COUNT = number(int, 1, 2**31 - 1)
 COUNT0 = number(int, 0, 2**31 - 1)
 REAL = number(float, 0)
 FRACTION = number(float, 0, 1)
+BETA = number(float, 0, 1 - 2**-53)          # below 1
+EPSILON = number(float, 1e-30)
+MINUTES = number(float, 0.1, 1e6)
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -130,7 +133,7 @@ def checkpoint_name(text):
 
 
 METAVARS = {str: "PATH", checkpoint_name: "best|last|STEP", data_path: "PATH", REAL: "X", FRACTION: "X",
-            tokenizer_name: "NAME|PATH"}
+            BETA: "X", EPSILON: "X", MINUTES: "N", tokenizer_name: "NAME|PATH"}
 REQUIRED = object()
 END_OF_TEXT = "<|endoftext|>"
 MODELS = ("d2", "d4", "d6", "d12", "d24", "d36", "d48")
@@ -169,14 +172,14 @@ SETTINGS = {
         ("seq-len", None, COUNT, "tokens per sequence, T (the context)"),
         ("total-batch-size", None, COUNT, "tokens per optimizer step, by gradient accumulation (B times T)"),
         ("steps", None, COUNT0, "optimizer steps (by model and text, for at most about an hour)"),
-        ("minutes", None, REAL, "choose the number of steps so that the run takes about N minutes"),
+        ("minutes", None, MINUTES, "choose the number of steps so that the run takes about N minutes"),
         ("lr", None, REAL, "peak learning rate (0.384 / channels, at most 0.004)"),
         ("warmup", None, COUNT0, "linear warm-up steps (100 to a hundredth of the steps)"),
         ("schedule", "cosine", SCHEDULES, "learning-rate schedule after warm-up"),
         ("final-lr-frac", 0.0025, FRACTION, "final learning rate as a fraction of the peak"),
-        ("beta1", 0.9, FRACTION, "AdamW's decay rate of the mean gradient"),
-        ("beta2", 0.95, FRACTION, "AdamW's decay rate of the mean squared gradient"),
-        ("eps", 1e-8, REAL, "AdamW's epsilon"),
+        ("beta1", 0.9, BETA, "AdamW's decay rate of the mean gradient"),
+        ("beta2", 0.95, BETA, "AdamW's decay rate of the mean squared gradient"),
+        ("eps", 1e-8, EPSILON, "AdamW's epsilon"),
         ("weight-decay", 0.1, REAL, "AdamW's weight decay, on 2-D tensors only"),
         ("grad-clip", 1.0, REAL, "maximum gradient norm (clipping); 0 for none"),
         ("skip-nonfinite", 0, COUNT0, "skip up to N consecutive steps with a NaN or infinite loss or"
@@ -1657,6 +1660,12 @@ def rounded(number, digits):
     return max(1, int(float(f"{number:.{digits - 1}e}")))
 
 
+def rounded_down(number):
+    """An integer with at most two digits other than 0: 5,499 is 5,400."""
+    unit = 10 ** max(0, len(str(number)) - 2)
+    return number // unit * unit
+
+
 def settle_fine_tuning(s, given, config, train):
     """Fills in the settings that were not given for fine-tuning on these shards: batches of 1,000 tokens, or
     of what the smallest shard has, two epochs, a peak learning rate of 3e-5 for 768 channels and more for
@@ -1692,43 +1701,63 @@ def settle_intervals(s, config, lib, tuning):
         fill(s, warmup=tenth, val_every=tenth)
     fill(s, warmup=min(max(100, s.steps // 100), tenth), val_every=fifth, checkpoint_every=fifth,
          val_batches=min(250, max(20, s.steps // 20)), keep=2 if parameters_of(config, lib) >= 5e7 else 0)
-    if tuning:
-        print(f"tuning: peak learning rate {s.lr:g}, {counted(s.warmup, 'warm-up step')}, validation every"
-              f" {counted(s.val_every, 'step')}, patience {s.patience}")
 
 
-def seconds_of_step(model, s):
-    """The time of an optimizer step, from two micro-batches without an update."""
+def print_tuning(s):
+    """Prints what fine-tuning chose."""
+    print(f"tuning: peak learning rate {s.lr:g}, {counted(s.warmup, 'warm-up step')}, validation every"
+          f" {counted(s.val_every, 'step')}, patience {s.patience}")
+
+
+def seconds_of_batch(model, s):
+    """The time of a micro-batch, from two without an update."""
     x = y = [[0] * s.seq_len] * s.batch_size
     times = []
     for _ in range(2):
         begun = time.perf_counter()
         model.forward(x, y, scale=1.0)
         model.backward()
+        model.grad_norm()                    # waits for a GPU
         times.append(time.perf_counter() - begun)
     model.zero_grad()
-    return min(times) * s.total_batch_size / (s.batch_size * s.seq_len)
+    return min(times)
 
 
-def settle_time(s, given, model):
-    """Chooses --steps by --minutes, or limits a number that was not given to an hour."""
-    if "steps" in given:
-        return
-    limit, chosen = 60.0, s.steps
+def batches_of_run(s, steps, model, tuning, val):
+    """The work of a run of so many steps, in micro-batches. Validation, which has no backward pass, takes a
+    third of a batch's time for each of its own."""
+    trial, tokens = argparse.Namespace(**{**vars(s), "steps": steps}), s.batch_size * s.seq_len
+    settle_intervals(trial, model.config, model.lib, tuning)
+    validations = 0
+    if trial.val_every:
+        validations = 2 + (steps - 1) // trial.val_every
+    largest = max(map(tokens_in, val), default=0) // tokens
+    return steps * s.total_batch_size // tokens + validations * min(trial.val_batches, largest) / 3
+
+
+def settle_time(s, model, tuning, train, val):
+    """Chooses --steps by --minutes, or limits those that follow from model and text to an hour."""
+    minutes, most = 60.0, s.steps
     if s.minutes is not None:
-        limit, chosen = s.minutes, math.inf
+        minutes, most = s.minutes, 2**31 - 1
     with Progress(label="timing two steps"):
-        seconds = seconds_of_step(model, s)
-    # Six validations of a twentieth of the steps, at a third of a step's time each: a tenth of the whole.
-    steps = rounded(max(1, 60 * limit * 0.9 / seconds), 2)
-    if steps < chosen:
-        s.steps = steps
-    if steps < chosen and s.minutes is None:
-        print(f"steps:  {s.steps:,} instead of {chosen:,}, so that the run takes about an hour; --minutes or"
+        seconds = seconds_of_batch(model, s)
+    # A tenth remains for updates, checkpoints, the sample, and a machine that gets busier.
+    room = 0.9 * 60 * minutes / seconds      # in micro-batches
+    steps = min(most, max(1, int(room)))
+    while steps > 1 and batches_of_run(s, steps, model, tuning, val) > room:
+        steps = steps * 49 // 50
+    if steps == most:
+        return
+    s.steps = rounded_down(steps)
+    if s.minutes is None:
+        print(f"steps:  {s.steps:,} instead of {most:,}, so that the run takes about an hour; --minutes or"
               " --steps changes that")
+    else:
+        warn_epochs(s, train, "--minutes")
 
 
-def warn_before(s, given, config, lib, train, memory):
+def warn_before(s, given, config, lib, train, memory, resumed):
     """Warns of what takes long or does not fit, before the model is allocated."""
     needed, tokens = memory_needed(config, lib, s.batch_size, s.seq_len), s.steps * s.total_batch_size
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -1736,22 +1765,26 @@ def warn_before(s, given, config, lib, train, memory):
     if on_cpu and needed > whole:
         raise GPT2Error(f"training needs {needed / 1e6:,.0f} MB of memory, and this machine has"
                         f" {whole / 1e6:,.0f} MB; choose a smaller --batch-size, --seq-len or --model")
-    epochs = tokens / max(1, sum(map(tokens_in, train)))
     if on_cpu and needed > memory:
         warn(f"training needs {needed / 1e6:,.0f} MB of memory, and {memory / 1e6:,.0f} MB are available; a"
              " smaller --batch-size, --seq-len or --model needs less")
-    if "steps" not in given:
-        return
-    if epochs > 30:
-        warn(f"--steps {s.steps} is {counted(epochs, 'epoch')} of a text of"
-             f" {counted(sum(map(tokens_in, train)), 'token')}; a model learns such a text by heart, so give"
-             " fewer or more text")
+    if "steps" in given or not resumed and s.minutes is None:
+        warn_epochs(s, train, "--steps")
     flops = lib.gpt2_flops_per_token(ctypes.byref(config), s.seq_len) * tokens
-    if flops > 1e14:                         # a minute or more; measuring the peak takes about a second
+    if "steps" in given and flops > 1e14:    # a minute or more; measuring the peak takes about a second
         hours = flops / (0.6 * lib.gpt2_ceiling()) / 3600
         if hours > 1:
             warn(f"--steps {s.steps} takes about {clock(3600 * hours)} here; --minutes N chooses a number"
                  " that takes N minutes")
+
+
+def warn_epochs(s, train, flag):
+    """Warns of a text that is read so often that the model learns it by heart."""
+    tokens = sum(map(tokens_in, train))
+    epochs = s.steps * s.total_batch_size / max(1, tokens)
+    if epochs > 30 and not s.overfit:
+        warn(f"the run makes {epochs:,.0f} epochs of a text of {counted(tokens, 'token')}, which a model"
+             f" learns by heart; give more text, or a lower {flag}")
 
 
 def memory_needed(config, lib, B, T):
@@ -1761,12 +1794,20 @@ def memory_needed(config, lib, B, T):
     return 4 * (4 * parameters + B * T * C * (10 * L + 12) + min(B * T * Vp, 2**24))
 
 
+CONTROL_GROUP = "/sys/fs/cgroup/memory."     # version 2, in a container
+
+
 def memory_available():
-    """Bytes available to a new program on Linux; elsewhere all memory of the machine."""
-    try:
-        return 1024 * int(re.search(rb"MemAvailable: *(\d+)", read_file("/proc/meminfo"))[1])
-    except (OSError, TypeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes available to a new program on Linux, within the limit of a container if there is one; elsewhere
+    all memory of the machine."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, TypeError):
+        free = 1024 * int(re.search(rb"MemAvailable: *(\d+)", read_file("/proc/meminfo"))[1])
+    with contextlib.suppress(OSError, TypeError, ValueError):     # "max": no limit
+        limit, used = (int(read_file(CONTROL_GROUP + name)) for name in ("max", "current"))
+        cached = int(re.search(rb"inactive_file (\d+)", read_file(CONTROL_GROUP + "stat"))[1])
+        free = min(free, max(0, limit - used + cached))
+    return free
 
 
 # ============================================================================================================
@@ -3246,14 +3287,16 @@ def train_in(folder, args, lib):
     if step is None:
         settle_size(s, given, train_shards)
     settle_training(s, config, lib, train_shards)
-    warn_before(s, given, config, lib, train_shards, memory)
+    warn_before(s, given, config, lib, train_shards, memory, resumed=step is not None)
     if not model:
         with Progress(label="initializing the model"):
             model = GPT2(config, s.seed, args.device)
     set_options(model, s)
-    if step is None:
-        settle_time(s, given, model)
+    if step is None and "steps" not in given:
+        settle_time(s, model, tuning, train_shards, val_shards)
     settle_intervals(s, config, lib, tuning)
+    if tuning:
+        print_tuning(s)
     B, T = s.batch_size, s.seq_len
     train_loader = Loader(exact_globs(train_shards), B, T, config.V, not s.overfit, s.seed, args.device)
     check_data(folder, s, train_shards, data, train_loader)

@@ -2,14 +2,16 @@
 import argparse
 import ctypes
 import json
+import math
 import re
 import signal
 
 import pytest
 
 import train_gpt2
-from conftest import BINARY, command, driver, LIB, outputs, reports_error, run, SMALL, TEXT
-from train_gpt2 import GPT2Config
+from conftest import (BINARY, command, driver, LIB, outputs, rejects, reports_error, run, SMALL, TEXT,
+                      tokens_of)
+from train_gpt2 import GPT2, GPT2Config
 
 # The flag of train_gpt2.py for each flag of the binary.
 SAME = {"-i": "data", "-j": "val-data", "-e": "model", "-o": "out", "-n": "checkpoint-every", "-nk": "keep",
@@ -19,14 +21,16 @@ SAME = {"-i": "data", "-j": "val-data", "-e": "model", "-o": "out", "-n": "check
         "-sg": "skip-grad-z", "-sn": "skip-nonfinite", "-v": "val-every", "-m": "val-batches",
         "-s": "sample-every", "-g": "sample-tokens", "-a": "overfit", "-w": "master-weights",
         "-r": "recompute"}
-BINARY_ONLY = {"--check": "the driver's command check", "--tolerance": "of --check", "--version": "",
+BINARY_ONLY = {"--check": "the driver's command check", "--tolerance": "of --check",
+               "--version": "the driver's --version, before the command",
                "-h": "the driver's eval --hellaswag", "-f": "llm.c's, ignored", "-ge": "llm.c's, ignored",
                "-z": "llm.c's, ignored", "-lg": "llm.c's, ignored"}
 DRIVER_ONLY = {"tokenizer": "the binary reads no texts", "encoding": "texts", "text-field": "texts",
                "document-separator": "texts", "jsonl": "texts", "layers": "shape", "heads": "shape",
                "channels": "shape", "context": "shape", "init": "-e with a file", "patience": "best.bin is"
                " the driver's", "seed": "llm.c has none", "minutes": "the binary does not time steps first",
-               "resume-step": "", "checkpoint": "of --init", "device": "the binary's name", "help": ""}
+               "resume-step": "-y resumes the newest", "checkpoint": "of --init", "device": "a binary each",
+               "help": "the binary's --help"}
 
 
 def test_both_front_ends_have_the_same_settings():
@@ -34,14 +38,18 @@ def test_both_front_ends_have_the_same_settings():
     assert binary == {*SAME, *BINARY_ONLY}
     flags = set(re.findall(r"^ +(?:-h, )?--([a-z0-9-]+)", driver("train", "--help").stdout, re.M))
     assert flags == {*SAME.values(), *DRIVER_ONLY}
+    assert all({**BINARY_ONLY, **DRIVER_ONLY}.values())     # each has a reason
 
 
-LLMC = "i j e o lg n nk nm y b t d x ls l u q c sl sg v m s g h a f w ge r z pi pn pr pg pf ps pm pp k ep"
+# Those of train_gpt2.cu of llm.c.
+LLMC = "i j e o lg n nk nm y b t d x k l u q c sl sg v m s g h a f w ge z r pi pf ps pn pr pg pm pp".split()
+OURS = ["-b1", "-b2", "-ep", "-gc", "-sn"]
 
 
 def test_flags_of_our_own_are_none_of_llmcs():
-    ours = {"-b1", "-b2", "-gc", "-sn"}
-    assert not {flag[1:] for flag in ours} & set(LLMC.split())
+    binary = set(re.findall(r"^  -(\w+)", run(BINARY, "--help").stdout, re.M))
+    assert sorted(f"-{flag}" for flag in binary - {*LLMC}) == OURS
+    assert {*LLMC} - binary == set("pi pf ps pn pr pg pm pp".split())     # of several processes
 
 
 @pytest.mark.parametrize("flags", [
@@ -111,25 +119,54 @@ def test_given_settings_are_kept():
 
 def timed(tmp_path, monkeypatch, capsys, seconds, *flags):
     """Output and settings of a run whose steps would take as long; it ends before the first."""
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gpt2, "seconds_of_step", lambda *_: seconds)
+    monkeypatch.setattr(train_gpt2, "seconds_of_batch", lambda *_: seconds)
     monkeypatch.setattr(train_gpt2, "train", lambda *_: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     words = ["--data", "text.txt", *(word for word in SMALL if word not in ("--steps", "3")), *flags]
-    train_gpt2.main(["--out", "run", *map(str, words)])
+    assert train_gpt2.main(["--out", "run", *map(str, words)]) == 0
     shown = capsys.readouterr()
     return shown, json.loads((tmp_path / "run" / "run.json").read_text())
 
 
-def test_minutes_choose_the_number_of_steps(tmp_path, monkeypatch, capsys):
-    _, s = timed(tmp_path, monkeypatch, capsys, 0.5, "--minutes", 10)
-    assert s["steps"] == 1100 and s["warmup"] == 100 and s["checkpoint_every"] == 200
+@pytest.mark.parametrize("flags, steps", [
+    ("--val-every 0", 1000), ("--val-every 0 --minutes 20", 2100), ("--val-every 0 --minutes 0.1", 10),
+    ("--val-every 0 --total-batch-size 64", 530), ("--val-every 100", None), ("--val-batches 99", None),
+    ("--minutes 1e6", None)])
+def test_minutes_choose_the_number_of_steps(tmp_path, monkeypatch, capsys, flags, steps):
+    """Half a second per batch, a third of it in validation; a tenth is a reserve. 10 minutes are 1,080
+    batches, of which two digits remain."""
+    _, s = timed(tmp_path, monkeypatch, capsys, 0.5, "--minutes", 10, *flags.split())
+    assert steps in (None, s["steps"])
+    assert s["checkpoint_every"] == max(100, train_gpt2.rounded(s["steps"] / 5, 1))
+    batches = s["steps"] * s["total_batch_size"] / 32
+    if s["val_every"]:
+        largest = len(tokens_of(tmp_path / "run" / "tokens" / "val_000000.bin")) // 32
+        batches += (2 + (s["steps"] - 1) // s["val_every"]) * min(s["val_batches"], largest) / 3
+    assert 0.87 < 0.5 * batches / (0.9 * 60 * s["minutes"]) <= 1
 
 
 def test_a_long_run_is_limited_to_an_hour(tmp_path, monkeypatch, capsys):
-    shown, s = timed(tmp_path, monkeypatch, capsys, 100.0)
+    shown, s = timed(tmp_path, monkeypatch, capsys, 100.0, "--val-every", 0)
     assert s["steps"] == 32 and re.search("^steps: +32 instead of .*--minutes", shown.out, re.M)
+    assert s["given"] == sorted({*s["given"]} - {"steps", "minutes", "lr", "keep"})     # they are derived
+
+
+def one_line(text, pattern):
+    return text.count("\n") == 1 and re.search(pattern, text)
+
+
+def test_many_epochs_are_reported_with_the_flag(tmp_path, monkeypatch, capsys):
+    shown, _ = timed(tmp_path, monkeypatch, capsys, 0.001, "--minutes", 60)
+    assert one_line(shown.err, r"makes [\d,]+ epochs of a text of [\d,]+ tokens.* --minutes")
+    shown, s = timed(tmp_path / "default", monkeypatch, capsys, 0.001)
+    assert s["steps"] == 690 and shown.err == ""
+    shown, _ = timed(tmp_path / "floor", monkeypatch, capsys, 0.001, "--batch-size", 64)
+    assert one_line(shown.err, r"makes \d\d epochs .* --steps")
+    shown, _ = timed(tmp_path / "overfit", monkeypatch, capsys, 0.001, "--batch-size", 64, "--overfit")
+    assert shown.err == ""
 
 
 def test_minutes_are_for_new_runs_without_steps(tmp_path):
@@ -164,3 +201,33 @@ def test_memory_needed_is_that_of_the_shape():
     assert train_gpt2.parameters_of(config, LIB) == LIB.gpt2_parameters(ctypes.byref(config)) == 701952
     assert train_gpt2.memory_needed(config, LIB, 8, 64) == 4 * (
         4 * 701952 + 512 * 96 * 72 + min(512 * 256, 2**24))
+
+
+def test_the_memory_available_is_that_of_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "CONTROL_GROUP", str(tmp_path / "memory."))
+    free = train_gpt2.memory_available()
+    for limit, expected in ((b"5000000\n", 4300000), (b"1000\n", 0), (b"max\n", free), (b"", free)):
+        files = {"max": limit, "current": b"1000000\n", "stat": b"anon 5\ninactive_file 300000\n"}
+        for name, contents in files.items():
+            (tmp_path / f"memory.{name}").write_bytes(contents)
+        assert train_gpt2.memory_available() == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("flags", ["-b1 1", "-b2 1.5", "-ep 0"])
+def test_the_binary_rejects_what_would_give_nan(flags):
+    reports_error(run(BINARY, *flags.split(), status=2), flags.split()[0])
+
+
+@pytest.mark.parametrize("flags", ["--beta1 1", "--beta2 1.5", "--eps 0", "--minutes 0", "--minutes inf"])
+def test_the_driver_rejects_what_would_give_nan(flags):
+    reports_error(driver(*flags.split(), status=2), flags.split()[0])
+
+
+def test_an_update_rejects_what_would_give_nan():
+    model = GPT2(GPT2Config(4, 9, 1, 1, 8))
+    before = bytes(model.get("wte"))
+    for name, value in (("beta1", 1), ("beta2", 1), ("beta1", -0.1), ("beta2", math.nan), ("eps", 0),
+                        ("eps", 1e-50)):
+        with rejects("beta1", "eps"):
+            model.update(1e-3, **{name: value})
+    assert bytes(model.get("wte")) == before and model.updates == 0
