@@ -69,6 +69,17 @@ def rejects(*words):
     one_sentence(str(caught.value), *words)
 
 
+def reject_wrong_adamw():
+    """An update rejects what would give NaN, and changes nothing."""
+    model = GPT2(GPT2Config(4, 9, 1, 1, 8))
+    before = bytes(model.get("wte"))
+    for name, value in (("beta1", 1), ("beta2", 1), ("beta1", -0.1), ("beta2", math.nan), ("eps", 0),
+                        ("eps", 1e-50)):
+        with rejects("beta1", "eps"):
+            model.update(1e-3, **{name: value})
+    assert bytes(model.get("wte")) == before and model.updates == 0
+
+
 def run(*command, status=0, cwd=None, **environment):
     """Runs a program, which must exit with this status."""
     done = subprocess.run([str(word) for word in command], cwd=cwd, env={**os.environ, **environment},

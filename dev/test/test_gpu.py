@@ -12,8 +12,8 @@ import pytest
 
 import train_gpt2
 from conftest import (as_bytes, command, each_reference, HERE, make_data, one_sentence, open_reference,
-                      outputs, random_model, REFERENCES, relative, results, run, TENSORS, tensors,
-                      token_rows, V)
+                      outputs, random_model, REFERENCES, reject_wrong_adamw, relative, results, run,
+                      TENSORS, tensors, token_rows, V)
 from train_gpt2 import GPT2, GPT2Config
 
 
@@ -87,6 +87,12 @@ def test_gpu_losses_of_ten_adamw_steps_match_the_reference(name, precision, on_g
         ours = model.update(r["lr"], r["beta1"], r["beta2"], r["eps"], r["weight_decay"], r["max_norm"])
         assert ours == pytest.approx(norm, rel=20 * limit)
     assert model.updates == 10
+
+
+@needs_gpu_build
+@each_precision
+def test_a_gpu_update_rejects_what_would_give_nan(precision, on_gpu):
+    reject_wrong_adamw()
 
 
 @needs_gpu_build
