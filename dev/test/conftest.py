@@ -44,7 +44,8 @@ import train_gpt2  # noqa: E402
 from train_gpt2 import GPT2, GPT2Config, GPT2Error  # noqa: E402
 
 LIB = train_gpt2.library("cpu")
-convert, curves, fetch_module, fileio = map(train_gpt2.load_module, ("convert", "curves", "data/fetch", "fileio"))
+MODULES = ("convert", "curves", "data/fetch", "fileio")
+convert, curves, fetch_module, fileio = map(train_gpt2.load_module, MODULES)
 vocabulary = train_gpt2.load_module("vocabulary")
 
 

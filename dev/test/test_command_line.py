@@ -142,8 +142,8 @@ def test_help_lists_every_flag():
 def test_a_run_directory_is_complete(trained):
     shown, folder = trained
     assert sorted(path.name for path in folder.iterdir()) == [
-        "DONE_00000003", "best.bin", "loss.html", "loss.svg", "main.log", "metrics.jsonl", "model_00000003.bin",
-        "run.json", "state_00000003_00000.bin", "tokenizer.bin", "tokens"]
+        "DONE_00000003", "best.bin", "loss.html", "loss.svg", "main.log", "metrics.jsonl",
+        "model_00000003.bin", "run.json", "state_00000003_00000.bin", "tokenizer.bin", "tokens"]
     settings = json.loads((folder / "run.json").read_text())
     assert set(settings) == {*train_gpt2.DEFAULTS, "given", "val_shards"}
     assert (settings["channels"], settings["steps"], settings["seed"]) == (16, 3, 42)

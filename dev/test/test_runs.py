@@ -169,8 +169,8 @@ def test_a_changed_schedule_is_reported(data, whole_runs, tmp_path, front, then)
 
 def test_the_driver_resumes_the_binarys_run_with_its_settings(data, whole_runs, tmp_path):
     settings = json.loads((whole_runs["binary"][1] / "run.json").read_text())
-    others = {"model", "tokenizer", "patience", "encoding", "text_field", "document_separator", "jsonl", "minutes",
-              "recompute", "master_weights"}
+    others = {"model", "tokenizer", "patience", "encoding", "text_field", "document_separator", "jsonl",
+              "minutes", "recompute", "master_weights"}
     assert set(settings) == {*train_gpt2.DEFAULTS, "val_shards"} - others
     by_driver = json.loads((whole_runs["driver"][1] / "run.json").read_text())
     others = {"data", "val_data", "init", *train_gpt2.SHAPE}
