@@ -1683,8 +1683,10 @@ def settle_training(s, config, lib, train):
     """Fills in steps and learning rate of a new model: as many tokens as 4 for each parameter, or one epoch
     if that is more, but at most ten epochs; a peak learning rate that falls with the width (as in Yang et al.
     2022)."""
-    N, P = sum(map(tokens_in, train)), parameters_of(config, lib)
-    tokens = min(max(N, 3.94 * P), 10 * N)
+    N, tokens = sum(map(tokens_in, train)), 3.94 * parameters_of(config, lib)
+    if s.data:                               # of the default texts one has 5 MB
+        tokens = max(N, tokens)
+    tokens = min(tokens, 10 * N)
     fill(s, steps=max(100, rounded(tokens / s.total_batch_size, 2)),
          lr=float(f"{min(4e-3, 4e-3 * 96 / config.C):.1e}"))
 

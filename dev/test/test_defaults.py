@@ -93,8 +93,9 @@ def settings(model, tokens, **given):
     return s
 
 
-def test_the_default_run_is_unchanged():
-    s = settings(None, 1003854)
+@pytest.mark.parametrize("tokens", [1003854, 4551589, 419576])     # the three default texts
+def test_the_default_run_is_unchanged(tokens):
+    s = settings(None, tokens)
     assert (s.batch_size, s.seq_len, s.total_batch_size, s.steps) == (8, 64, 512, 5400)
     assert (s.lr, s.warmup, s.val_every, s.val_batches) == (4e-3, 100, 1000, 250)
     assert (s.checkpoint_every, s.keep) == (1000, 0)
@@ -103,9 +104,9 @@ def test_the_default_run_is_unchanged():
 @pytest.mark.parametrize("model, tokens, steps, lr, batch, keep", [
     ("d2", 270000, 890, 3e-3, (8, 256), 0), ("d6", 270000, 1300, 1e-3, (8, 256), 0),
     ("d12", 270000, 1300, 5e-4, (2, 1024), 2), ("d4", 50 * 10**6, 24000, 1.5e-3, (8, 256), 0),
-    (None, 1000, 100, 4e-3, (8, 64), 0)])
+    (None, 1000, 100, 4e-3, (8, 64), 0), (None, 4551589, 8900, 4e-3, (8, 64), 0)])
 def test_settings_follow_from_model_and_text(model, tokens, steps, lr, batch, keep):
-    s = settings(model, tokens)
+    s = settings(model, tokens, data=["text.txt"])
     assert (s.steps, s.lr, (s.batch_size, s.seq_len), s.keep) == (steps, lr, batch, keep)
     assert 10 <= s.warmup <= max(100, steps / 100)
     assert s.val_every == s.checkpoint_every and (4 <= steps / s.val_every <= 6 or s.val_every == 100)
