@@ -1759,9 +1759,10 @@ def settle_time(s, model, tuning, train, val):
         warn_epochs(s, train, "--minutes")
 
 
-def warn_before(s, given, config, lib, train, memory, resumed):
-    """Warns of what takes long or does not fit, before the model is allocated."""
-    needed, tokens = memory_needed(config, lib, s.batch_size, s.seq_len), s.steps * s.total_batch_size
+def warn_before(s, given, config, lib, train, memory, done):
+    """Warns of what takes long or does not fit, before the model is allocated. done: the step from which a
+    run resumes, or None."""
+    needed = memory_needed(config, lib, s.batch_size, s.seq_len)
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     on_cpu = lib.gpt2_device().startswith(b"CPU")
     if on_cpu and needed > whole:
@@ -1770,8 +1771,9 @@ def warn_before(s, given, config, lib, train, memory, resumed):
     if on_cpu and needed > memory:
         warn(f"training needs {needed / 1e6:,.0f} MB of memory, and {memory / 1e6:,.0f} MB are available; a"
              " smaller --batch-size, --seq-len or --model needs less")
-    if "steps" in given or not resumed and s.minutes is None:
+    if "steps" in given or (done is None and s.minutes is None):
         warn_epochs(s, train, "--steps")
+    tokens = (s.steps - (done or 0)) * s.total_batch_size
     flops = lib.gpt2_flops_per_token(ctypes.byref(config), s.seq_len) * tokens
     if "steps" in given and flops > 1e14:    # a minute or more; measuring the peak takes about a second
         hours = flops / (0.6 * lib.gpt2_ceiling()) / 3600
@@ -3289,7 +3291,7 @@ def train_in(folder, args, lib):
     if step is None:
         settle_size(s, given, train_shards)
     settle_training(s, config, lib, train_shards)
-    warn_before(s, given, config, lib, train_shards, memory, resumed=step is not None)
+    warn_before(s, given, config, lib, train_shards, memory, step)
     if not model:
         with Progress(label="initializing the model"):
             model = GPT2(config, s.seed, args.device)

@@ -227,3 +227,13 @@ def test_the_driver_rejects_what_would_give_nan(flags):
 
 def test_an_update_rejects_what_would_give_nan():
     reject_wrong_adamw()
+
+
+def test_only_the_remaining_steps_of_a_resumed_run_count_as_long(monkeypatch, capsys):
+    s, config = settings("d2", 10**9, steps=100_000), GPT2Config(256, 256, 2, 2, 128)
+    monkeypatch.setattr(train_gpt2, "tokens_in", lambda path: 10**9)
+    monkeypatch.setattr(LIB, "gpt2_ceiling", lambda: 1e11)
+    for done, given, long in ((None, ["steps"], True), (10_000, ["steps"], True), (80_000, ["steps"], False),
+                              (10_000, [], False)):
+        train_gpt2.warn_before(s, given, config, LIB, ["shard"], 10**12, done)
+        assert ("--steps 100000 takes" in capsys.readouterr().err) == long
