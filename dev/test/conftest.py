@@ -245,7 +245,7 @@ def command(front, data, flags, out=None, resume=False):
 
 def outputs(folder):
     """The files that both front ends must write identically."""
-    drivers_own = ("run.json", "metrics.jsonl", "loss.svg", "best.bin")
+    drivers_own = ("run.json", "metrics.jsonl", "loss.html", "loss.svg", "best.bin")
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in drivers_own}
 
 
