@@ -173,6 +173,7 @@ def datasets(server, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fetch", module)     # where worker processes find their function
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "HERE", str(tmp_path))
+    monkeypatch.setattr(train_gpt2, "DATA", str(tmp_path))     # the cache of the default text
     monkeypatch.setattr(train_gpt2.GPT2Tokenizer, "bpe", staticmethod(lambda: type("Encoding", (), {
         "decode_single_token_bytes": staticmethod(lambda i: b"<%d>" % i),
         "encode_ordinary": staticmethod(lambda text: [50000 + ord(letter) for letter in text])})))
@@ -196,7 +197,7 @@ def test_tiny_shakespeare_gives_llmcs_shards(datasets, server):
     assert bytes(val + train) == b"\0" + text.encode().replace(b"\n\n", b"\n\n\0") and len(val) == 32768
     datasets("tinyshakespeare", {}, "--tokenizer", "gpt2")
     assert tokens_of(folder / "tiny_shakespeare_val.bin")[:3] == [50256, 50000 + ord("F"), 50000 + ord("i")]
-    assert server.requests == ["/base/input.txt"]
+    assert server.requests == ["/base/input.txt"] and (folder.parent / "tinyshakespeare.txt").exists()
 
 
 def test_tinystories_are_streamed_into_shards(datasets):
