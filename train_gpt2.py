@@ -1818,9 +1818,10 @@ def memory_available():
 # ============================================================================================================
 # 4. Sampling, evaluation
 # ============================================================================================================
-def write_sample(model, tokenizer, context, args, seed):
-    """Prints the continuation of the token ids in `context` as it is generated, and appends it to them. It
-    ends after args.tokens, at end-of-text, or before the text args.stop. Then prints the speed on stderr."""
+def write_sample(model, tokenizer, context, args, seed, prompt=""):
+    """Prints the prompt and the continuation of the token ids in `context` as it is generated, and appends it
+    to them. It ends after args.tokens, at end-of-text, or before the text args.stop. Then prints the speed on
+    stderr."""
     times = [time.perf_counter()]
     begin, held = len(context), ""           # held back: it may be the beginning of args.stop
 
@@ -1833,7 +1834,11 @@ def write_sample(model, tokenizer, context, args, seed):
             context.append(token)
             yield token
 
-    for piece in tokenizer.stream(tokens()):
+    pieces = tokenizer.stream(tokens())
+    with Progress(label="reading the prompt"):
+        first = next(pieces)
+    print(end=prompt)
+    for piece in itertools.chain([first], pieces):
         held += piece
         if args.stop and args.stop in held:
             held = held.split(args.stop)[0]
@@ -2154,8 +2159,9 @@ def named_tokenizer(name, lib):
 def new_tokenizer(name, lib):
     """The tokenizer that --tokenizer names for texts of a new model, which may also use bytes."""
     try:
-        tokenizer = named_tokenizer(name, lib)
-        tokenizer.encode(" ")                # fails here, and not in a worker process
+        with Progress(label=f"loading the tokenizer {name}"):
+            tokenizer = named_tokenizer(name, lib)
+            tokenizer.encode(" ")            # fails here, and not in a worker process
         return tokenizer
     except GPT2Error as error:
         raise GPT2Error(f"{error}; or use bytes as tokens (--tokenizer bytes)") from None
@@ -3209,7 +3215,8 @@ def find_tokenizer(model, name=None, shards=()):
     found += filter(None, [*(tokenizer_beside(file, lib) for file in shards), own])
     tokenizer = next(iter(found), None)
     if not tokenizer and (kind := assumed_tokenizer(model)):
-        tokenizer = kind()
+        with Progress(label=f"loading the tokenizer {kind.name}"):
+            tokenizer = kind()
     if not tokenizer:
         raise GPT2Error(f"{model.file} has a vocabulary of {counted(V, 'token')} and no tokenizer beside"
                         f" it, expected {TABLE}, {TOKENIZER_JSON}, or vocab.json and merges.txt there; name"
@@ -3472,8 +3479,9 @@ def sample_command(args):
         converse(model, tokenizer, context, args)
         return
     for seed in range(args.seed, args.seed + args.num_samples):
-        print("---\n" if seed > args.seed else "", end=readable(prompt))
-        write_sample(model, tokenizer, context[:], args, seed)
+        if seed > args.seed:
+            print("---")
+        write_sample(model, tokenizer, context[:], args, seed, readable(prompt))
 
 
 def eval_command(args):
