@@ -285,10 +285,10 @@ def test_bytes_that_are_not_utf8_are_reported(tmp_path, bpe):
     write(tmp_path, {"a.txt": text, "b.txt": "Wörter " * 9, "c.txt": ("Wörter " * 9).encode("latin-1"),
                      "few.txt": b"abc \xff" + b" abc" * 500})
     done = reads(tmp_path, "a.txt", expected=text)
-    one_sentence(done.stderr, "a.txt", "4 of 160,004 bytes", "offset 160,000", "--encoding")
+    one_sentence(done.stderr, "a.txt", "4 of 160,004", "offset 160,000", "--encoding")
     assert prepare("b.txt", cwd=tmp_path).stderr == ""
     write(tmp_path, {"d.txt": b"a" * 1023 + "é".encode() + b"\xff"})     # where the reader's first block ends
-    one_sentence(prepare("d.txt", cwd=tmp_path).stderr, "1 of 1,026 bytes", "offset 1,025")
+    one_sentence(prepare("d.txt", cwd=tmp_path).stderr, "1 of 1,026", "offset 1,025")
     done = reads(tmp_path, "c.txt", expected=("Wörter " * 9).encode("latin-1"))
     one_sentence(done.stderr, "9 of 63", "offset 1")
     reports_error(prepare("c.txt", "--tokenizer", "gpt2", status=1, cwd=tmp_path), "c.txt", "9 of 63",
