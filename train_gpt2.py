@@ -1687,6 +1687,7 @@ def settle_training(s, config, lib, train):
     if s.data:                               # of the default texts one has 5 MB
         tokens = max(N, tokens)
     tokens = min(tokens, 10 * N)
+    # lr: d4 after 200 of 300 steps on 300 KB has a loss of 2.454; with half of lr 2.469, with twice 2.488.
     fill(s, steps=max(100, rounded(tokens / s.total_batch_size, 2)),
          lr=float(f"{min(4e-3, 4e-3 * 96 / config.C):.1e}"))
 
