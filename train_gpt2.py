@@ -1727,7 +1727,7 @@ def seconds_of_batch(model, s):
 
 
 def batches_of_run(s, steps, model, tuning, val):
-    """The work of a run of so many steps, in micro-batches. Validation, which has no backward pass, takes a
+    """The work of a run of this number of steps, in micro-batches. Validation, which has no backward pass, takes a
     third of a batch's time for each of its own."""
     trial, tokens = argparse.Namespace(**{**vars(s), "steps": steps}), s.batch_size * s.seq_len
     settle_intervals(trial, model.config, model.lib, tuning)
