@@ -1727,8 +1727,8 @@ def seconds_of_batch(model, s):
 
 
 def batches_of_run(s, steps, model, tuning, val):
-    """The work of a run of this number of steps, in micro-batches. A batch of validation, which has no backward
-    pass, counts as a third."""
+    """The work of a run of this number of steps, in micro-batches. A batch of validation, which has no
+    backward pass, counts as a third."""
     trial, tokens = argparse.Namespace(**{**vars(s), "steps": steps}), s.batch_size * s.seq_len
     settle_intervals(trial, model.config, model.lib, tuning)
     validations = 0
